@@ -1,0 +1,53 @@
+"""FedRouter against FedIT in minutes: `make demo`.
+
+Both run the `demo` preset: SmolLM2-135M, four clients that hold two of four synthetic tasks each, equal optimiser
+steps and equal bytes a round. `--seeds N` repeats it over N seeds; a run that is finished is not run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from fedrouter_jax import report, runs
+from fedrouter_jax.cli import progress
+from fedrouter_jax.presets import demo
+
+
+@dataclass(frozen=True)
+class Demo:
+    """FedRouter against FedIT on synthetic tasks."""
+
+    seeds: int = 1
+    """Seeds 0 .. N-1."""
+    out: Path = Path("runs/demo")
+    """Folder for the run directories and the report."""
+
+
+def main(options: Demo) -> None:
+    """Run what is not finished yet, then compare."""
+    console = Console()
+    folders = []
+    for seed in range(options.seeds):
+        for strategy in ("fedit", "fedrouter"):
+            config = replace(demo(), strategy=strategy, seed=seed)
+            folder = options.out / f"{strategy}-{seed}"
+            console.rule(f"{strategy}, seed {seed}")
+            if (folder / "config.json").exists():
+                runs.proceed(folder, progress)
+            else:
+                runs.run(config, folder, progress)
+            report.write([folder], folder)
+            folders.append(folder)
+    report.write(folders, options.out)
+    report.show(folders, console)
+    console.print(f"\nruns: {', '.join(map(str, folders))}\nreport: {options.out}/report.md and {options.out}/plots/")
+    console.print(f"adapters (PEFT): {folders[-1]}/adapters, router: {folders[-1]}/router")
+    console.print(f'try: .venv/bin/fedrouter route {folders[-1]} "Are these two questions the same? ..."')
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Demo, prog="python -m experiments.demo"))

@@ -1,0 +1,1 @@
+"""FedRouter and its baselines as pure JAX functions: one LoRA adapter per task, found by clustering."""

@@ -1,0 +1,61 @@
+"""The bank: every adapter of the federation in one pytree, each leaf with a leading slot axis.
+
+A leaf's owner alone decides how many slots it has, how it is averaged, and whether it crosses the wire.
+Owners are a prefix tree of the adapters, as optax.partition labels are: {"main": "cluster"}, or
+{"main": LoRA(a="shared", b="client")}.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.types import Adapters, Array, Owner, PyTree
+
+Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
+
+
+def spread(owners: PyTree, adapters: Adapters) -> PyTree:
+    """The owner of every leaf: the prefix tree `owners` broadcast to the structure of `adapters`."""
+    return jax.tree.broadcast(owners, adapters, is_leaf=lambda node: isinstance(node, str))
+
+
+def create(owners: PyTree, adapters: Adapters, sizes: dict[Owner, int]) -> Adapters:
+    """A bank whose every slot holds `adapters`; `sizes` gives the slots of each owner."""
+    return jax.tree.map(
+        lambda owner, leaf: jnp.repeat(leaf[None], sizes[owner], axis=0), spread(owners, adapters), adapters
+    )
+
+
+def gather(owners: PyTree, bank: Adapters, slots: Slots) -> Adapters:
+    """Each lane's adapters, leaves `[lane, ...]`."""
+    return jax.tree.map(lambda owner, leaf: leaf[slots[owner]], spread(owners, bank), bank)
+
+
+def scatter_mean(owners: PyTree, bank: Adapters, slots: Slots, lanes: Adapters, weight: Array) -> Adapters:
+    """The bank after averaging lanes `[lane, ...]` into their slots by `weight [lane]`.
+
+    A and B are averaged separately. A slot that no lane of positive weight writes keeps its adapter.
+    """
+
+    def mean(owner, old, new):
+        total = jax.ops.segment_sum(weight, slots[owner], old.shape[0])
+        # Normalise first: a slot with one lane then receives exactly that lane.
+        share = weight / jnp.where(total > 0, total, 1)[slots[owner]]
+        averaged = jax.ops.segment_sum(new * expand(share, new), slots[owner], old.shape[0])
+        return jnp.where(expand(total > 0, old), averaged.astype(old.dtype), old)
+
+    return jax.tree.map(mean, spread(owners, bank), bank, lanes)
+
+
+def expand(values: Array, like: Array) -> Array:
+    """`values [n]` with trailing axes added, to broadcast against `like [n, ...]`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def wire_bytes(owners: PyTree, bank: Adapters) -> int:
+    """Bytes one lane sends (and receives) in a round: client-owned leaves never travel."""
+    sizes = jax.tree.map(
+        lambda owner, leaf: 0 if owner == "client" else leaf[0].size * leaf.dtype.itemsize, spread(owners, bank), bank
+    )
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,59 @@
+"""Saving and loading the federation's state with Orbax: all that determines the future beside the config.
+
+The rest (batches, keys, lanes) is a pure function of (seed, round), so nothing else needs to be kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.types import PyTree
+
+
+def _open(folder: Path) -> ocp.training.Checkpointer:
+    keep = ocp.training.preservation_policies.LatestN(2)
+    return ocp.training.Checkpointer(folder.absolute(), preservation_policy=keep)
+
+
+def save(folder: Path, step: int, state: PyTree) -> None:
+    """Write the state after `step` rounds; the two latest are kept. A failed write leaves the earlier ones alone."""
+    try:
+        with _open(folder) as checkpoints:
+            checkpoints.save(step, state, overwrite=True)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write
+        raise UserError(
+            f"{folder}: the checkpoint of round {step} could not be written ({_one_line(error)}); "
+            "free space there, then resume: earlier rounds are safe"
+        ) from error
+
+
+def latest(folder: Path) -> int | None:
+    """Rounds done at the latest complete checkpoint, None when there is none."""
+    if not folder.exists():
+        return None
+    with _open(folder) as checkpoints:
+        return None if checkpoints.latest is None else checkpoints.latest.step
+
+
+def load(folder: Path, step: int, like: PyTree) -> PyTree:
+    """The state after `step` rounds, with the structure, shapes, dtypes and placement of `like`."""
+
+    def describe(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    try:
+        with _open(folder) as checkpoints:
+            return checkpoints.load(step, jax.tree.map(describe, like))
+    except Exception as error:  # as in save
+        raise UserError(
+            f"{folder}: the checkpoint of round {step} could not be read ({_one_line(error)}); "
+            f"delete its folder {step} to resume from the one before"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

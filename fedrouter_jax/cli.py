@@ -1,0 +1,231 @@
+"""The command line: `python -m fedrouter_jax` or `fedrouter`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from fedrouter_jax.config import Config
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.presets import PRESETS
+
+USAGE = """\
+usage: fedrouter COMMAND ...
+
+Federated fine-tuning of language models with one LoRA adapter per task.
+
+  run      one experiment                 fedrouter run --preset smoke
+  resume   continue a stopped run         fedrouter resume runs/smoke-fedrouter-0
+  report   tables and plots of runs       fedrouter report runs/*
+  route    which adapter answers a text   fedrouter route runs/smoke-fedrouter-0 "Summarise: ..."
+  export   PEFT adapters and the router   fedrouter export runs/smoke-fedrouter-0 --to adapters/
+
+fedrouter COMMAND --help shows what a command takes.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run one experiment. Start from a --preset and change any field of it."""
+
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
+    out: Path | None = None
+    """Run directory; by default runs/PRESET-STRATEGY-SEED."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a stopped run to the same result as if it had never stopped."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables (terminal, Markdown, CSV) and plots from run directories alone."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    to: Path | None = None
+    """Folder for report.md, scores.csv and plots/; by default the run directory, or runs/report for several runs."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Send texts to adapters: the chosen one, the distance to every centroid, and the answer."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """Instructions."""
+    client: int | None = None
+    """Route as this client: among its own clusters only (fedrouter), or its own adapter (local)."""
+    json: bool = False
+    """Print one JSON object a text instead of a table."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write PEFT adapter folders and the router for other tools."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    to: Path = field(default=Path("exported"))
+    """Folder to write to."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"run": run, "resume": resume, "report": report, "route": route, "export": export}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] not in commands:
+        print(f"fedrouter: no command {arguments[0]!r}; choose among {', '.join(commands)}", file=sys.stderr)
+        return 2
+    # The advice of third-party loggers is not for the user of this tool.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        commands[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"fedrouter: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedrouter: interrupted; `fedrouter resume RUN` continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def console() -> None:
+    """Entry point of the `fedrouter` script."""
+    sys.exit(main())
+
+
+def run(arguments: list[str]) -> None:
+    """`fedrouter run`."""
+    from fedrouter_jax import runs
+
+    preset, arguments = take_preset(arguments)
+    names = ", ".join(PRESETS)
+    parsed = tyro.cli(
+        Run,
+        prog="fedrouter run",
+        args=arguments,
+        default=Run(PRESETS[preset]() if preset else Config()),
+        description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it.",
+    )
+    out = parsed.out or Path("runs") / f"{preset or 'run'}-{parsed.config.strategy}-{parsed.config.seed}"
+    runs.run(parsed.config, out, progress)
+    finish(out)
+
+
+def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split `--preset NAME` off: its values are the defaults that the other options are parsed over."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--preset":
+            after = place + (1 if value else 2)
+            value = value or next(iter(arguments[place + 1 :]), "")
+            if value not in PRESETS:
+                raise UserError(f"--preset {value!r} is unknown; choose among {', '.join(PRESETS)}")
+            return value, arguments[:place] + arguments[after:]
+    return None, arguments
+
+
+def resume(arguments: list[str]) -> None:
+    """`fedrouter resume`."""
+    from fedrouter_jax import runs
+
+    out = tyro.cli(Resume, prog="fedrouter resume", args=arguments).run
+    runs.proceed(out, progress)
+    finish(out)
+
+
+def finish(out: Path) -> None:
+    """What a finished run shows: its tables, and where everything is."""
+    from fedrouter_jax import report as report_lib
+
+    report_lib.write([out], out)
+    console = Console()
+    report_lib.show([out], console)
+    console.print(f"run {escape(str(out))}: report.md, plots/, adapters/, scores.json, predictions.jsonl")
+
+
+def report(arguments: list[str]) -> None:
+    """`fedrouter report`."""
+    from fedrouter_jax import report as report_lib
+
+    parsed = tyro.cli(Report, prog="fedrouter report", args=arguments)
+    if not parsed.runs:
+        raise UserError("report needs at least one run directory, such as runs/smoke-fedrouter-0")
+    to = parsed.to or (parsed.runs[0] if len(parsed.runs) == 1 else Path("runs/report"))
+    report_lib.write(list(parsed.runs), to)
+    console = Console()
+    report_lib.show(list(parsed.runs), console)
+    console.print(f"written: {escape(str(to / 'report.md'))}, {escape(str(to / 'scores.csv'))}, plots/")
+
+
+def route(arguments: list[str]) -> None:
+    """`fedrouter route`."""
+    from rich.table import Table
+
+    from fedrouter_jax import serve
+
+    parsed = tyro.cli(Route, prog="fedrouter route", args=arguments)
+    answers = serve.route(parsed.run, parsed.texts, parsed.client)
+    if parsed.json:
+        for answer in answers:
+            print(json.dumps(answer, ensure_ascii=False))
+        return
+    table = Table("text", "adapter", "task", "distances", "answer")
+    for answer in answers:
+        distances = " ".join(f"{value:.3f}" for value in answer["distances"])
+        table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))
+    Console().print(table)
+
+
+def export(arguments: list[str]) -> None:
+    """`fedrouter export`."""
+    from fedrouter_jax import runs
+
+    parsed = tyro.cli(Export, prog="fedrouter export", args=arguments)
+    runs.export(runs.load(parsed.run, progress), parsed.to)
+    print(f"written: {parsed.to}/adapters and, for fedrouter, {parsed.to}/router")
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator:
+    """A progress bar with the time left; on a terminal that cannot draw one, a line at the end."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*bars, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, note="")
+        yield lambda rows, note="": bar.update(task, advance=rows, note=note)

@@ -1,0 +1,184 @@
+"""Every choice of an experiment, in frozen dataclasses. The command line is made from these, help text included.
+
+What changes results and what changes only speed are kept apart: `ComputeConfig` must never change a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fedrouter_jax.client import LocalConfig
+from fedrouter_jax.data.scenarios import Scenario
+from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.routing import ClusterConfig, Mode
+
+FORMAT = 1  # of run directories; raised when an older one could no longer be read
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows, and who holds them."""
+
+    data: str = "synthetic"
+    """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
+    Face dataset id."""
+    columns: tuple[str, ...] = ()
+    """Column names of the data, as instruction=NAME output=NAME task=NAME; those not named keep their name."""
+    scenario: Scenario = "dual"
+    """Each client holds one task (single), two neighbouring ones (dual), or all."""
+    clients: int = 8
+    """Number of clients."""
+    train_rows: int = 600
+    """Training rows a client, at most."""
+    test_rows: int = 300
+    """Test rows a client, at most (personalised evaluation)."""
+    mix_rows: int = 300
+    """Test rows of the mix of all tasks, at most (generalisation)."""
+    template: Literal["alpaca", "short"] = "alpaca"
+    """Prompt template; "short" saves 25 tokens a row."""
+    max_length: int = 1024
+    """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
+    max_response: int = 128
+    """Longest response in tokens, EOS included; also the longest generated answer."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how answers are scored."""
+
+    evaluate_at: tuple[int, ...] = (3, 10)
+    """Rounds after which scores are taken, beside the last one."""
+    personalised_routing: Mode = "local"
+    """Adapters a client's own test rows may go to: its own clusters' (local), all (global), by true task (oracle)."""
+    generalisation_routing: Mode = "global"
+    """The same for the mix of all tasks."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What changes only speed and memory, never a result."""
+
+    lanes_at_once: int | None = None
+    """Lanes vmapped together; by default one on a CPU, where lanes one by one pay only for their own rows, else all."""
+    rows_at_once: int = 32
+    """Rows that generate together."""
+    packs_at_once: int | None = None
+    """Packs embedded together; by default 1 on a CPU, else 16."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints; the two latest are kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    strategy: Literal["fedrouter", "fedit", "local"] = "fedrouter"
+    """Federated algorithm."""
+    model: str = "smollm2-135m"
+    """The embedded default "smollm2-135m", the random "tiny", a GGUF file, a Hugging Face folder, or a hub id."""
+    seed: int = 0
+    """Seed of everything: who holds what, adapters, clusters, batches, dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen base model's weights and compute; adapters are always float32."""
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    rounds: RoundConfig = field(default_factory=RoundConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` for a value no experiment can run with."""
+    positive = {
+        "--clients": config.data.clients,
+        "--rounds": config.rounds.rounds,
+        "--steps": config.local.steps,
+        "--batch": config.local.batch,
+        "--rank": config.lora.rank,
+        "--train-rows": config.data.train_rows,
+        "--test-rows": config.data.test_rows,
+        "--mix-rows": config.data.mix_rows,
+        "--max-response": config.data.max_response,
+        "--rows-at-once": config.compute.rows_at_once,
+        "--checkpoint-every": config.compute.checkpoint_every,
+        "--lanes-at-once": config.compute.lanes_at_once or 1,
+        "--packs-at-once": config.compute.packs_at_once or 1,
+    }
+    for flag, value in positive.items():
+        if value < 1:
+            raise UserError(f"{flag} is {value}; it must be at least 1")
+    for flag, count in (
+        ("--local-clusters", config.cluster.local_clusters),
+        ("--global-clusters", config.cluster.global_clusters),
+        ("--clusters-per-round", config.rounds.clusters_per_round),
+    ):
+        if count is not None and count < 0:
+            raise UserError(
+                f"{flag} is {count}; give 1 or more, or 0 (for clusters: chosen by silhouette; a round: all)"
+            )
+    if not 0 < config.rounds.participation <= 1:
+        raise UserError(f"--participation is {config.rounds.participation}; it is a share of the clients in (0, 1]")
+    if not 0 <= config.lora.dropout < 1:
+        raise UserError(f"--dropout is {config.lora.dropout}; it must be in [0, 1)")
+    if not config.lora.targets:
+        raise UserError("--targets is empty; name at least one module, such as q_proj v_proj")
+
+
+def to_json(config: Config) -> str:
+    """The config as it stands in a run directory."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
+
+
+def load(path: Path) -> Config:
+    """Read `config.json` of a run directory; raises `UserError` that names the file and what is wrong in it."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no run directory: it has no config.json; give the --out of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); restore it or start a new run") from None
+    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not a config of run format {FORMAT}; it was written by another version")
+    return _build(Config, raw, path)
+
+
+def _build(kind: type, raw: Any, path: Path) -> Any:
+    """A (nested) frozen dataclass from plain JSON values."""
+    known = typing.get_type_hints(kind)
+    odd = sorted(set(raw) ^ set(known)) if isinstance(raw, dict) else [str(raw)]
+    if odd:
+        raise UserError(f"{path}: field {odd[0]!r} is missing or unknown in {kind.__name__}; another version wrote it")
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(known[name]):
+            value = _build(known[name], value, path)
+        elif isinstance(value, list):
+            value = tuple(value)
+        if not _fits(value, known[name]):
+            raise UserError(f"{path}: {name} is {value!r}, which is not of type {known[name]}")
+        values[name] = value
+    return kind(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of the annotated type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(entry, args[0]) for entry in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -1,0 +1,88 @@
+"""Packing: many short rows side by side in a few fixed-length packs, so that little compute goes to padding.
+
+Every array has a static shape that depends on the configuration alone, never on the rows, so a round compiles once.
+How many packs hold rows is data (`count`): the training loop stops there, and empty packs cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedrouter_jax.data.tokens import Tokens
+from fedrouter_jax.types import Array
+
+
+class Packs(NamedTuple):
+    """Packed texts. Leading axes may be added in front of `[pack, ...]`."""
+
+    tokens: Array  # int32 [pack, time]
+    positions: Array  # int32 [pack, time]: restart at 0 with every text
+    segments: Array  # int32 [pack, time]: 0 for padding, 1.. numbers the texts of a pack
+
+
+class Rows(NamedTuple):
+    """Packed texts and what to predict in them."""
+
+    packs: Packs  # [pack, time]
+    where: Array  # int32 [pack, predicted]: time index whose hidden state predicts a response token
+    labels: Array  # int32 [pack, predicted]: that response token, -1 for padding
+
+
+class Batch(NamedTuple):
+    """The rows of one optimiser step. Leading axes `[lane, step]` are added in front."""
+
+    rows: Rows  # [pack, ...]
+    count: Array  # int32 []: packs that hold rows; the rest are empty
+
+
+def first_fit(sizes: Sequence[tuple[int, int]], time: int, predicted: int, rows: int) -> list[list[int]]:
+    """Assign rows of (tokens, responses) to packs of at most `time` tokens, `predicted` responses and `rows` rows.
+
+    First-fit decreasing; deterministic. Returns the row indices of each pack.
+    """
+    packs: list[list[int]] = []
+    free: list[list[int]] = []
+    for row in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
+        need = (*sizes[row], 1)
+        fits = (p for p, room in enumerate(free) if all(n <= r for n, r in zip(need, room, strict=True)))
+        pack = next(fits, len(packs))
+        if pack == len(packs):
+            packs.append([])
+            free.append([time, predicted, rows])
+        packs[pack].append(row)
+        free[pack] = [r - n for n, r in zip(need, free[pack], strict=True)]
+    return packs
+
+
+def lay_out(texts: Sequence[Sequence[int]], assignment: list[list[int]], packs: int, time: int) -> Packs:
+    """Write texts into `packs` packs of length `time` as `assignment` says (numpy, int32)."""
+    tokens, positions, segments = np.zeros((3, packs, time), np.int32)
+    for pack, rows in enumerate(assignment):
+        start = 0
+        for number, row in enumerate(rows, start=1):
+            end = start + len(texts[row])
+            tokens[pack, start:end] = texts[row]
+            positions[pack, start:end] = np.arange(end - start)
+            segments[pack, start:end] = number
+            start = end
+    return Packs(tokens, positions, segments)
+
+
+def batch(rows: Sequence[Tokens], packs: int, time: int, predicted: int) -> Batch:
+    """Pack the rows of one step. `packs` must be at least the number of rows in the worst case, one row a pack."""
+    sizes = [(row.length, len(row.response)) for row in rows]
+    assignment = first_fit(sizes, time, predicted, len(rows))
+    texts = [row.prompt + row.response for row in rows]
+    where = np.zeros((packs, predicted), np.int32)
+    labels = np.full((packs, predicted), -1, np.int32)
+    for pack, members in enumerate(assignment):
+        start = filled = 0
+        for row in members:
+            first, answer = start + len(rows[row].prompt) - 1, rows[row].response
+            where[pack, filled : filled + len(answer)] = np.arange(first, first + len(answer))
+            labels[pack, filled : filled + len(answer)] = answer
+            start, filled = start + rows[row].length, filled + len(answer)
+    return Batch(Rows(lay_out(texts, assignment, packs, time), where, labels), np.int32(len(assignment)))

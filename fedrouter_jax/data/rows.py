@@ -1,0 +1,22 @@
+"""The two tuples every data source gives and every consumer takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One supervised example, as raw text (no prompt template)."""
+
+    instruction: str
+    output: str
+    task: str  # "" when unknown
+
+
+class Dataset(NamedTuple):
+    """Train and held-out rows of one source."""
+
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+    name: str
+    synthetic: bool

@@ -1,0 +1,92 @@
+"""What each round trains: its lanes and their batches, as pure functions of (seed, round, client, cluster).
+
+Nothing is remembered between rounds, so a resumed run, a run with other lanes at once, and a run on other devices all
+draw the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from fedrouter_jax.data import packing
+from fedrouter_jax.data.tokens import Tokens
+from fedrouter_jax.types import Work
+
+Weighting = Literal["cluster", "client", "uniform"]
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """Which lanes take part in a round, and with what weight."""
+
+    rounds: int = 25
+    """Federated rounds T."""
+    participation: float = 1.0
+    """Share of the clients that take part in a round, drawn anew each round (at least one)."""
+    clusters_per_round: int = 1
+    """Local clusters a client trains in a round, in turn; 0: all of them (n_l times the compute and upload)."""
+    weighting: Weighting = "cluster"
+    """An adapter's weight in averages: rows of its local cluster, rows of its client (as released), or 1."""
+
+
+def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work:
+    """The lanes of round `round` (1..T); `sizes` int [client, cluster] counts rows.
+
+    Shapes depend on `config` and the shape of `sizes` alone. A client with fewer filled clusters than it should train
+    gets lanes of weight 0. The clusters of a client take turns: c = round mod n_l, empty ones skipped.
+    """
+    clients, clusters = sizes.shape
+    count = max(1, int(config.participation * clients + 0.5))
+    rng = np.random.default_rng([seed, round, 0xC11E])
+    chosen = np.sort(rng.choice(clients, count, replace=False))
+    each = min(config.clusters_per_round or clusters, clusters)
+    client, cluster, weight = [], [], []
+    for who in chosen:
+        filled = np.flatnonzero(sizes[who])
+        for turn in range(each):
+            which = int(filled[((round - 1) * each + turn) % len(filled)])
+            rows = {"cluster": sizes[who, which], "client": sizes[who].sum(), "uniform": 1}[config.weighting]
+            client.append(who)
+            cluster.append(which)
+            weight.append(rows if turn < len(filled) else 0)
+    return Work(np.array(client, np.int32), np.array(cluster, np.int32), np.array(weight, np.float32))
+
+
+def draw(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` row indices: shuffled passes over all rows, so that none comes twice before every other came once."""
+    passes = -(-count // rows)
+    return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:count]
+
+
+def batches(
+    work: Work,
+    members: Sequence[Sequence[Sequence[Tokens]]],
+    round: int,
+    steps: int,
+    size: int,
+    time: int,
+    predicted: int,
+    seed: int,
+) -> packing.Batch:
+    """The rows of a round, leaves `[lane, step, pack, ...]` (numpy). `members[client][cluster]` are encoded rows.
+
+    A step takes `size` rows; packs hold `time` tokens and `predicted` response tokens. A lane of weight 0 gets no rows.
+    """
+
+    def lane(client: int, cluster: int, weight: float) -> packing.Batch:
+        rows = members[client][cluster]
+        order = draw(len(rows), steps * size, np.random.default_rng([seed, round, client, cluster]))
+        drawn = [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
+        return stack([packing.batch(step, size, time, predicted) for step in drawn])
+
+    return stack([lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)])
+
+
+def stack(trees: Sequence[packing.Batch]) -> packing.Batch:
+    """Batches stacked on a new leading axis (numpy)."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

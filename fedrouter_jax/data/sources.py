@@ -1,0 +1,264 @@
+"""Where rows come from: the embedded grammars, local JSONL, CSV or Parquet files, or a Hugging Face data set.
+
+Text is taken as it is: never stripped, converted or dropped. A number or a boolean where text is expected is an
+error, not a string made up from it (`True` could mean `true`, `yes` or `1`). The first bad row stops the load with
+one line that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from fedrouter_jax.data import synthetic
+from fedrouter_jax.data.rows import Dataset, Row
+from fedrouter_jax.errors import UserError
+
+FIELDS = ("instruction", "output", "task")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+TEST_NAMES = ("test", "validation", "valid", "val", "dev")  # the first one present is the test split
+Record = Mapping[str, object]
+
+
+def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+    """Rows of the source that `spec` names.
+
+    `spec` is one of, in this order:
+
+    * `"synthetic"`: the embedded tasks, `synthetic.make(seed)`;
+    * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a `.jsonl`, `.csv` or
+      `.parquet` file;
+    * one such file, split by `seed`: about `test_fraction` of its distinct instructions, with all their rows, are
+      held out, so that no test instruction occurs in train; rows keep their order;
+    * else the id of a Hugging Face data set, whose `train` split and first split named as above are read (a data set
+      with no test split is split as one file is).
+
+    `columns` maps `instruction`, `output` and `task` to the source's column names; a field left out has its own name.
+    Without a task column, or with a null in it, the task is `""`. Every other value has to be text that is not blank.
+    Raises `UserError` for anything else that is found.
+    """
+    if not 0 < test_fraction < 1:
+        raise UserError(f"test_fraction is {test_fraction}; expected a number between 0 and 1, such as 0.2")
+    unknown = sorted(set(columns or {}) - set(FIELDS))
+    if unknown:
+        raise UserError(f"columns has no field '{unknown[0]}'; the fields are {_listed(FIELDS)}")
+    if spec == "synthetic":
+        if columns:
+            raise UserError("columns does not apply to the synthetic data, whose fields are fixed; leave it out")
+        return synthetic.make(seed)
+    if not spec:
+        raise UserError("the data source is empty; give a path, a Hugging Face data set id, or 'synthetic'")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        train_path, test_path = _split_files(path)
+        return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name, False)
+    if path.is_file():
+        train, test = split(read(path, columns), test_fraction, seed, str(path))
+        return Dataset(train, test, path.stem, False)
+    if path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec):
+        raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
+    return _hugging_face(spec, columns, test_fraction, seed)
+
+
+def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
+    """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: cannot read a '{path.suffix}' file; expected one of {_listed(SUFFIXES)}")
+    try:
+        return _rows(readers[path.suffix](path), columns or {}, str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or _brief(error)})") from error
+
+
+def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) -> tuple[tuple[Row, ...], ...]:
+    """(train, test) of `rows`, divided by instruction so that repeated ones do not leak, and never empty."""
+    instructions = list(dict.fromkeys(row.instruction for row in rows))
+    if len(instructions) < 2:
+        raise UserError(
+            f"{where}: only one instruction, so no test rows can be held out; give at least 2 different ones"
+        )
+    random.Random(f"{seed}/split").shuffle(instructions)
+    count = min(max(round(test_fraction * len(instructions)), 1), len(instructions) - 1)
+    held_out = set(instructions[:count])
+    return (
+        tuple(row for row in rows if row.instruction not in held_out),
+        tuple(row for row in rows if row.instruction in held_out),
+    )
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _split_files(directory: Path) -> tuple[Path, Path]:
+    """The train and the test file of a directory."""
+    found: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in SUFFIXES and path.stem in ("train", *TEST_NAMES) and path.is_file():
+            if path.stem in found:
+                raise UserError(f"{directory}: both {found[path.stem].name} and {path.name}; keep one of them")
+            found[path.stem] = path
+    if "train" not in found:
+        raise UserError(f"{directory}: no train file; expected train and test as .jsonl, .csv or .parquet")
+    test_name = next((name for name in TEST_NAMES if name in found), None)
+    if test_name is None:
+        raise UserError(
+            f"{directory}: no test rows beside {found['train'].name}; add a test file named {', '.join(TEST_NAMES)}, "
+            "or give the train file itself and it is split"
+        )
+    return found["train"], found[test_name]
+
+
+def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], where: str) -> tuple[Row, ...]:
+    """Checked rows from (place, record) pairs; a place reads "PATH line 3"."""
+    rows: list[Row] = []
+    for place, record in records:
+        found = {field: columns.get(field, field) for field in FIELDS}
+        for field, column in found.items():
+            # A task column that the user named has to be there; the default one may be absent.
+            if column not in record and (field != "task" or field in columns):
+                raise UserError(
+                    f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; "
+                    f"map it with columns, e.g. {{'{field}': 'your column'}}"
+                )
+        task = record.get(found["task"])
+        rows.append(
+            Row(
+                _text(record[found["instruction"]], found["instruction"], place, blank=False),
+                _text(record[found["output"]], found["output"], place, blank=False),
+                "" if task is None else _text(task, found["task"], place, blank=True),
+            )
+        )
+    if not rows:
+        raise UserError(f"{where}: no rows; expected at least one row with {_listed(FIELDS[:2])}")
+    return tuple(rows)
+
+
+def _text(value: object, column: str, place: str, blank: bool) -> str:
+    if not isinstance(value, str):
+        raise UserError(
+            f"{place}: '{column}' is {_shown(value)} ({type(value).__name__}); expected text: write it as a string"
+        )
+    if not blank and not value.strip():
+        raise UserError(f"{place}: '{column}' is blank; expected text: fill it in or remove the row")
+    try:
+        value.encode()  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: '{column}' has a lone surrogate at character {error.start}; remove it") from error
+    return value
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+
+
+def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
+
+
+def _file_bytes(path: Path) -> bytes:
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that spreadsheets write
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
+    for number, data in enumerate(_file_bytes(path).split(b"\n"), 1):
+        line = _decode(data, path, number)
+        if not line.strip():
+            continue
+        place = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{place}: not valid JSON ({error.msg} at column {error.colno}); expected one object on each line"
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
+            raise UserError(f"{place}: not JSON that can be read ({_brief(error)}); simplify the line") from error
+        if not isinstance(record, dict):
+            raise UserError(f'{place}: a JSON {type(record).__name__}; expected an object, as {{"instruction": ...}}')
+        yield place, record
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
+    lines = csv.reader(io.StringIO(_decode(_file_bytes(path), path), newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        place = f"{path} line {lines.line_num + 1}"  # where this row starts; quoted text may run over several lines
+        try:
+            values = next(lines, None)
+        except csv.Error as error:
+            raise UserError(f"{place}: not valid CSV ({_brief(error)}); check the quotes of this row") from error
+        if values is None:
+            return
+        if not values:  # an empty line
+            continue
+        if header is None:
+            header = values
+            if len(set(header)) < len(header):
+                raise UserError(f"{place}: a column name occurs twice in the header {_listed(header)}")
+            continue
+        if len(values) != len(header):
+            raise UserError(
+                f"{place}: {len(values)} fields; expected {len(header)} as in the header: is the row cut off?"
+            )
+        yield place, dict(zip(header, values, strict=True))
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read()
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_brief(error)}); is it cut off?") from error
+    for number, record in enumerate(records, 1):
+        yield f"{path} row {number}", record
+
+
+def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: float, seed: int) -> Dataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"'{spec}' is no local path, and a Hugging Face data set needs datasets; run: pip install datasets"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(spec)
+    except Exception as error:  # the hub, the network and each builder raise types of their own
+        raise UserError(
+            f"'{spec}' is neither a local path nor a Hugging Face data set that loads ({_brief(error)})"
+        ) from error
+    if "train" not in loaded:
+        raise UserError(f"{spec}: no train split; the splits are {_listed(loaded)}")
+
+    def rows(name: str) -> tuple[Row, ...]:
+        where = f"{spec} split '{name}'"
+        return _rows(((f"{where} row {i}", row) for i, row in enumerate(loaded[name], 1)), columns or {}, where)
+
+    test_name = next((name for name in TEST_NAMES if name in loaded), None)
+    if test_name is None:
+        train, test = split(rows("train"), test_fraction, seed, spec)
+        return Dataset(train, test, spec, False)
+    return Dataset(rows("train"), rows(test_name), spec, False)

@@ -1,0 +1,74 @@
+"""Rows as token ids: a prompt and a response with an exact boundary between them.
+
+The template ends where the answer begins, and both sides are tokenised on their own, so training sees the same
+boundary that generation starts from, and the loss mask needs no search for a marker inside the user's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from fedrouter_jax.data.rows import Row
+from fedrouter_jax.errors import UserError
+
+TEMPLATES = {
+    # Alpaca's instruction format, as FedIT and FedRouter use it.
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{instruction}\n\n### Response:"
+    ),
+    # The same boundary without the 25-token preamble: for small budgets.
+    "short": "{instruction}\n### Response:",
+}
+
+
+class Tokens(NamedTuple):
+    """One row: `prompt` ids (with BOS if the tokenizer adds one) and `response` ids (with EOS)."""
+
+    prompt: list[int]
+    response: list[int]
+    truncated: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.prompt) + len(self.response)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: str, max_length: int, max_response: int
+) -> list[Tokens]:
+    """Tokenise rows under a template of `TEMPLATES`.
+
+    No row is dropped. A response longer than `max_response` tokens (EOS included) is cut and keeps no EOS, for the
+    text does not end there; a prompt that leaves no room gives up the end of its instruction, never the template's
+    tail, so the answer always starts at the same marker. `truncated` tells either.
+    """
+    head, tail = TEMPLATES[template].split("{instruction}")
+    tail_tokens = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    head_tokens = len(tokenizer(head)["input_ids"])
+    if max_length < head_tokens + tail_tokens + max_response + 1:
+        raise UserError(
+            f"max_length {max_length} leaves no room for the instruction: the {template!r} template takes "
+            f"{head_tokens + tail_tokens} tokens and max_response {max_response}; raise --max-length to at least "
+            f"{head_tokens + tail_tokens + max_response + 1}"
+        )
+    prompts = tokenizer([head + row.instruction + tail for row in rows])["input_ids"]
+    responses = tokenizer([" " + row.output.strip() for row in rows], add_special_tokens=False)["input_ids"]
+    encoded = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        answer = [*response, tokenizer.eos_token_id][:max_response]
+        room = max_length - len(answer)
+        truncated = len(prompt) > room or len(answer) <= len(response)
+        if len(prompt) > room:
+            prompt = prompt[: room - tail_tokens] + prompt[-tail_tokens:]
+        encoded.append(Tokens(prompt, answer, truncated))
+    return encoded
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids of bare texts (BOS if the tokenizer adds one), cut at `max_length`: what is embedded for routing."""
+    return [ids[:max_length] for ids in tokenizer(list(texts))["input_ids"]]

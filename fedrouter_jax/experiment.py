@@ -1,0 +1,310 @@
+"""One experiment, from a config to trained adapters and scores: what is computed, without the files it is kept in.
+
+prepare    load the model and the rows, deal them to clients, tokenise
+embed_rows, enroll, start
+train_round (T times)
+evaluate
+"""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from fedrouter_jax import bank as bank_lib
+from fedrouter_jax import client, embed, evaluate, generate, lora, routing
+from fedrouter_jax.config import Config
+from fedrouter_jax.data import packing, schedule, sources, tokens
+from fedrouter_jax.data.rows import Dataset, Row
+from fedrouter_jax.data.scenarios import Partition, partition
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.models import Model, load_model, module_shapes
+from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.types import FederationState, Strategy, Work
+
+Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
+
+
+class Prepared(NamedTuple):
+    """What a config means on this machine: everything that does not change while training."""
+
+    config: Config
+    model: Model
+    dataset: Dataset
+    partition: Partition
+    train: list[list[tokens.Tokens]]  # [client][row]
+    test: dict[int, tokens.Tokens]  # by index into dataset.test
+    strategy: Strategy
+    round: Callable  # the jitted round
+
+
+class Evaluation(NamedTuple):
+    """Scores and the answers behind them."""
+
+    scores: dict[str, dict]
+    answers: list[dict]  # one record per question
+
+
+def prepare(config: Config) -> Prepared:
+    """Load and lay out everything; raises `UserError` for bad input."""
+    dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
+    data = config.data
+    split = partition(dataset, data.scenario, data.clients, data.train_rows, data.test_rows, data.mix_rows, config.seed)
+    model = load_model(config.model, config.dtype)
+    unknown = sorted(set(config.lora.targets) - set(module_shapes(model.config)))
+    if unknown:
+        known = ", ".join(module_shapes(model.config))
+        raise UserError(f"--targets names {unknown[0]!r}, which no block has; choose among {known}")
+    encode = partial(
+        tokens.encode,
+        model.tokenizer,
+        template=data.template,
+        max_length=data.max_length,
+        max_response=data.max_response,
+    )
+    asked = test_rows(split)
+    test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
+    train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
+    strategy = STRATEGIES[config.strategy]()
+    update = client.make_client_update(model.config, config.lora, config.local)
+    rate = partial(client.learning_rate, config.local, config.rounds.rounds)
+    at_once = config.compute.lanes_at_once or (1 if jax.default_backend() == "cpu" else None)
+    return Prepared(config, model, dataset, split, train, test, strategy, make_round(strategy, update, rate, at_once))
+
+
+def columns(pairs: Sequence[str]) -> dict[str, str]:
+    """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
+    mapping = dict(pair.partition("=")[::2] for pair in pairs)
+    odd = [name for name, column in mapping.items() if name not in Row._fields or not column]
+    if odd:
+        raise UserError(f"--columns has {odd[0]!r}; expected instruction=NAME, output=NAME or task=NAME")
+    return mapping
+
+
+def test_rows(split: Partition) -> list[int]:
+    """The test rows anybody is asked about, in order."""
+    return sorted({row for held in split.clients for row in held.test} | set(split.mix))
+
+
+def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.ndarray:
+    """Embeddings float32 [row, width]: the training rows of client 0, 1, ..., then `test_rows`."""
+    rows = [prepared.dataset.train[i] for held in prepared.partition.clients for i in held.train]
+    rows += [prepared.dataset.test[i] for i in test_rows(prepared.partition)]
+    return embed_texts(prepared, [row.instruction for row in rows], advance)
+
+
+def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lambda rows: None) -> np.ndarray:
+    """Embeddings float32 [text, width] by the config's recipe."""
+    config, model = prepared.config, prepared.model
+    ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
+    at_once = config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 16)
+    depth = routing.RECIPES[config.cluster.recipe].depth
+    return embed.embed(model.config, model.params, ids, depth, at_once, advance)
+
+
+def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:
+    """Local and global clusters, or one cluster a client where the strategy does not cluster."""
+    rows = [len(held.train) for held in prepared.partition.clients]
+    if not prepared.strategy.clusters:
+        return routing.one_cluster_each(rows)
+    config, tasks = prepared.config, prepared.partition.tasks
+    held = {"single": 1, "dual": min(2, len(tasks)), "all": len(tasks)}[config.data.scenario]
+    local = held if config.cluster.local_clusters is None else config.cluster.local_clusters or None
+    total = len(tasks) if config.cluster.global_clusters is None else config.cluster.global_clusters or None
+    ends = np.cumsum(rows)
+    clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
+    return routing.enrol(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
+
+
+def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
+    """The state before round 1: every slot holds the same fresh adapter."""
+    config, decoder = prepared.config, prepared.model.config
+    shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.lora.targets}
+    fresh = lora.init(jax.random.key(config.seed), shapes, decoder.layers, config.lora.rank)
+    return prepared.strategy.init({"main": fresh}, enrolment)
+
+
+def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[tokens.Tokens]]]:
+    """Encoded rows by [client][local cluster]."""
+    clusters = range(enrolment.table.shape[1])
+    return [
+        [[row for row, label in zip(rows, enrolment.labels[c], strict=False) if label == k] for k in clusters]
+        for c, rows in enumerate(prepared.train)
+    ]
+
+
+def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:
+    """The lanes and batches of round t (1..T), as numpy."""
+    config = prepared.config
+    sizes = np.array([[len(cluster) for cluster in held] for held in rows])
+    work = schedule.lanes(sizes, t, config.rounds, config.seed)
+    time, predicted = pack_shape(prepared)
+    batch = schedule.batches(work, rows, t, config.local.steps, config.local.batch, time, predicted, config.seed)
+    return work, batch
+
+
+def pack_shape(prepared: Prepared) -> tuple[int, int]:
+    """The static (tokens, response tokens) of a training pack: the longest row fits, and half a pack of answers."""
+    everything = [row for held in prepared.train for row in held]
+    time = embed.pack_length(max(row.length for row in everything))
+    return time, max(time // 2, max(len(row.response) for row in everything))
+
+
+def train_round(
+    prepared: Prepared, state: FederationState, work: Work, batch: packing.Batch
+) -> tuple[FederationState, dict]:
+    """One round: the new state (the old one is donated) and a JSON-ready record of what happened."""
+    config, before = prepared.config, clock.perf_counter()
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    state, info = prepared.round(state, prepared.model.params, work, batch, key)
+    loss = np.asarray(info.loss)
+    seconds = clock.perf_counter() - before
+    size = bank_lib.wire_bytes(prepared.strategy.owners, state.bank)
+    trained = work.weight > 0
+    lanes = [
+        {
+            "client": int(work.client[i]),
+            "cluster": int(work.cluster[i]),
+            "weight": float(work.weight[i]),
+            "loss": [float(value) for value in loss[i]],
+            **({"rejected": "not finite"} if info.rejected[i] else {}),
+        }
+        for i in np.flatnonzero(trained)
+    ]
+    clients = len(set(work.client[trained].tolist()))
+    return state, {
+        "round": int(state.round),
+        "loss": float(loss[trained].mean()),
+        "learning_rate": float(info.learning_rate),
+        "seconds": round(seconds, 3),
+        "bytes_up": len(lanes) * size,
+        "bytes_down": len(lanes) * size,
+        "optimiser_steps_per_client": config.local.steps * len(lanes) / clients,
+        "adapters_per_client": len(lanes) / clients,
+        "tokens": int((batch.rows.packs.segments > 0).sum()),
+        "lanes": lanes,
+    }
+
+
+def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
+    """Training rows of each task in each slot, int [task, slot]."""
+    tasks = prepared.partition.tasks
+    counts = np.zeros((len(tasks), enrolment.clusters), int)
+    for number, held in enumerate(prepared.partition.clients):
+        for i, label in zip(held.train, enrolment.labels[number], strict=False):
+            counts[tasks.index(prepared.dataset.train[i].task), enrolment.table[number, label]] += 1
+    return counts
+
+
+def matched(counts: np.ndarray) -> float:
+    """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
+    rows, cols = linear_sum_assignment(counts, maximize=True)
+    return float(counts[rows, cols].sum() / counts.sum())
+
+
+def questions(
+    prepared: Prepared,
+    state: FederationState,
+    enrolment: routing.Enrolment,
+    embeddings: np.ndarray | None,
+    with_base: bool,
+) -> list[evaluate.Question]:
+    """Who is asked what, and which adapter answers."""
+    config, split = prepared.config, prepared.partition
+    asked = {row: place for place, row in enumerate(test_rows(split))}
+    where = None if embeddings is None else embeddings[-len(asked) :]
+    task_slot = slot_tasks(prepared, enrolment).argmax(axis=1)
+
+    def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[evaluate.Question]:
+        clients = jnp.asarray([c for c, _ in pairs])
+        if mode == "oracle" and prepared.strategy.clusters:
+            tasks = [split.tasks.index(prepared.dataset.test[row].task) for _, row in pairs]
+            weights = np.eye(enrolment.clusters)[task_slot[tasks]]
+        else:
+            points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
+            weights = np.asarray(prepared.strategy.route(state, clients, points, mode))
+        return [
+            evaluate.Question(part, c, row, tuple(weight))
+            for (c, row), weight in zip(pairs, weights.tolist(), strict=True)
+        ]
+
+    own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
+    mix = [(c, row) for c in range(len(split.clients)) for row in split.mix]
+    found = routed("personalised", own, config.evaluation.personalised_routing)
+    found += routed("generalisation", mix, config.evaluation.generalisation_routing)
+    if with_base:
+        nobody = (0.0,) * len(found[0].weights)
+        found += [evaluate.Question("base", c, row, nobody) for c, row in own]
+        found += [evaluate.Question("base_generalisation", c, row, nobody) for c, row in mix]
+    return found
+
+
+def answer(
+    prepared: Prepared,
+    state: FederationState,
+    prompts: list[list[int]],
+    weights: np.ndarray,
+    advance: Advance = lambda rows: None,
+) -> list[str]:
+    """Greedy answers; `weights` [prompt, slot] over the adapters of the bank."""
+    config, model = prepared.config, prepared.model
+    ids = generate.generate(
+        model.config,
+        model.params,
+        prompts,
+        lora.concatenate(state.bank["main"]),
+        np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora)),
+        stop=model.tokenizer.eos_token_id,
+        new_tokens=config.data.max_response,
+        rows_at_once=config.compute.rows_at_once,
+        advance=advance,
+    )
+    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def evaluate_state(
+    prepared: Prepared,
+    state: FederationState,
+    enrolment: routing.Enrolment,
+    embeddings: np.ndarray | None,
+    with_base: bool,
+    advance: Callable[[int, int], None] = lambda rows, total: None,
+) -> Evaluation:
+    """Score every question; `advance(rows, total)` is called as answers arrive."""
+    asked = questions(prepared, state, enrolment, embeddings, with_base)
+    pairs, places = evaluate.distinct(asked)
+    prompts = [prepared.test[row].prompt for row, _ in pairs]
+    texts = answer(prepared, state, prompts, np.array([w for _, w in pairs]), lambda rows: advance(rows, len(pairs)))
+    rows = prepared.dataset.test
+    per_pair = [evaluate.rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
+    scored = [per_pair[place] for place in places]
+    scores = evaluate.summary(asked, [rows[q.row].task for q in asked], scored)
+    if prepared.strategy.clusters:
+        counts = slot_tasks(prepared, enrolment)
+        names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
+        for part in ("personalised", "generalisation"):
+            right = [names[int(np.argmax(q.weights))] == rows[q.row].task for q in asked if q.part == part]
+            scores[part]["routing_accuracy"] = float(np.mean(right))
+    records = [
+        {
+            "part": q.part,
+            "client": q.client,
+            "row": q.row,
+            "task": rows[q.row].task,
+            "slot": int(np.argmax(q.weights)) if any(q.weights) else None,
+            "instruction": rows[q.row].instruction,
+            "reference": rows[q.row].output,
+            "answer": texts[place],
+            **{metric: round(value, 6) for metric, value in score.items()},
+        }
+        for q, place, score in zip(asked, places, scored, strict=True)
+    ]
+    return Evaluation(scores, records)

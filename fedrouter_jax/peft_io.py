@@ -1,0 +1,122 @@
+"""Adapters and the router as files that other tools load: PEFT folders, safetensors, JSON. Never pickle.
+
+A PEFT folder stores `lora_A` as [rank, in] and `lora_B` as [out, rank], transposed from here, one tensor a layer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.models import DecoderConfig, module_shapes
+from fedrouter_jax.routing import Router
+from fedrouter_jax.types import LoRA
+
+BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+         "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}  # fmt: skip
+
+
+def tensor_name(layer: int, module: str, side: str) -> str:
+    """PEFT's key of one tensor; `side` is "A" or "B"."""
+    return f"base_model.model.model.layers.{layer}.{BLOCK[module]}.{module}.lora_{side}.weight"
+
+
+def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) -> None:
+    """One adapter (leaves [layer, in, rank] and [layer, rank, out]) as a PEFT folder for the model `base_name`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        tensor_name(layer, module, side): np.ascontiguousarray(np.asarray(stacked[layer]).T)
+        for side, leaves in (("A", lora.a), ("B", lora.b))
+        for module, stacked in leaves.items()
+        for layer in range(stacked.shape[0])
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(config.targets),
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    _write_json(folder / "adapter_config.json", description)
+
+
+def read_adapter(folder: Path, decoder: DecoderConfig) -> tuple[LoRA, LoRAConfig]:
+    """A PEFT folder as float32 LoRA of this decoder. Raises `UserError` for what this project cannot represent."""
+    raw = _read_json(folder / "adapter_config.json")
+    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern",
+                                   "layers_to_transform") if raw.get(key)]  # fmt: skip
+    if raw.get("peft_type") != "LORA" or unsupported or raw.get("bias", "none") != "none":
+        odd = unsupported[0] if unsupported else f"peft_type {raw.get('peft_type')!r}, bias {raw.get('bias')!r}"
+        raise UserError(f"{folder}: an adapter with {odd} is not plain LoRA; export it merged to plain LoRA first")
+    targets = raw.get("target_modules")
+    shapes = module_shapes(decoder)
+    if not isinstance(targets, list) or not targets or set(targets) - set(shapes):
+        raise UserError(f"{folder}: target_modules is {targets!r}; expected a list among {', '.join(shapes)}")
+    config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)))
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/adapter_model.safetensors: not readable ({error}); copy it again") from None
+
+    def stack(module: str, side: str, shape: tuple[int, int]) -> np.ndarray:
+        layers = []
+        for layer in range(decoder.layers):
+            name = tensor_name(layer, module, side)
+            if name not in tensors or tensors[name].shape != shape:
+                found = f"of shape {tensors[name].shape}" if name in tensors else "absent"
+                raise UserError(f"{folder}: tensor {name} is {found}, expected {shape}; is it of another base model?")
+            layers.append(tensors.pop(name).T.astype(np.float32))
+        return jnp.asarray(np.stack(layers))
+
+    a = {module: stack(module, "A", (config.rank, shapes[module][0])) for module in config.targets}
+    b = {module: stack(module, "B", (shapes[module][1], config.rank)) for module in config.targets}
+    if tensors:
+        raise UserError(f"{folder}: tensor {next(iter(tensors))} is unknown here; is it of another base model?")
+    return LoRA(a, b), config
+
+
+def write_router(folder: Path, router: Router, description: dict) -> None:
+    """Centroids and standardisation (float32 safetensors), and `router.json`: how a text becomes an embedding."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(value, np.float32) for name, value in router._asdict().items() if name != "unit"}
+    save_file(tensors, folder / "router.safetensors")
+    _write_json(folder / "router.json", {**description, "unit_length": bool(router.unit)})
+
+
+def read_router(folder: Path) -> tuple[Router, dict]:
+    """The router and its description, as `write_router` wrote them."""
+    description = _read_json(folder / "router.json")
+    try:
+        tensors = load_file(folder / "router.safetensors")
+        router = Router(**{name: jnp.asarray(tensors[name]) for name in ("centroids", "mean", "deviation")},
+                        unit=jnp.asarray(description["unit_length"]))  # fmt: skip
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{folder}: no complete router ({error}); export the run again") from None
+    return router, description
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); expected a file that export or PEFT wrote") from None

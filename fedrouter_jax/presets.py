@@ -1,0 +1,64 @@
+"""Named experiments: functions from nothing to a config. Every field can still be set on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedrouter_jax.client import LocalConfig
+from fedrouter_jax.config import ComputeConfig, Config, DataConfig, EvaluationConfig
+from fedrouter_jax.data.scenarios import Scenario
+from fedrouter_jax.data.schedule import RoundConfig
+
+
+def smoke() -> Config:
+    """A tiny random model on synthetic rows: seconds, to see that everything works. Its scores mean nothing."""
+    return Config(
+        model="tiny",
+        data=DataConfig(
+            clients=4, train_rows=24, test_rows=8, mix_rows=8, template="short", max_length=320, max_response=24
+        ),
+        rounds=RoundConfig(rounds=3),
+        local=LocalConfig(steps=2, batch=4, learning_rate=5e-3),
+        evaluation=EvaluationConfig(evaluate_at=(1,)),
+    )
+
+
+def demo() -> Config:
+    """SmolLM2-135M on synthetic rows, small enough for two CPU cores: minutes."""
+    return Config(
+        data=DataConfig(
+            clients=4, train_rows=60, test_rows=16, mix_rows=32, template="short", max_length=192, max_response=32
+        ),
+        rounds=RoundConfig(rounds=6),
+        local=LocalConfig(steps=3, batch=4, learning_rate=2e-3, min_learning_rate=2e-4),
+        evaluation=EvaluationConfig(evaluate_at=()),
+    )
+
+
+def flan4(scenario: Scenario) -> Config:
+    """The paper's budget (FedRouter, arXiv 2604.00050) on rows of its four tasks; give the rows with --data."""
+    return Config(
+        data=DataConfig(data="flan4", scenario=scenario),
+        evaluation=EvaluationConfig(evaluate_at=(3, 10)),
+    )
+
+
+def flan4_cpu(scenario: Scenario) -> Config:
+    """`flan4` at a budget for two CPU cores: an hour or so."""
+    full = flan4(scenario)
+    return replace(
+        full,
+        data=replace(full.data, train_rows=150, test_rows=24, mix_rows=48, max_length=384, max_response=64),
+        rounds=RoundConfig(rounds=10),
+        local=LocalConfig(steps=4, batch=8, learning_rate=2e-3),
+        evaluation=EvaluationConfig(evaluate_at=()),
+        compute=ComputeConfig(),
+    )
+
+
+PRESETS = {
+    "smoke": smoke,
+    "demo": demo,
+    **{f"flan4-{name}": lambda name=name: flan4(name) for name in ("single", "dual", "all")},
+    **{f"flan4-{name}-cpu": lambda name=name: flan4_cpu(name) for name in ("single", "dual", "all")},
+}

@@ -1,0 +1,227 @@
+"""Clusters and routing: from embedded rows to local clusters, global centroids, and the adapter of a text.
+
+Talasso et al., arXiv 2604.00050, section 4. Clustering happens once, at enrolment; only sums, centres and counts
+leave a client, never rows. The "standardised" recipe is ours: with more than a handful of tasks the paper's raw
+last-layer embeddings lose a third of the rows, while inner-layer embeddings, standardised over the federation and
+scaled to unit length, keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrouter_jax import kmeans
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.types import Array
+
+RecipeName = Literal["standardised", "paper"]
+Mode = Literal["local", "global", "oracle"]
+
+
+class Recipe(NamedTuple):
+    """How a text becomes a point to cluster."""
+
+    depth: float | None  # share of the blocks to run; None: all of them and the final norm
+    standardise: bool  # every dimension over all rows of the federation, then rows to unit length
+    restarts: int  # K-Means starts
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "paper": Recipe(depth=None, standardise=False, restarts=1),
+    "standardised": Recipe(depth=5 / 6, standardise=True, restarts=20),
+}
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Local clustering on clients, global clustering on the server."""
+
+    recipe: RecipeName = "standardised"
+    """How texts are embedded: "paper" (last layer, raw, one K-Means start) or "standardised" (see docs/design.md)."""
+    local_clusters: int | None = None
+    """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0: by silhouette."""
+    global_clusters: int | None = None
+    """Global clusters n_g; by default the number of tasks in the data. 0: by silhouette."""
+    max_clusters: int = 10
+    """Largest number of clusters the silhouette may choose; it cannot choose 1."""
+
+
+class Router(NamedTuple):
+    """All that is needed to send an embedded text to a slot; an artefact of its own."""
+
+    centroids: Array  # float32 [slot, width], in prepared space
+    mean: Array  # float32 [width]: subtracted
+    deviation: Array  # float32 [width]: divided by
+    unit: Array  # bool []: rows are then scaled to unit length
+
+
+class Enrolment(NamedTuple):
+    """What clustering found. `labels` stays on the clients; the rest is the server's."""
+
+    table: Array  # int32 [client, cluster]: slot of each local cluster, -1 where empty
+    clusters: int  # slots of cluster-owned adapters
+    router: Router | tuple  # () when nothing was clustered
+    labels: np.ndarray  # int32 [client, row]: local cluster of each training row, -1 for padding
+    silhouettes: dict[str, dict[int, float]]  # {"local 0" | ... | "global": {k: score}} where k was chosen
+
+
+def prepare(router: Router, embeddings: Array) -> Array:
+    """Embeddings `[row, width]` as points of the router's space."""
+    points = (embeddings - router.mean) / router.deviation
+    length = jnp.linalg.norm(points, axis=-1, keepdims=True)
+    return jnp.where(router.unit, points / jnp.maximum(length, 1e-12), points)
+
+
+def nearest(router: Router, embeddings: Array, candidates: Array | None = None) -> tuple[Array, Array]:
+    """The nearest candidate centroid of each row, int32 [row], and Euclidean distances to all, [row, slot].
+
+    `candidates` is bool [row, slot] (None: all). Ties go to the lowest slot.
+    """
+    points = prepare(router, embeddings)
+    distances = jnp.linalg.norm(points[:, None] - router.centroids[None], axis=-1)
+    allowed = distances if candidates is None else jnp.where(candidates, distances, jnp.inf)
+    return jnp.argmin(allowed, axis=-1).astype(jnp.int32), distances
+
+
+def candidates(table: Array, clients: Array, clusters: int, mode: Mode) -> Array:
+    """Which slots a client's text may go to, bool [row, slot]: all ("global") or its own clusters' ("local")."""
+    if mode == "global":
+        return jnp.ones((len(clients), clusters), bool)
+    return jax.nn.one_hot(table[clients], clusters, dtype=bool).any(axis=1)
+
+
+def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [width] over all clients' rows, from each client's count, sums and squared sums.
+
+    The sums are taken about a common origin (the first client's mean) in float64: a few dimensions of a language
+    model's states are thousands of times larger than their spread. A constant dimension gets deviation 1.
+    """
+    origin = embeddings[0].astype(np.float64).mean(axis=0)
+    reports = [
+        (len(rows), (rows - origin).sum(axis=0), np.square(rows - origin).sum(axis=0))
+        for rows in (client.astype(np.float64) for client in embeddings)
+    ]
+    count, total, squares = (sum(part) for part in zip(*reports, strict=True))
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, 0)
+    deviation = np.where(variance > 1e-12 * (origin + mean) ** 2, np.sqrt(variance), 1.0)
+    return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
+
+
+def one_cluster_each(rows: Sequence[int]) -> Enrolment:
+    """The enrolment of strategies that do not cluster: every client is one local cluster. `rows`: rows per client."""
+    labels = np.where(np.arange(max(rows))[None] < np.asarray(rows)[:, None], 0, -1).astype(np.int32)
+    return Enrolment(jnp.zeros((len(rows), 1), jnp.int32), 1, (), labels, {})
+
+
+def enrol(
+    key: Array, embeddings: Sequence[np.ndarray], config: ClusterConfig, local: int | None, total: int | None
+) -> Enrolment:
+    """Cluster each client's rows, then the server's centres (all float32; one array [row, width] a client).
+
+    `local` and `total` are n_l and n_g; None lets the silhouette choose, for each client on its own and on the server.
+    Raises `UserError` for counts that the rows cannot fill.
+    """
+    recipe = RECIPES[config.recipe]
+    points, present, router = _shared_space(embeddings, recipe)
+    local_key, local_choice, global_key, global_choice = jax.random.split(key, 4)
+
+    few = min(len(rows) for rows in embeddings)
+    silhouettes: dict[str, dict[int, float]] = {}
+    counts = np.full(len(embeddings), local or 0)
+    if local is None:
+        client_keys = jax.random.split(local_choice, len(embeddings))
+        counts = _choose(silhouettes, "local", client_keys, points, present, config.max_clusters, recipe.restarts)
+    elif not 1 <= local <= few:
+        client = min(range(len(embeddings)), key=lambda c: len(embeddings[c]))
+        raise UserError(
+            f"client {client} has {few} rows but {local} local clusters were asked for; "
+            "lower --local-clusters or raise --train-rows"
+        )
+    keys = jax.random.split(local_key, len(embeddings))
+    centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
+
+    flat, weight = centres.reshape(-1, centres.shape[-1]), filled.reshape(-1).astype(jnp.float32)
+    available = int(weight.sum())
+    if total is None:
+        total = int(
+            _choose(
+                silhouettes, "global", global_choice[None], flat[None], weight[None] > 0, config.max_clusters,
+                recipe.restarts,
+            )[0]
+        )  # fmt: skip
+    elif not 1 <= total <= available:
+        raise UserError(
+            f"{total} global clusters were asked for but the clients found {available} local centres; "
+            "lower --global-clusters, or raise --local-clusters or --clients"
+        )
+    fit = kmeans.fit(global_key, flat, total, weight=weight, restarts=recipe.restarts)
+    table = jnp.where(filled, fit.labels.reshape(filled.shape), -1)
+    return Enrolment(
+        table.astype(jnp.int32),
+        total,
+        router._replace(centroids=fit.centers),
+        labels,
+        silhouettes,
+    )
+
+
+def _shared_space(embeddings: Sequence[np.ndarray], recipe: Recipe) -> tuple[Array, Array, Router]:
+    """Clients' rows prepared and padded: points [client, row, width], present [client, row]; and the router."""
+    width = embeddings[0].shape[1]
+    mean, deviation = statistics(embeddings) if recipe.standardise else (np.zeros(width), np.ones(width))
+    router = Router(
+        jnp.zeros((0, width)),
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(deviation, jnp.float32),
+        jnp.asarray(recipe.standardise),
+    )
+    most = max(len(rows) for rows in embeddings)
+    points = jnp.stack([_pad(prepare(router, jnp.asarray(rows)), most) for rows in embeddings])
+    present = jnp.arange(most)[None] < jnp.asarray([len(rows) for rows in embeddings])[:, None]
+    return points, present, router
+
+
+def _fit_clients(keys, points, present, counts: np.ndarray, restarts: int) -> tuple[Array, Array, np.ndarray]:
+    """Local K-Means, vmapped over clients that share a k: centres [client, k, width], filled [client, k], labels."""
+    clients, rows, width = points.shape
+    centres = np.zeros((clients, int(max(counts)), width), np.float32)
+    filled = np.zeros(centres.shape[:2], bool)
+    labels = np.zeros((clients, rows), np.int32)
+    for k in np.unique(counts):
+        here = np.flatnonzero(counts == k)
+
+        def fit(key, x, present, k=int(k)):
+            return kmeans.fit(key, x, k, weight=present.astype(jnp.float32), restarts=restarts)
+
+        found = jax.jit(jax.vmap(fit))(keys[here], points[here], present[here])
+        centres[here, :k], filled[here, :k], labels[here] = found.centers, found.counts > 0, found.labels
+    return jnp.asarray(centres), jnp.asarray(filled), labels
+
+
+def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
+    """The k of highest silhouette for each client (leading axis); scores go to `record`."""
+    few = int(jnp.min(jnp.sum(present, axis=1)))
+    ks = tuple(range(2, min(most, few - 1) + 1))
+    if not ks:
+        raise UserError(f"the silhouette needs at least 3 {name} points to choose from, found {few}; give the count")
+
+    def one(key, rows, here):
+        return kmeans.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
+
+    scores, best = jax.lax.map(lambda inputs: one(*inputs), (keys, points, present))
+    for number, row in enumerate(np.asarray(scores)):
+        label = name if name == "global" else f"{name} {number}"
+        record[label] = {k: float(score) for k, score in zip(ks, row, strict=True)}
+    return np.asarray(ks)[np.asarray(best)]
+
+
+def _pad(rows: Array, to: int) -> Array:
+    """Zeros appended to the leading axis up to length `to`."""
+    return jnp.pad(rows, [(0, to - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])

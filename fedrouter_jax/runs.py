@@ -1,0 +1,299 @@
+"""The run directory: what an experiment keeps, written so that it can be killed at any moment and resumed.
+
+    config.json      rounds.jsonl     clusters.json     embeddings.npy     checkpoints/
+    scores.json      predictions.jsonl     timings.json     adapters/     router/     report.md     plots/
+
+A round's line is written before its checkpoint: on resume, lines past the checkpoint are dropped and done again.
+Whole files appear at once (written beside, then renamed).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time as clock
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrouter_jax import checkpoint, experiment, peft_io, routing
+from fedrouter_jax import config as config_lib
+from fedrouter_jax.config import Config
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.experiment import Prepared
+from fedrouter_jax.routing import Enrolment
+from fedrouter_jax.types import FederationState, LoRA
+
+Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
+
+
+class Loaded(NamedTuple):
+    """A run as far as it got."""
+
+    prepared: Prepared
+    enrolment: Enrolment
+    state: FederationState
+    embeddings: np.ndarray | None
+
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """The `Track` that shows nothing."""
+    yield lambda rows, note="": None
+
+
+def claim(out: Path, config: Config) -> None:
+    """Make `out` the directory of this config; raises `UserError` when it holds another run."""
+    config_lib.check(config)
+    path = out / "config.json"
+    if path.exists():
+        if config_lib.load(path) != config:
+            raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")
+        raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
+    write(path, config_lib.to_json(config))
+
+
+def run(config: Config, out: Path, track: Track = silent) -> dict:
+    """A new run to its end; returns its scores."""
+    claim(out, config)
+    return proceed(out, track)
+
+
+def proceed(out: Path, track: Track = silent) -> dict:
+    """Continue the run in `out` from wherever it stands to its end; returns its scores."""
+    timings = {"started": clock.perf_counter()}
+    prepared, enrolment, state, embeddings = load(out, track, timings)
+    state = train(out, prepared, enrolment, state, embeddings, track)
+    if not (out / "scores.json").exists():
+        before = clock.perf_counter()
+        result = score(prepared, enrolment, state, embeddings, True, track)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
+        write(out / "predictions.jsonl", lines)
+        write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
+        timings["evaluate"] = clock.perf_counter() - before
+    export(Loaded(prepared, enrolment, state, embeddings), out)
+    begun = timings.pop("started")
+    if not (out / "timings.json").exists():
+        timings = {"total": clock.perf_counter() - begun, **timings}
+        record = {name: round(seconds, 3) for name, seconds in timings.items()}
+        write(
+            out / "timings.json", json.dumps({"device": str(jax.devices()[0].device_kind), **record}, indent=2) + "\n"
+        )
+    return json.loads((out / "scores.json").read_text(encoding="utf-8"))
+
+
+def load(out: Path, track: Track = silent, timings: dict | None = None) -> Loaded:
+    """Read what is there of a run, and make what is missing up to round 0."""
+    timings = {} if timings is None else timings
+    prepared = experiment.prepare(config_lib.load(out / "config.json"))
+    before = clock.perf_counter()
+    embeddings = _embeddings(out, prepared, track)
+    timings["embed"] = clock.perf_counter() - before
+    before = clock.perf_counter()
+    done = checkpoint.latest(out / "checkpoints")
+    if done is None:
+        enrolment = experiment.enroll(prepared, embeddings)
+        write(out / "clusters.json", json.dumps(describe_clusters(prepared, enrolment)) + "\n")
+        state = experiment.start(prepared, enrolment)
+        checkpoint.save(out / "checkpoints", 0, state)
+    else:
+        enrolment = _read_clusters(out, prepared)
+        state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
+    timings["cluster"] = clock.perf_counter() - before
+    return Loaded(prepared, enrolment, state, embeddings)
+
+
+def train(
+    out: Path,
+    prepared: Prepared,
+    enrolment: Enrolment,
+    state: FederationState,
+    embeddings: np.ndarray | None,
+    track: Track,
+) -> FederationState:
+    """The remaining rounds. The next round's batches are packed while this one trains."""
+    config, done = prepared.config, int(state.round)
+    rows = experiment.members(prepared, enrolment)
+    log = out / "rounds.jsonl"
+    write(log, "".join(line + "\n" for line in _lines(log)[:done]))
+    last = config.rounds.rounds
+    if done >= last:
+        return state
+    with track("training", last) as advance, ThreadPoolExecutor(1) as packer:
+        advance(done)
+        upcoming = packer.submit(experiment.round_inputs, prepared, rows, done + 1)
+        for t in range(done + 1, last + 1):
+            work, batch = upcoming.result()
+            if t < last:
+                upcoming = packer.submit(experiment.round_inputs, prepared, rows, t + 1)
+            state, record = experiment.train_round(prepared, state, work, batch)
+            if t in config.evaluation.evaluate_at and t < last:
+                record["scores"] = score(prepared, enrolment, state, embeddings, False, track).scores
+            append(log, json.dumps(record) + "\n")
+            if t % config.compute.checkpoint_every == 0 or t == last:
+                checkpoint.save(out / "checkpoints", t, state)
+            advance(1, f"loss {record['loss']:.3f}")
+    return state
+
+
+def score(
+    prepared: Prepared,
+    enrolment: Enrolment,
+    state: FederationState,
+    embeddings: np.ndarray | None,
+    with_base: bool,
+    track: Track,
+) -> experiment.Evaluation:
+    """Evaluate with a progress bar."""
+    asked = experiment.questions(prepared, state, enrolment, embeddings, with_base)
+    total = len(experiment.evaluate.distinct(asked)[0])
+    with track("answering", total) as advance:
+        return experiment.evaluate_state(prepared, state, enrolment, embeddings, with_base, advance)
+
+
+def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
+    """`clusters.json`: who holds which rows, in which local and global cluster, and how well that matches the tasks."""
+    tasks, table = prepared.partition.tasks, np.asarray(enrolment.table)
+    clients, right, total = [], 0.0, 0
+    for number, held in enumerate(prepared.partition.clients):
+        labels = enrolment.labels[number][: len(held.train)]
+        names = [prepared.dataset.train[i].task for i in held.train]
+        counts = np.zeros((len(tasks), table.shape[1]), int)
+        np.add.at(counts, ([tasks.index(name) for name in names], labels), 1)
+        right, total = right + experiment.matched(counts) * len(names), total + len(names)
+        clients.append(
+            {
+                "client": number,
+                "rows": held.train,
+                "tasks": names,
+                "local": labels.tolist(),
+                "global": table[number, labels].tolist(),
+            }
+        )
+    counts = experiment.slot_tasks(prepared, enrolment)
+    clustered = prepared.strategy.clusters
+    width, size = prepared.model.config.width, 4
+    standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
+    statistics = len(clients) * (2 * width + 1) * size if clustered and standardised else 0
+    return {
+        "tasks": tasks,
+        "clustered": clustered,
+        "recipe": prepared.config.cluster.recipe if clustered else None,
+        "clusters": enrolment.clusters,
+        "table": table.tolist(),
+        "slot_tasks": [tasks[i] for i in counts.argmax(axis=0)],
+        "accuracy": {"local": right / total, "global": experiment.matched(counts)} if clustered else None,
+        "silhouettes": enrolment.silhouettes,
+        "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
+        "bytes_down": len(clients) * (enrolment.clusters + 2 * standardised) * width * size if clustered else 0,
+        "clients": clients,
+    }
+
+
+def export(loaded: Loaded, to: Path) -> None:
+    """PEFT folders under `to/adapters`, and the router, if there is one, under `to/router`."""
+    prepared, enrolment, state, _ = loaded
+    config, model = prepared.config, prepared.model
+    bank = state.bank["main"]
+    names = adapter_names(prepared, state)
+    for slot, name in enumerate(names):
+        one = LoRA({m: a[slot] for m, a in bank.a.items()}, {m: b[slot] for m, b in bank.b.items()})
+        peft_io.write_adapter(to / "adapters" / name, one, config.lora, model.base_name)
+    if prepared.strategy.clusters:
+        recipe = routing.RECIPES[config.cluster.recipe]
+        description = {
+            "base_model": model.base_name,
+            "base_fingerprint": model.fingerprint,
+            "dtype": config.dtype,
+            "recipe": config.cluster.recipe,
+            "layers": model.config.layers if recipe.depth is None else round(recipe.depth * model.config.layers),
+            "final_norm": recipe.depth is None,
+            "pooling": "mean over tokens",
+            "text": "the bare instruction, no template",
+            "max_length": config.data.max_length,
+            "metric": "euclidean",
+            "adapters": names,
+            "tasks": describe_clusters(prepared, enrolment)["slot_tasks"],
+        }
+        peft_io.write_router(to / "router", state.memory, description)
+
+
+def adapter_names(prepared: Prepared, state: FederationState) -> list[str]:
+    """The name of each slot's adapter, such as "cluster_0"."""
+    slots = next(iter(state.bank["main"].a.values())).shape[0]
+    return [f"{prepared.strategy.owners['main']}_{slot}" for slot in range(slots)]
+
+
+def _embeddings(out: Path, prepared: Prepared, track: Track) -> np.ndarray | None:
+    """Embeddings of the run's rows, computed once."""
+    if not prepared.strategy.clusters:
+        return None
+    path = out / "embeddings.npy"
+    if not path.exists():
+        rows = sum(len(held.train) for held in prepared.partition.clients)
+        with track("embedding", rows + len(experiment.test_rows(prepared.partition))) as advance:
+            found = experiment.embed_rows(prepared, advance)
+        with guarded(path):
+            beside = path.with_suffix(".tmp")
+            with beside.open("wb") as file:
+                np.save(file, found, allow_pickle=False)
+            os.replace(beside, path)
+    return np.load(path, allow_pickle=False)
+
+
+def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
+    """The enrolment as `clusters.json` has it; the router's numbers are in the checkpoint."""
+    path = out / "clusters.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        labels = [client["local"] for client in raw["clients"]]
+        table, clusters = jnp.asarray(raw["table"], jnp.int32), int(raw["clusters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); delete {out / 'checkpoints'} to enrol again") from None
+    padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
+    for number, row in enumerate(labels):
+        padded[number, : len(row)] = row
+    width = prepared.model.config.width
+    router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
+    return Enrolment(table, clusters, router, padded, raw["silhouettes"])
+
+
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a file; one that a kill cut short is not among them."""
+    if not path.exists():
+        return []
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a whole file at once: it is either the old one or the new one, never half."""
+    with guarded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a log."""
+    with guarded(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, no permission) into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); free space there or choose another --out, then resume"
+        ) from error

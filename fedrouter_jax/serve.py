@@ -1,0 +1,54 @@
+"""Routed answers from a run directory: which adapter a new text goes to, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedrouter_jax import experiment, routing, runs
+from fedrouter_jax.data import tokens
+from fedrouter_jax.data.rows import Row
+from fedrouter_jax.errors import UserError
+
+
+def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
+    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`.
+
+    `client` routes among that client's own clusters (or to its own adapter); None among all. `distances` are to all
+    centroids, empty for strategies without a router.
+    """
+    blank = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
+    if blank is not None or not texts:
+        raise UserError(f"text {blank or 1} to route is empty; give at least one instruction in quotes")
+    loaded = runs.load(run)
+    prepared, state = loaded.prepared, loaded.state
+    data = prepared.config.data
+    if client is not None and not 0 <= client < data.clients:
+        raise UserError(f"--client {client} is not in this run; its clients are 0 to {data.clients - 1}")
+    if client is None and prepared.strategy.name == "local":
+        raise UserError("every client of a local run has its own adapter; say whose with --client")
+    clients = jnp.full(len(texts), client or 0, jnp.int32)
+    embeddings = distances = None
+    if prepared.strategy.clusters:
+        embeddings = jnp.asarray(experiment.embed_texts(prepared, texts))
+        distances = np.asarray(routing.nearest(state.memory, embeddings)[1])
+    mode = "global" if client is None else "local"
+    weights = np.asarray(prepared.strategy.route(state, clients, embeddings, mode))
+    rows = [Row(text, "", "") for text in texts]
+    encoded = tokens.encode(prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response)
+    answers = experiment.answer(prepared, state, [row.prompt for row in encoded], weights)
+    names, tasks = runs.adapter_names(prepared, state), runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
+    return [
+        {
+            "text": text,
+            "adapter": names[slot],
+            "slot": slot,
+            "task": tasks[slot] if prepared.strategy.clusters else "",
+            "distances": [] if distances is None else [float(value) for value in distances[i]],
+            "answer": answers[i],
+        }
+        for i, (text, slot) in enumerate(zip(texts, weights.argmax(axis=1).tolist(), strict=True))
+    ]

@@ -1,0 +1,77 @@
+"""The vocabulary of the project: named tuples and aliases, no computation.
+
+Shapes are written `[axis, axis]`. The axes that recur: `layer` (decoder blocks), `slot` (adapters in the bank),
+`lane` (units of local work in a round), `rank` (LoRA ranks, concatenated over adapters where several are composed),
+`width` (the model's hidden size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Owner = Literal["shared", "cluster", "client"]
+
+
+class LoRA(NamedTuple):
+    """One low-rank adapter, or a stack of them with extra leading axes (Hu et al., ICLR 2022, arXiv 2106.09685).
+
+    A module computes `x W + ((x a) * gate) b`, where the gate of a rank carries `alpha / r`.
+    """
+
+    a: dict[str, Array]  # {module: [layer, in, rank]}
+    b: dict[str, Array]  # {module: [layer, rank, out]}
+
+
+Adapters = dict[str, LoRA]  # the named adapters of one lane, or the bank (each leaf with a leading slot axis)
+
+
+class Work(NamedTuple):
+    """The lanes of one round."""
+
+    client: Array  # int32 [lane]
+    cluster: Array  # int32 [lane]: the client's local cluster
+    weight: Array  # float32 [lane] >= 0: the lane's share in averages
+
+
+class FederationState(NamedTuple):
+    """Everything the server carries from round to round. Structure, shapes and dtypes never change."""
+
+    round: Array  # int32 []: rounds done
+    bank: Adapters  # leaves [slot, ...]
+    table: Array  # int32 [client, cluster]: the slot of each local cluster, -1 where a client has no such cluster
+    memory: PyTree  # what else a strategy keeps, such as the router
+
+
+class RoundInfo(NamedTuple):
+    """What a round reports: scalars per lane, never parameters."""
+
+    loss: Array  # float32 [lane, step]
+    learning_rate: Array  # float32 []
+    rejected: Array  # bool [lane]: the lane's result was not finite and moved nothing
+
+
+class Losses(NamedTuple):
+    """What a lane reports beside its adapters."""
+
+    loss: Array  # float32 [step]: mean cross-entropy over the step's response tokens, before the update
+
+
+# (base params, adapters, batch of one lane, learning rate, key) -> (adapters, losses)
+ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array], tuple[Adapters, Losses]]
+
+
+class Strategy(NamedTuple):
+    """An algorithm: static data and pure functions, as optax.GradientTransformation is."""
+
+    name: str
+    owners: PyTree
+    clusters: bool  # clients split their rows into local clusters
+    init: Callable[..., FederationState]  # (adapters, enrolment) -> state
+    ask: Callable[[FederationState, Work], Adapters]  # leaves [lane, ...]
+    tell: Callable[[FederationState, Work, Adapters], FederationState]
+    route: Callable[..., Array]  # (state, clients [row], embeddings [row, width], mode) -> weights [row, slot]

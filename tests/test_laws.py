@@ -1,0 +1,160 @@
+"""Laws that every strategy obeys, whatever it computes. One test a law, over all strategies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CLIENTS, LOCAL, assert_close, inputs
+
+from fedrouter_jax import bank, client
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.strategies import STRATEGIES, fedit, fedrouter
+from fedrouter_jax.types import LoRA, Losses
+
+KEY = jax.random.key(7)
+every_strategy = pytest.mark.parametrize("strategy", [make() for make in STRATEGIES.values()], ids=lambda s: s.name)
+
+
+def rate(t):
+    return client.learning_rate(LOCAL, 5, t)
+
+
+def nudge(base, adapters, batch, lr, key):
+    """A cheap client update that depends on the lane's key, rows and adapters."""
+    step = jax.random.normal(key) * 0.01 + jnp.sum(batch.rows.labels) * 1e-6
+    return jax.tree.map(lambda leaf: leaf * 0.9 + step, adapters), Losses(batch.count * step)
+
+
+def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
+    """The state after some rounds, and the last info."""
+    run = make_round(strategy, update, rate, at_once)
+    state = strategy.init(federation.adapters, federation.enrolment)
+    for t in range(1, rounds + 1):
+        work, batch = change(*inputs(federation, t, **lanes))
+        state, info = run(state, federation.model.params, work, batch, KEY)
+    return state, info
+
+
+@every_strategy
+def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
+    """All at once, in chunks that do not divide the lanes, one by one: with real training and dropout."""
+    expected, info = play(federation, strategy, federation.update, None)
+    assert np.isfinite(info.loss).all() and info.loss.shape == (CLIENTS, LOCAL.steps)
+    for at_once in (3, 1):
+        found, other = play(federation, strategy, federation.update, at_once)
+        # Adam divides by the gradient's size: where that is nearly zero, the last digit becomes visible.
+        assert_close(found, expected, 5e-4)
+        assert_close(other, info)
+
+
+@every_strategy
+def test_a_jitted_round_is_its_plain_loop(federation, strategy):
+    """The law the round is built on: tell(state, work, [update(lane) for lane in ask(state, work)])."""
+    state = strategy.init(federation.adapters, federation.enrolment)
+    work, batch = inputs(federation, 1)
+    adapters = strategy.ask(state, work)
+    results = []
+    for lane in range(len(work.client)):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, 0), work.client[lane]), work.cluster[lane])
+        own = jax.tree.map(lambda leaf, lane=lane: leaf[lane], (adapters, batch))
+        results.append(federation.update(federation.model.params, *own, rate(1), key)[0])
+    told = strategy.tell(state, work, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))
+    assert_close(play(federation, strategy, federation.update, rounds=1)[0], told, 5e-4)
+
+
+@every_strategy
+def test_permuting_lanes_changes_nothing(federation, strategy):
+    order = np.array([2, 0, 3, 1])
+    shuffled, _ = play(federation, strategy, nudge, change=lambda *round: jax.tree.map(lambda x: x[order], round))
+    assert_close(shuffled, play(federation, strategy, nudge)[0])
+
+
+@every_strategy
+def test_an_update_that_returns_its_input_leaves_the_bank(federation, strategy):
+    def idle(base, adapters, batch, lr, key):
+        return adapters, Losses(jnp.zeros(LOCAL.steps))
+
+    state = strategy.init(federation.adapters, federation.enrolment)
+    assert_close(play(federation, strategy, idle, clusters_per_round=0)[0].bank, state.bank)
+
+
+@every_strategy
+def test_a_lane_of_weight_zero_moves_nothing(federation, strategy):
+    def mute(work, batch):
+        return work._replace(weight=work.weight * (work.client != 1)), batch
+
+    def leave_out(work, batch):
+        return jax.tree.map(lambda x: x[work.client != 1], (work, batch))
+
+    assert_close(
+        play(federation, strategy, nudge, change=mute)[0], play(federation, strategy, nudge, change=leave_out)[0]
+    )
+
+
+@every_strategy
+def test_a_lane_that_is_not_finite_moves_nothing_and_is_reported(federation, strategy):
+    def poison(base, adapters, batch, lr, key):
+        adapters, losses = nudge(base, adapters, batch, lr, key)
+        bad = batch.count[0] < 0
+        return jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), adapters), losses
+
+    def mark(work, batch):
+        count = np.where(work.client[:, None] == 1, -1, batch.count)
+        return work, batch._replace(count=count)
+
+    def mute(work, batch):
+        return work._replace(weight=work.weight * (work.client != 1)), batch
+
+    found, info = play(federation, strategy, poison, change=mark)
+    assert_close(found, play(federation, strategy, nudge, change=mute)[0])
+    assert info.rejected.tolist() == [False, True, False, False]
+
+
+@every_strategy
+def test_structure_never_changes_and_the_second_round_compiles_nothing(federation, strategy):
+    run = make_round(strategy, nudge, rate)
+    state = strategy.init(federation.adapters, federation.enrolment)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    for t in (1, 2, 3):
+        state, _ = run(state, federation.model.params, *inputs(federation, t, participation=0.5), KEY)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == described
+    assert run._cache_size() == 1
+    assert int(state.round) == 3
+
+
+@every_strategy
+def test_client_owned_leaves_never_travel(federation, strategy):
+    """Poison them on the server: what is sent stays clean, and the bytes are those of the rest."""
+    state = strategy.init(federation.adapters, federation.enrolment)
+    spread = bank.spread(strategy.owners, state.bank)
+    poisoned = jax.tree.map(lambda owner, leaf: leaf * (jnp.nan if owner == "client" else 1), spread, state.bank)
+    work, _ = inputs(federation, 1)
+    sent = strategy.ask(state._replace(bank=poisoned), work)
+    sizes = jax.tree.map(
+        lambda owner, leaf: 0 if owner == "client" else leaf[0].nbytes, bank.spread(strategy.owners, sent), sent
+    )
+    clean = jax.tree.map(lambda owner, leaf: owner == "client" or bool(jnp.isfinite(leaf).all()), spread, sent)
+    assert all(jax.tree.leaves(clean))
+    assert bank.wire_bytes(strategy.owners, state.bank) == sum(jax.tree.leaves(sizes))
+
+
+def test_fedrouter_with_one_cluster_is_fedit(federation):
+    one = federation.enrolment._replace(table=jnp.zeros_like(federation.enrolment.table), clusters=1)
+    alone = federation._replace(enrolment=one)
+    found = play(alone, fedrouter(), nudge)[0].bank
+    assert_close(found, play(alone, fedit(), nudge)[0].bank)
+
+
+def test_leaves_of_one_adapter_may_have_different_owners(federation):
+    """A shared, B private (FedSA's owners): each half behaves as its owner says."""
+    owners = {"main": LoRA(a="shared", b="client")}
+    adapters = federation.adapters
+    made = bank.create(owners, adapters, {"shared": 1, "cluster": 3, "client": CLIENTS})
+    lanes = jax.tree.map(lambda leaf: jnp.stack([leaf * 0 + i for i in (1.0, 2.0, 6.0)]), adapters)
+    slots = {"shared": jnp.zeros(3, int), "client": jnp.array([0, 2, 3])}
+    after = bank.scatter_mean(owners, made, slots, lanes, jnp.array([1.0, 1.0, 2.0]))
+    for leaf in jax.tree.leaves(after["main"].a):
+        np.testing.assert_allclose(leaf, np.full_like(leaf, 3.75))
+    for leaf, before in zip(jax.tree.leaves(after["main"].b), jax.tree.leaves(made["main"].b), strict=True):
+        assert [float(leaf[i].ravel()[0]) for i in (0, 2, 3)] == [1.0, 2.0, 6.0]
+        np.testing.assert_array_equal(leaf[1], before[1])

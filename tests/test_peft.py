@@ -1,0 +1,191 @@
+"""PEFT and transformers on torch as oracles: the same adapter, loss, gradients, training and answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_close
+
+from fedrouter_jax import client, lora, peft_io
+from fedrouter_jax.data import packing, schedule, tokens
+from fedrouter_jax.data.rows import Row
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.generate import generate
+from fedrouter_jax.models import hf, hidden_states, logits, module_shapes, tiny_tokenizer
+from fedrouter_jax.types import LoRA, Work
+
+torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
+peft = pytest.importorskip("peft", reason="peft is a development dependency: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers")
+
+CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("down_proj", "k_proj", "q_proj", "v_proj"))
+LOCAL = client.LocalConfig(steps=20, batch=4, learning_rate=5e-3)
+WORDS = "red green blue one two three cat dog sun moon river stone".split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny random Llama, as a torch model and as (config, params) here."""
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(shape).float().eval()
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    return folder, *hf.load_folder(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    """A random adapter with both halves nonzero."""
+    _, decoder, _ = base
+    shapes = {module: module_shapes(decoder)[module] for module in CONFIG.targets}
+    fresh = lora.init(jax.random.key(3), shapes, decoder.layers, CONFIG.rank)
+    keys = iter(jax.random.split(jax.random.key(4), len(fresh.b)))
+    return fresh._replace(b={m: 0.1 * jax.random.normal(next(keys), b.shape) for m, b in fresh.b.items()})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Encoded rows of uneven lengths."""
+    rng = np.random.default_rng(0)
+    texts = [Row(" ".join(rng.choice(WORDS, rng.integers(2, 6))), str(rng.choice(WORDS)), "") for _ in range(24)]
+    return tokens.encode(tiny_tokenizer(), texts, "short", 128, 12)
+
+
+def in_torch(folder, adapter_folder, trainable=False):
+    """The base model with an exported adapter, loaded by PEFT."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, str(adapter_folder), is_trainable=trainable).eval()
+
+
+def torch_loss(model, rows):
+    """The mean cross-entropy over response tokens of a right-padded batch."""
+    longest = max(row.length for row in rows)
+    ids, labels, mask = np.zeros((3, len(rows), longest), np.int64)
+    labels -= 100
+    for i, row in enumerate(rows):
+        ids[i, : row.length] = row.prompt + row.response
+        labels[i, len(row.prompt) : row.length] = row.response
+        mask[i, : row.length] = 1
+    return model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels)).loss
+
+
+def torch_grads(model):
+    """Gradients as `LoRA` leaves, stacked over layers."""
+    named = {name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+
+    def leaf(module, side):
+        names = [peft_io.tensor_name(layer, module, side) for layer in range(2)]
+        return np.stack([named[name].T for name in names])
+
+    return LoRA({m: leaf(m, "A") for m in CONFIG.targets}, {m: leaf(m, "B") for m in CONFIG.targets})
+
+
+def lane(rows, steps, batch):
+    work = Work(np.array([0]), np.array([0]), np.array([1.0], np.float32))
+    packed = schedule.batches(work, [[rows]], 1, steps, batch, 256, 64, 0)
+    order = schedule.draw(len(rows), steps * batch, np.random.default_rng([0, 1, 0, 0]))
+    drawn = [[rows[i] for i in order[step * batch :][:batch]] for step in range(steps)]
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), packed), drawn
+
+
+def test_loss_and_gradients_equal_peft(base, adapter, rows, tmp_path):
+    folder, decoder, params = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, str(folder))
+    model = in_torch(folder, tmp_path, trainable=True)
+    expected = torch_loss(model, rows[:6])
+    expected.backward()
+    packs = packing.batch(rows[:6], 6, 128, 64)
+    assert int(packs.count) > 1  # several packs, so that accumulation over packs is part of the test
+    responses = sum(len(row.response) for row in rows[:6])
+
+    def mean_loss(adapters):
+        per_pack = [
+            client.response_loss(decoder, CONFIG, params, adapters, jax.tree.map(lambda x, i=i: x[i], packs.rows), None)
+            for i in range(int(packs.count))
+        ]
+        return sum(per_pack) / responses
+
+    loss, grads = jax.value_and_grad(mean_loss)({"main": adapter})
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    for found, other in zip(jax.tree.leaves(grads["main"]), jax.tree.leaves(torch_grads(model)), strict=True):
+        assert np.linalg.norm(found - other) <= 1e-5 * np.linalg.norm(other)
+
+
+def test_twenty_steps_of_adamw_equal_torch(base, adapter, rows, tmp_path):
+    folder, decoder, params = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, str(folder))
+    model = in_torch(folder, tmp_path, trainable=True)
+    batch, drawn = lane(rows, LOCAL.steps, LOCAL.batch)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
+    losses = []
+    for step in drawn:
+        optimiser.zero_grad()
+        loss = torch_loss(model, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    update = jax.jit(client.make_client_update(decoder, CONFIG, LOCAL))
+    trained, info = update(params, {"main": adapter}, batch, jnp.float32(2e-3), jax.random.key(0))
+    np.testing.assert_allclose(info.loss, losses, rtol=1e-3)
+    model.save_pretrained(tmp_path / "trained")
+    expected, _ = peft_io.read_adapter(tmp_path / "trained", decoder)
+    for found, other in zip(jax.tree.leaves(trained["main"]), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(found - other) <= 1e-3 * np.linalg.norm(other)
+
+
+def test_an_exported_adapter_gives_our_logits_and_answers_in_peft(base, adapter, rows, tmp_path):
+    folder, decoder, params = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, str(folder))
+    model = in_torch(folder, tmp_path)
+    ids = np.array([row.prompt[:8] for row in rows[:4]])
+    positions = np.broadcast_to(np.arange(8), ids.shape)
+    gates = jnp.full((4, CONFIG.rank), CONFIG.scale)
+    ours = logits(decoder, params, hidden_states(decoder, params, ids, positions, lora=adapter, gates=gates))
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+        with model.disable_adapter():
+            plain = model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    assert np.abs(theirs - plain).max() > 0.1  # the adapter was really loaded
+
+    prompts = [row.prompt for row in rows[:6]]
+    stop = tiny_tokenizer().eos_token_id
+    answers = generate(decoder, params, prompts, adapter, np.tile(gates[:1], (6, 1)), stop=stop, new_tokens=12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False, max_new_tokens=12, eos_token_id=stop, pad_token_id=stop,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        assert answer == (out[: out.index(stop)] if stop in out else out)
+
+
+def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
+    found, config = peft_io.read_adapter(tmp_path, decoder)
+    assert config == CONFIG
+    assert_close(found, adapter, tolerance=0)
+
+
+def test_an_adapter_that_is_not_plain_lora_is_refused(base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
+    path = tmp_path / "adapter_config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"use_dora": false', '"use_dora": true'))
+    with pytest.raises(UserError, match="use_dora"):
+        peft_io.read_adapter(tmp_path, decoder)
+    path.write_text(text.replace('"r": 4', '"r": 8'))
+    with pytest.raises(UserError, match="expected .8, 64."):
+        peft_io.read_adapter(tmp_path, decoder)
+    path.write_text(text)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not readable"):
+        peft_io.read_adapter(tmp_path, decoder)

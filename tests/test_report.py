@@ -1,0 +1,341 @@
+"""Reports from run directories written by hand: what the tables say against what the files hold."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from rich.console import Console
+
+from fedrouter_jax import config as config_lib
+from fedrouter_jax import evaluate, plots, report, routing
+from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
+from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.errors import UserError
+
+TASKS, CLIENTS, ROWS, WIDTH = ["count", "reverse", "sort|odd"], 4, 12, 6
+CONFIG = Config(model="tiny", data=DataConfig(clients=CLIENTS), rounds=RoundConfig(rounds=3))
+
+
+def make_run(path: Path, config: Config = CONFIG, done: int = 3, taken_at: tuple[int, ...] = (), **changes) -> Path:
+    """A run directory as `runs` writes it, with random numbers drawn from the config's seed."""
+    config = replace(config, **changes)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config_lib.to_json(config), encoding="utf-8")
+    rng = np.random.default_rng([config.seed, len(config.strategy)])
+    clustered = config.strategy == "fedrouter"
+    clients = []
+    for number in range(CLIENTS):
+        local = [0, 1] * (ROWS // 2)
+        held = [number % 3, (number + 1) % 3]
+        names = [TASKS[held[k]] for k in local]
+        slots = [held[k] if clustered else 0 for k in local]
+        local = local if clustered else [0] * ROWS
+        clients.append({"client": number, "rows": list(range(ROWS)), "tasks": names, "local": local, "global": slots})
+    write_json(
+        path / "clusters.json",
+        {
+            "tasks": TASKS,
+            "clustered": clustered,
+            "recipe": config.cluster.recipe if clustered else None,
+            "clusters": 3 if clustered else 1,
+            "table": [[c % 3, (c + 1) % 3] for c in range(CLIENTS)] if clustered else [[0]] * CLIENTS,
+            "slot_tasks": TASKS if clustered else TASKS[:1],
+            "accuracy": {"local": 0.875, "global": 0.75} if clustered else None,
+            "silhouettes": {},
+            "bytes_up": 1_000 if clustered else 0,
+            "bytes_down": 2_000 if clustered else 0,
+            "clients": clients,
+        },
+    )
+    if clustered:
+        np.save(path / "embeddings.npy", rng.normal(size=(CLIENTS * ROWS + 9, WIDTH)).astype(np.float32))
+    with (path / "rounds.jsonl").open("w", encoding="utf-8") as file:
+        for t in range(1, done + 1):
+            record = make_round(t, rng)
+            if t in taken_at:
+                record["scores"] = make_scores(rng, False, clustered)[0]
+            file.write(json.dumps(record) + "\n")
+    if done == config.rounds.rounds:
+        scores, answers = make_scores(rng, True, clustered)
+        write_json(path / "scores.json", scores)
+        (path / "predictions.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers), "utf-8")
+        write_json(path / "timings.json", {"device": "cpu", "total": 9.5, "embed": 1.0})
+    return path
+
+
+def make_round(t: int, rng) -> dict:
+    """A line of rounds.jsonl."""
+    lanes = [
+        {"client": c, "cluster": t % 2, "weight": 6.0, "loss": rng.uniform(1, 2, 2).tolist()} for c in range(CLIENTS)
+    ]
+    return {
+        "round": t,
+        "loss": float(np.mean([lane["loss"] for lane in lanes])),
+        "learning_rate": 1e-3,
+        "seconds": 1.25,
+        "bytes_up": 40_000,
+        "bytes_down": 50_000,
+        "optimiser_steps_per_client": 10.0,
+        "adapters_per_client": 1.0,
+        "tokens": 100,
+        "lanes": lanes,
+    }
+
+
+def make_scores(rng, with_base: bool, clustered: bool) -> tuple[dict, list[dict]]:
+    """Scores and answers in the form that evaluation gives them."""
+    parts = [*report.PARTS, *(report.BASE_PARTS if with_base else ())]
+    asked = [evaluate.Question(part, c, row, (1.0,)) for part in parts for c in range(CLIENTS) for row in range(3)]
+    found = [{metric: float(rng.uniform(0.2, 0.9)) for metric in evaluate.METRICS} for _ in asked]
+    scores = evaluate.summary(asked, [TASKS[q.row] for q in asked], found)
+    for part in report.PARTS if clustered else ():
+        scores[part]["routing_accuracy"] = 0.625
+    texts = {"instruction": "Say <b> " + "word " * 60, "reference": "yes | no", "answer": ""}
+    answers = [
+        {"part": q.part, "client": q.client, "row": q.row, "task": TASKS[q.row], "slot": 0, **texts, **score}
+        for q, score in zip(asked, found, strict=True)
+    ]
+    return scores, answers
+
+
+def write_json(path: Path, value: dict) -> None:
+    """A JSON file."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def scores_of(path: Path) -> dict:
+    """What a run's scores.json holds."""
+    return json.loads((path / "scores.json").read_text(encoding="utf-8"))
+
+
+def table_of(paths: list[Path], title: str) -> dict[str, dict[str, str]]:
+    """{method: {column: text}} of one table."""
+    found = next(t for t in report.tables(report.rows_of(report.read_all(paths))) if t.title.startswith(title))
+    return {cells[0]: dict(zip(found.header, cells, strict=True)) for cells in found.cells}
+
+
+def check_picture(path: Path) -> None:
+    """A PNG that decodes, of a size to be read, and not blank."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = image.imread(path)
+    assert 300 < pixels.shape[0] < 4000 and 500 < pixels.shape[1] < 4000
+    assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9
+
+
+def test_tables_hold_the_numbers_of_the_files(tmp_path):
+    path = make_run(tmp_path / "one")
+    scores = scores_of(path)
+    table = table_of([path], "Scores")
+    assert list(table) == ["base model", "fedrouter"]
+    for row, parts in (("base model", report.BASE_PARTS), ("fedrouter", report.PARTS)):
+        for short, part in zip(("pers.", "gen."), parts, strict=True):
+            assert table[row][f"{short} ROUGE-1"] == f"{scores[part]['rouge1']['mean']:.3f}"
+            assert table[row][f"{short} ROUGE-L"] == f"{scores[part]['rougeL']['mean']:.3f}"
+    assert table["fedrouter"]["rows in right cluster"] == "75.0%"
+    assert table["fedrouter"]["gen. rows routed right"] == "62.5%"
+    assert table["base model"]["rows in right cluster"] == "-"
+    assert table["fedrouter"]["scenario"] == "dual" and table["fedrouter"]["seed"] == "0"
+
+    cost = table_of([path], "Cost")["fedrouter"]
+    assert cost["sent up"] == "121.0 kB"  # 3 x 40 kB of adapters and 1 kB of enrolment
+    assert cost["sent down"] == "152.0 kB"
+    assert cost["steps a client and round"] == "10"
+    assert (cost["seconds, total"], cost["seconds, training"]) == ("9.5", "3.8")
+
+    for part in report.PARTS:
+        by_task = table_of([path], f"ROUGE-1 of each task, {part}")["fedrouter"]
+        expected = {task: f"{value:.3f}" for task, value in scores[part]["rouge1"]["per_task"].items()}
+        assert {task: by_task[task] for task in TASKS} == expected
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
+    paths = [
+        make_run(tmp_path / f"{s}-{seed}", seed=seed, strategy=s) for s in ("fedrouter", "fedit") for seed in (2, 0)
+    ]
+    table = table_of(paths, "Scores")
+    assert list(table) == ["base model", "fedrouter", "fedit"]
+    for row, part, two in (
+        ("fedrouter", "personalised", paths[:2]),
+        ("fedit", "personalised", paths[2:]),
+        ("base model", "base", paths[:2]),  # the first run of each seed
+    ):
+        found = [scores_of(path)[part]["rouge1"]["mean"] for path in two]
+        assert table[row]["pers. ROUGE-1"] == f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
+        assert table[row]["seed"] == "0, 2"
+    other = make_run(tmp_path / "other", strategy="fedit", lora=replace(CONFIG.lora, rank=2))
+    assert list(table_of([*paths, other], "Scores"))[1:] == ["fedrouter (rank 8)", "fedit (rank 8)", "fedit (rank 2)"]
+    assert len(report.read_all([paths[0], paths[0] / ".", paths[1]])) == 2
+
+
+def test_the_best_of_a_setting_is_bold(tmp_path):
+    paths = [make_run(tmp_path / s, strategy=s) for s in ("fedrouter", "fedit", "local")]
+    single = DataConfig(clients=CLIENTS, scenario="single")
+    paths += [make_run(tmp_path / f"single-{s}", strategy=s, data=single, seed=7) for s in ("fedit", "local")]
+    rows = report.rows_of(report.read_all(paths))
+    table = report.tables(rows)[0]
+    column = table.header.index("gen. ROUGE-1")
+    for scenario in ("dual", "single"):
+        numbers = {i: float(cells[column]) for i, cells in enumerate(table.cells) if cells[1] == scenario}
+        marked = [i for i in numbers if (i, column) in table.bold]
+        assert marked == [max(numbers, key=numbers.get)]
+    report.write(paths, tmp_path / "all")
+    best = max(float(cells[column]) for cells in table.cells if cells[1] == "dual")
+    assert f"**{best:.3f}**" in (tmp_path / "all" / "report.md").read_text(encoding="utf-8")
+
+
+def test_markdown_of_one_run(tmp_path):
+    path = make_run(tmp_path / "my run", taken_at=(1,))
+    report.write([path], path)
+    text = (path / "report.md").read_text(encoding="utf-8")
+    assert "synthetic data" in text and "model tiny" in text and "recipe standardised" in text
+    assert "routing local (personalised), global (generalisation)" in text and "3 rounds x 10 steps x batch 16" in text
+    assert "- answer: (empty)" in text and r"- reference: yes \| no" in text and r"Say \<b\>" in text
+    assert len(re.findall(r"instruction: (.*)", text)[0]) < 170
+    links = re.findall(r"\]\((.*?)\)", text)
+    assert {"scores.json", "plots/loss.png", "plots/embedding.png"} <= set(links)
+    assert all((path / target).exists() for target in links)
+    rows = [line for line in text.split("\n") if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (7, 9, 11) for line in rows)  # `sort|odd` makes no column
+
+    report.write([path], tmp_path / "else where")
+    links = re.findall(r"\]\((.*?)\)", (tmp_path / "else where" / "report.md").read_text(encoding="utf-8"))
+    assert "../my%20run/scores.json" in links
+
+
+def test_csv_is_tidy(tmp_path):
+    path = make_run(tmp_path / "one")
+    lines = list(csv.DictReader(io.StringIO(report.to_csv(report.read_all([path])))))
+    keys = [(line["run"], line["part"], line["metric"], line["level"], line["name"]) for line in lines]
+    assert len(set(keys)) == len(keys)
+    found = {key[1:]: float(line["value"]) for key, line in zip(keys, lines, strict=True)}
+    scores = scores_of(path)
+    assert found["generalisation", "rouge2", "mean", ""] == scores["generalisation"]["rouge2"]["mean"]
+    assert found["base", "rouge1", "client", "3"] == scores["base"]["rouge1"]["per_client"]["3"]
+    assert (
+        found["personalised", "rougeL", "task", "sort|odd"] == scores["personalised"]["rougeL"]["per_task"]["sort|odd"]
+    )
+    assert found["clusters", "accuracy_local", "mean", ""] == 0.875
+    assert found["cost", "bytes_up", "mean", ""] == 121_000
+    assert {line["round"] for line in lines} == {"3"} and {line["finished"] for line in lines} == {"True"}
+
+
+def test_unfinished_runs_are_reported_as_far_as_they_got(tmp_path):
+    path = make_run(tmp_path / "part", done=2, taken_at=(1,))
+    with (path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"round": 3, "lo')  # killed in the middle of a line
+    table = table_of([path], "Scores")
+    assert list(table) == ["fedrouter (unfinished: 2 of 3 rounds)"]
+    record = json.loads((path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    expected = record["scores"]["personalised"]["rouge1"]["mean"]
+    assert table["fedrouter (unfinished: 2 of 3 rounds)"]["pers. ROUGE-1"] == f"{expected:.3f}"
+    assert "unfinished, the scores are of round 1" in report.setups(report.rows_of(report.read_all([path])))[0]
+
+    finished = make_run(tmp_path / "whole")
+    assert len(table_of([path, finished], "Scores")) == 3  # never a mean of scores of different rounds
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text(config_lib.to_json(CONFIG), encoding="utf-8")
+    report.write([bare], bare)
+    assert "0 of 3 rounds" in (bare / "report.md").read_text(encoding="utf-8")
+    assert not (bare / "plots").exists()
+
+
+def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
+    path = make_run(tmp_path / "one", strategy="fedit")
+    record = make_round(3, np.random.default_rng(0)) | {"loss": float("nan")}
+    record["lanes"][0] |= {"loss": [float("nan")] * 2, "rejected": "not finite"}
+    lines = (path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[:2]
+    (path / "rounds.jsonl").write_text("\n".join([*lines, json.dumps(record), ""]), encoding="utf-8")
+    report.write([path], path)
+    assert "lanes rejected as not finite: 1" in (path / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("rounds.jsonl", '{"round": 1\n', r"rounds.jsonl, line 1: no JSON object"),
+        ("rounds.jsonl", "[1]\n", r"rounds.jsonl, line 1: no JSON object"),
+        ("rounds.jsonl", '{"round": 1}\n', r"rounds.jsonl, line 1: no field 'loss'"),
+        ("scores.json", "{", r"scores.json: not a JSON object"),
+        ("timings.json", "[]", r"timings.json: not a JSON object"),
+        ("embeddings.npy", "text", r"embeddings.npy: not a NumPy array"),
+        ("predictions.jsonl", "{}\n", r"predictions.jsonl, line 1: no field 'part'"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, text, expected):
+    path = make_run(tmp_path / "one")
+    (path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=expected) as caught:
+        report.write([path], path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is no run directory"):
+        report.write([tmp_path], tmp_path)
+
+
+def test_terminal_shows_the_tables(tmp_path):
+    path = make_run(tmp_path / "one")
+    console = Console(file=io.StringIO(), width=160)
+    report.show([path], console)
+    text = console.file.getvalue()
+    assert f"{scores_of(path)['personalised']['rouge1']['mean']:.3f}" in text
+    assert "121.0 kB" in text and "sort|odd" in text and "synthetic data" in text
+
+
+def test_plots_of_one_run_and_of_several(tmp_path):
+    taken = EvaluationConfig(evaluate_at=(1,))
+    one = make_run(tmp_path / "one", taken_at=(1,), evaluation=taken)
+    report.write([one], one)
+    assert {p.name for p in (one / "plots").iterdir()} == {"loss.png", "rouge.png", "clusters.png", "embedding.png"}
+    several = [
+        one,
+        make_run(tmp_path / "two", strategy="fedit"),
+        make_run(tmp_path / "three", strategy="fedit", seed=1),
+    ]
+    report.write(several, tmp_path / "all")
+    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {"loss.png", "rouge.png", "scores.png"}
+    report.write(several[1:], tmp_path / "bars")  # no intermediate scores: bars of each task
+    for picture in tmp_path.glob("**/*.png"):
+        check_picture(picture)
+
+
+def test_clusters_plot_shows_the_counts(tmp_path):
+    run = report.read(make_run(tmp_path / "one"))
+    left, right = plots.clusters(run).axes
+    counts = np.asarray(left.images[0].get_array())
+    assert counts.sum() == CLIENTS * ROWS and counts.tolist() == np.diag([18, 18, 12]).tolist()
+    assert np.asarray(right.images[0].get_array()).shape == (2 * CLIENTS, len(TASKS))
+    assert [label.get_text() for label in right.get_yticklabels()][:2] == ["0, 0 → 0", "0, 1 → 1"]
+
+
+def test_embeddings_are_drawn_as_they_were_clustered(tmp_path):
+    """Against the router's own preparation; the test rows at the end have no part in it."""
+    run = report.read(make_run(tmp_path / "one"))
+    raw = np.load(run.path / "embeddings.npy")[: CLIENTS * ROWS]
+    router = routing.Router(np.zeros((0, WIDTH)), raw.mean(axis=0), raw.std(axis=0), np.asarray(True))
+    np.testing.assert_allclose(plots.embedded(run), routing.prepare(router, raw), atol=1e-5)
+    paper = make_run(tmp_path / "paper", cluster=replace(CONFIG.cluster, recipe="paper"))
+    np.testing.assert_array_equal(
+        plots.embedded(report.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]
+    )
+
+
+def test_projection_keeps_groups_apart():
+    rng = np.random.default_rng(0)
+    groups = np.repeat([0, 1], 20)
+    points, method = plots.project(rng.normal(size=(40, 8)) + 20 * groups[:, None])
+    assert method == "t-SNE" and points.shape == (40, 2)
+    centres = np.array([points[groups == g].mean(axis=0) for g in (0, 1)])
+    nearest = np.linalg.norm(points[:, None] - centres, axis=-1).argmin(axis=1)
+    assert (nearest == groups).all()
+    assert plots.project(np.ones((1, 3)))[0].shape == (1, 2)

@@ -1,0 +1,105 @@
+"""Enrolment and routing: recipes, local and global clusters, and who may be sent where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrouter_jax import embed, routing
+from fedrouter_jax.data import synthetic, tokens
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import hidden_states
+from fedrouter_jax.strategies import fedrouter
+
+KEY = jax.random.key(0)
+
+
+def clients_of(tasks_per_client, rows=20, width=8, seed=0):
+    """Well separated tasks: client i holds `tasks_per_client[i]`. Returns embeddings and true tasks."""
+    rng = np.random.default_rng(seed)
+    centres = 20 * rng.normal(size=(4, width)) + 100
+    tasks = [np.repeat(held, rows) for held in tasks_per_client]
+    return [(centres[t] + rng.normal(size=(len(t), width))).astype(np.float32) for t in tasks], tasks
+
+
+@pytest.mark.parametrize("recipe", ["paper", "standardised"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_tasks_are_found_and_test_rows_follow(recipe, chosen):
+    """Given the counts or left to the silhouette, every row lands in the slot of its task."""
+    embeddings, tasks = clients_of([[0, 1], [1, 2], [2, 3], [3, 0]])
+    config = routing.ClusterConfig(recipe=recipe)
+    found = routing.enrol(KEY, embeddings, config, None if chosen else 2, None if chosen else 4)
+    assert found.clusters == 4 and found.table.shape == (4, 2)
+    slot_of = {}
+    for client, (labels, true) in enumerate(zip(found.labels, tasks, strict=True)):
+        for label, task in zip(labels, true, strict=False):
+            slot_of.setdefault(int(task), set()).add(int(found.table[client, label]))
+    assert sorted(len(slots) for slots in slot_of.values()) == [1, 1, 1, 1]
+    assert len(set.union(*slot_of.values())) == 4
+    fresh, true = clients_of([[0, 1, 2, 3]], seed=0)
+    slots, distances = routing.nearest(found.router, jnp.asarray(fresh[0]))
+    assert [{int(s)} for s in slots] == [slot_of[int(t)] for t in true[0]]
+    assert distances.shape == (80, 4)
+    assert (set(found.silhouettes) == {"local 0", "local 1", "local 2", "local 3", "global"}) == chosen
+
+
+def test_clients_may_hold_different_numbers_of_clusters():
+    embeddings, _ = clients_of([[0, 1, 2], [2, 3]])
+    found = routing.enrol(KEY, embeddings, routing.ClusterConfig(), None, None)
+    assert (np.asarray(found.table) >= 0).sum(axis=1).tolist() == [3, 2]
+    assert found.labels[1].max() == 1 and (found.labels[1] == -1).sum() == 20
+
+
+def test_federated_statistics_are_the_pooled_ones():
+    """A huge offset must not cost digits: some dimensions of a language model's states are like that."""
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(size=(n, 5)) * [1, 1, 1e-2, 3, 0] + [0, 5, 1e4, -3, 7]).astype(np.float32) for n in (7, 30)]
+    mean, deviation = routing.statistics(parts)
+    pooled = np.concatenate(parts).astype(np.float64)
+    np.testing.assert_allclose(mean, pooled.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(deviation[:4], pooled.std(axis=0)[:4], rtol=1e-5)
+    assert deviation[4] == 1  # a constant dimension is left alone
+
+
+def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all():
+    embeddings, _ = clients_of([[0, 1], [2, 3]])
+    found = routing.enrol(KEY, embeddings, routing.ClusterConfig(), 2, 4)
+    strategy = fedrouter()
+    state = strategy.init({}, found)
+    foreign = jnp.asarray(embeddings[1])
+    clients = jnp.zeros(len(foreign), jnp.int32)
+    own = set(np.asarray(found.table[0]).tolist())
+    local = np.asarray(strategy.route(state, clients, foreign, "local")).argmax(axis=1)
+    anywhere = np.asarray(strategy.route(state, clients, foreign, "global")).argmax(axis=1)
+    assert set(local.tolist()) <= own and not set(anywhere.tolist()) & own
+
+
+def test_counts_that_rows_cannot_fill_are_bad_input():
+    embeddings, _ = clients_of([[0, 1], [2]], rows=3)
+    config = routing.ClusterConfig()
+    with pytest.raises(UserError, match="client 1 has 3 rows but 5 local clusters"):
+        routing.enrol(KEY, embeddings, config, 5, 4)
+    with pytest.raises(UserError, match="5 global clusters .* found 4 local centres"):
+        routing.enrol(KEY, embeddings, config, 2, 5)
+    with pytest.raises(UserError, match="at least 3 global points"):
+        routing.enrol(KEY, embeddings, config, 1, None)
+
+
+def test_duplicate_rows_leave_local_clusters_empty_and_out_of_the_table():
+    same = [np.ones((6, 4), np.float32), np.eye(6, 4, dtype=np.float32)]
+    found = routing.enrol(KEY, same, routing.ClusterConfig(recipe="paper"), 2, 2)
+    assert (np.asarray(found.table[0]) >= 0).sum() == 1 and set(found.labels[0].tolist()) == {0}
+
+
+@pytest.mark.parametrize("depth", [None, 0.5])
+def test_packed_embeddings_are_those_of_single_texts(tiny, depth):
+    texts = [row.instruction for row in synthetic.make(train_per_task=3, test_per_task=1).train]
+    ids = tokens.encode_texts(tiny.tokenizer, texts, 200)
+    found = embed.embed(tiny.config, tiny.params, ids, depth, packs_at_once=2)
+    for text, embedding in zip(ids, found, strict=True):
+        row = jnp.asarray([text])
+        layers = None if depth is None else 1
+        alone = hidden_states(
+            tiny.config, tiny.params, row, jnp.arange(len(text))[None], layers=layers, final_norm=depth is None
+        )[0].mean(axis=0)
+        np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,140 @@
+"""From rows to batches: exact spans, packing, who holds what, and what each round trains."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrouter_jax.data import packing, scenarios, schedule, synthetic, tokens
+from fedrouter_jax.data.rows import Dataset, Row
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+ROW = Row("Say yes.\n### Response: no", "yes", "t")  # the marker stands inside the user's text
+
+
+def test_prompt_and_response_meet_where_generation_starts():
+    (row,) = tokens.encode(TOKENIZER, [ROW], "alpaca", 400, 16)
+    text = TOKENIZER.decode(row.prompt)
+    assert text.endswith("### Instruction:\nSay yes.\n### Response: no\n\n### Response:")
+    assert TOKENIZER.decode(row.response[:-1]) == " yes"
+    assert row.response[-1] == TOKENIZER.eos_token_id
+    assert not row.truncated
+
+
+def test_a_long_row_loses_the_end_of_its_instruction_never_its_answer():
+    (row,) = tokens.encode(TOKENIZER, [Row("x" * 500, "yes", "t")], "short", 100, 16)
+    assert row.length == 100 and row.truncated
+    assert TOKENIZER.decode(row.prompt).endswith("xxx\n### Response:")
+    assert TOKENIZER.decode(row.response[:-1]) == " yes"
+
+
+def test_a_long_answer_is_cut_and_does_not_learn_to_stop_there():
+    (row,) = tokens.encode(TOKENIZER, [Row("x", "y" * 50, "t")], "short", 100, 16)
+    assert len(row.response) == 16 and row.truncated
+    assert TOKENIZER.eos_token_id not in row.response
+
+
+def test_no_room_for_the_instruction_is_bad_input():
+    with pytest.raises(UserError, match="--max-length to at least"):
+        tokens.encode(TOKENIZER, [ROW], "alpaca", 100, 64)
+
+
+lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 10)), min_size=0, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(lengths)
+def test_packing_loses_nothing_and_mixes_nothing(sizes):
+    rows = [tokens.Tokens([100 * i + 1] * p, [100 * i + 2] * r, False) for i, (p, r) in enumerate(sizes)]
+    found = packing.batch(rows, packs=12, time=40, predicted=20)
+    packs = found.rows.packs
+    seen = []
+    for pack in range(int(found.count)):
+        for segment in range(1, packs.segments[pack].max() + 1):
+            here = packs.segments[pack] == segment
+            seen.append(tuple(packs.tokens[pack][here]))
+            np.testing.assert_array_equal(packs.positions[pack][here], np.arange(here.sum()))
+    assert Counter(seen) == Counter(tuple(row.prompt + row.response) for row in rows)
+    assert (packs.segments[int(found.count) :] == 0).all()
+    kept = found.rows.labels >= 0
+    assert kept.sum() == sum(len(row.response) for row in rows)
+    # The hidden state at `where` predicts the next token, which is the label, in the same text.
+    packed, at = np.nonzero(kept)
+    where = found.rows.where[packed, at]
+    np.testing.assert_array_equal(packs.tokens[packed, where + 1], found.rows.labels[packed, at])
+    np.testing.assert_array_equal(packs.segments[packed, where + 1], packs.segments[packed, where])
+
+
+@pytest.mark.parametrize("scenario, held", [("single", 1), ("dual", 2), ("all", 4)])
+def test_scenarios_deal_tasks_without_overlap(scenario, held):
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    split = scenarios.partition(data, scenario, 8, 30, 10, 12, 0)
+    dealt = [i for client in split.clients for i in client.train]
+    assert len(dealt) == len(set(dealt))
+    for number, client in enumerate(split.clients):
+        tasks = Counter(data.train[i].task for i in client.train)
+        assert set(tasks) == set(scenarios.tasks_of(number, split.tasks, scenario)) and len(tasks) == held
+        assert max(tasks.values()) - min(tasks.values()) <= 1 and len(client.train) <= 30
+        assert {data.test[i].task for i in client.test} == set(tasks) and len(client.test) <= 10
+    assert Counter(data.test[i].task for i in split.mix) == {task: 3 for task in split.tasks}
+
+
+def test_scenarios_refuse_what_they_cannot_deal():
+    data = synthetic.make(train_per_task=8, test_per_task=8)
+    with pytest.raises(UserError, match="raise --clients to at least 4"):
+        scenarios.partition(data, "single", 3, 30, 10, 12, 0)
+    with pytest.raises(UserError, match="too few rows"):
+        scenarios.partition(data, "single", 64, 30, 10, 12, 0)
+    bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare", False)
+    with pytest.raises(UserError, match="--columns task=NAME"):
+        scenarios.partition(bare, "dual", 4, 30, 10, 12, 0)
+    assert scenarios.partition(bare, "all", 4, 30, 10, 12, 0).tasks == [""]
+
+
+SIZES = np.array([[5, 3, 0], [4, 0, 0], [1, 1, 7]])
+
+
+def test_clusters_take_turns_and_empty_ones_are_skipped():
+    config = schedule.RoundConfig()
+    turns = [schedule.lanes(SIZES, t, config, 0).cluster.tolist() for t in range(1, 5)]
+    assert turns == [[0, 0, 0], [1, 0, 1], [0, 0, 2], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("weighting, expected", [("cluster", [5, 4, 1]), ("client", [8, 4, 9]), ("uniform", [1, 1, 1])])
+def test_lanes_weigh_what_the_config_says(weighting, expected):
+    work = schedule.lanes(SIZES, 1, schedule.RoundConfig(weighting=weighting), 0)
+    assert work.weight.tolist() == expected
+
+
+def test_all_clusters_in_a_round_never_counts_one_twice():
+    work = schedule.lanes(SIZES, 1, schedule.RoundConfig(clusters_per_round=0), 0)
+    assert work.client.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    active = [(c, k) for c, k, w in zip(*work, strict=True) if w > 0]
+    assert sorted(active) == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+
+
+def test_partial_participation_draws_other_clients_each_round_and_reaches_all():
+    config = schedule.RoundConfig(participation=0.4)
+    drawn = [schedule.lanes(np.ones((10, 1), int), t, config, 0).client.tolist() for t in range(1, 21)]
+    assert all(len(set(clients)) == 4 for clients in drawn)
+    assert set().union(*map(set, drawn)) == set(range(10)) and len(set(map(tuple, drawn))) > 10
+
+
+def test_rows_come_once_each_before_any_comes_twice():
+    order = schedule.draw(5, 12, np.random.default_rng(0))
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4] and len(order) == 12
+
+
+def test_a_lane_of_weight_zero_gets_no_rows_and_shapes_do_not_depend_on_rows():
+    rows = tokens.encode(TOKENIZER, [ROW] * 6, "short", 128, 8)
+    members = [[rows[:5], []], [rows[:1], rows[:2]]]
+    sizes = np.array([[5, 0], [1, 2]])
+    config = schedule.RoundConfig(clusters_per_round=0)
+    work = schedule.lanes(sizes, 1, config, 0)
+    batch = schedule.batches(work, members, 1, 3, 4, 128, 32, 0)
+    assert batch.rows.packs.tokens.shape == (4, 3, 4, 128)
+    assert batch.count[work.weight == 0].sum() == 0 and (batch.count[work.weight > 0] > 0).all()

@@ -1,0 +1,268 @@
+"""Sources: the same rows through every format, and one clear line for every kind of bad input."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from fedrouter_jax.data import sources, synthetic
+from fedrouter_jax.data.rows import Dataset, Row
+from fedrouter_jax.errors import UserError
+
+ROWS = [
+    Row('Say "hi",\nplease', "hi", "greet"),
+    Row("  Grüße \u2028 auf 日本語 🙂", " hallo ", "greet"),
+    Row("2 + 2", "4", "sum"),
+    Row("3 + 3", "6", "sum"),
+    Row("4 + 4", "8", "sum"),
+]
+
+
+def write(path, rows, fields=sources.FIELDS):
+    records = [dict(zip(fields, row, strict=False)) for row in rows]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def error_of(spec, **arguments):
+    with pytest.raises(UserError) as caught:
+        sources.load(str(spec), **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------ good input
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+@pytest.mark.parametrize("test_name", ["test", "validation", "val"])
+def test_directory_round_trip(tmp_path, suffix, test_name):
+    write(tmp_path / f"train{suffix}", ROWS[:3])
+    write(tmp_path / f"{test_name}{suffix}", ROWS[3:])
+    loaded = sources.load(str(tmp_path))
+    assert loaded == Dataset(tuple(ROWS[:3]), tuple(ROWS[3:]), tmp_path.name, False)
+
+
+def test_test_split_wins_over_validation_and_formats_may_differ(tmp_path):
+    write(tmp_path / "train.csv", ROWS[:3])
+    write(tmp_path / "validation.jsonl", ROWS[3:4])
+    write(tmp_path / "test.jsonl", ROWS[4:])
+    assert sources.load(str(tmp_path)).test == (ROWS[4],)
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_columns_map_and_task_may_be_absent(tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", [row[:2] for row in ROWS], ("question", "answer"))
+    loaded = sources.load(str(path), columns={"instruction": "question", "output": "answer"})
+    assert set(loaded.train + loaded.test) == {row._replace(task="") for row in ROWS}
+    assert loaded.name == "data" and not loaded.synthetic
+
+
+def test_null_task_is_unknown_and_extra_columns_are_ignored(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"instruction": "a", "output": "b", "task": null, "id": 7}\n\n{"instruction": "c", "output": "d"}\r\n'
+    )
+    loaded = sources.load(str(path))
+    assert set(loaded.train + loaded.test) == {Row("a", "b", ""), Row("c", "d", "")}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_byte_order_mark_is_skipped(tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    loaded = sources.load(str(path))
+    assert set(loaded.train + loaded.test) == set(ROWS)
+
+
+def test_one_file_split_is_a_partition_by_seed(tmp_path):
+    rows = [Row(f"instruction {i // 2}", f"output {i}", "") for i in range(200)]  # every instruction twice
+    path = write(tmp_path / "data.jsonl", rows)
+    first = sources.load(str(path), test_fraction=0.25, seed=3)
+    assert first == sources.load(str(path), test_fraction=0.25, seed=3)
+    assert first.test != sources.load(str(path), test_fraction=0.25, seed=4).test
+    assert sorted(first.train + first.test) == sorted(rows)
+    assert len(first.test) == 50
+    assert not {row.instruction for row in first.train} & {row.instruction for row in first.test}
+    assert list(first.train) == [row for row in rows if row in set(first.train)]  # in file order
+
+
+def test_split_is_the_same_on_every_platform():
+    rows = tuple(Row(str(i), "x", "") for i in range(10))
+    assert [row.instruction for row in sources.split(rows, 0.3, 0, "")[1]] == ["0", "6", "8"]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_split_is_never_empty(tmp_path, fraction):
+    loaded = sources.load(str(write(tmp_path / "data.csv", ROWS)), test_fraction=fraction)
+    assert loaded.train and loaded.test
+
+
+def test_synthetic_takes_the_seed():
+    assert sources.load("synthetic", seed=5) == synthetic.make(5)
+
+
+def test_optional_libraries_are_imported_lazily():
+    code = (
+        "import sys, fedrouter_jax.data.sources as s; s.load('synthetic');"
+        "print(*[m for m in ('datasets', 'pyarrow', 'pandas') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face ids
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one data set: its splits are what the test puts in the dict."""
+    datasets = pytest.importorskip("datasets")
+    splits = {}
+
+    def load_dataset(name):
+        assert name == "owner/chat"
+        if not splits:
+            raise FileNotFoundError("Couldn't find it\non the hub")
+        return datasets.DatasetDict({key: datasets.Dataset.from_list(rows) for key, rows in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return splits
+
+
+def test_hugging_face_splits(hub):
+    hub["train"] = [{"q": "a", "a": "b"}]
+    hub["validation"] = [{"q": "c", "a": "d"}]
+    loaded = sources.load("owner/chat", columns={"instruction": "q", "output": "a"})
+    assert loaded == Dataset((Row("a", "b", ""),), (Row("c", "d", ""),), "owner/chat", False)
+
+
+def test_hugging_face_train_only_is_split(hub):
+    hub["train"] = [row._asdict() for row in ROWS]
+    loaded = sources.load("owner/chat")
+    assert set(loaded.train + loaded.test) == set(ROWS) and len(loaded.test) == 1
+
+
+def test_hugging_face_errors(hub):
+    assert "'owner/chat' is neither a local path nor" in error_of("owner/chat")
+    hub["test"] = [{"instruction": "a", "output": "b"}]
+    assert "no train split; the splits are 'test'" in error_of("owner/chat")
+    hub["train"] = [{"instruction": "a", "output": 1}]
+    assert "owner/chat split 'train' row 1: 'output' is 1 (int)" in error_of("owner/chat")
+
+
+def test_missing_library_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in error_of("owner/chat")
+    path = write(tmp_path / "data.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in error_of(path)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+GOOD = '{"instruction": "a", "output": "b"}\n'
+SURROGATE = '{"instruction": "a\\ud800", "output": "b"}\n'
+BAD_FILES = [
+    ("empty.jsonl", b"", r"empty\.jsonl: no rows; expected at least one"),
+    ("blank.jsonl", b"\n \n", r"blank\.jsonl: no rows"),
+    ("empty.csv", b"", r"empty\.csv: no rows"),
+    ("header.csv", b"instruction,output\n", r"header\.csv: no rows"),
+    ("broken.jsonl", f"{GOOD}\n{GOOD[:20]}\n".encode(), r"broken\.jsonl line 3: not valid JSON \(.*column 21\)"),
+    ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl line 1: not JSON that can be read"),
+    ("digits.jsonl", b'{"task": ' + b"1" * 5000 + b"}", r"digits\.jsonl line 1: not JSON that can be read"),
+    ("newline.csv", b'"a\nb",c\n1,2\n', r"newline\.csv line 3: no column 'instruction' .* 'a\\nb', 'c'"),
+    ("array.jsonl", f"{GOOD}[1, 2]\n".encode(), r"array\.jsonl line 2: a JSON list; expected an object"),
+    ("column.jsonl", b'{"instruction": "a", "text": "b"}', r"line 1: no column 'output' .* are 'instruction', 'text';"),
+    ("column.csv", b"question,output\na,b\n", r"column\.csv line 2: no column 'instruction' .* 'question', 'output'"),
+    ("blank.csv", b'instruction,output\na,b\n" \t",b\n', r"blank\.csv line 3: 'instruction' is blank"),
+    ("blank2.jsonl", b'{"instruction": "a", "output": ""}', r"line 1: 'output' is blank"),
+    ("latin.jsonl", GOOD.encode() + b'{"instruction": "caf\xe9"}', r"latin\.jsonl line 2: byte 0xe9 is not UTF-8"),
+    ("latin.csv", b"instruction,output\na,b\nc,caf\xe9\n", r"latin\.csv line 3: byte 0xe9 is not UTF-8"),
+    ("wide.jsonl", GOOD.encode("utf-16"), r"line 1: byte 0xff is not UTF-8"),
+    ("number.jsonl", b'{"instruction": "a", "output": 4}', r"line 1: 'output' is 4 \(int\); expected text"),
+    ("bool.jsonl", b'{"instruction": "a", "output": true}', r"line 1: 'output' is True \(bool\); expected text"),
+    ("null.jsonl", b'{"instruction": null, "output": "a"}', r"line 1: 'instruction' is None \(NoneType\)"),
+    ("task.jsonl", b'{"instruction": "a", "output": "b", "task": 1}', r"line 1: 'task' is 1 \(int\); expected text"),
+    ("half.jsonl", SURROGATE.encode(), r"line 1: 'instruction' has a lone surrogate at character 1"),
+    ("quote.csv", b'instruction,output\na,b\n"c,d\ne,f\n', r"quote\.csv line 3: not valid CSV \(unexpected end"),
+    ("short.csv", b'instruction,output\n"a\nb",c\nd\n', r"short\.csv line 4: 1 fields; expected 2 .* cut off"),
+    ("long.csv", b"instruction,output\na,b,c\n", r"long\.csv line 2: 3 fields; expected 2"),
+    ("twice.csv", b"output,output\na,b\n", r"twice\.csv line 1: a column name occurs twice"),
+    ("zero.parquet", b"", r"zero\.parquet: not a readable Parquet file"),
+    ("noise.parquet", b"PAR1 and then nothing", r"noise\.parquet: not a readable Parquet file"),
+    ("notes.txt", b"hello", r"notes\.txt: cannot read a '\.txt' file; expected one of '\.jsonl'"),
+    ("one.jsonl", (GOOD * 3).encode(), r"one\.jsonl: only one instruction, so no test rows"),
+]
+
+
+@pytest.mark.parametrize("name, data, expected", BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
+def test_bad_file(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    message = error_of(tmp_path / name)
+    assert re.search(expected, message), message
+    assert message.startswith(str(tmp_path / name))
+
+
+def test_truncated_and_empty_parquet(tmp_path):
+    path = write(tmp_path / "data.parquet", ROWS)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert "data.parquet: not a readable Parquet file" in error_of(path)
+    path.write_bytes(data[:40] + bytes(60) + data[100:])  # damaged pages under a sound footer
+    assert "data.parquet" in error_of(path)
+
+
+def test_parquet_rows_are_checked(tmp_path):
+    path = write(tmp_path / "data.parquet", [ROWS[0], (b"\xff", "x", "y")][1:])
+    assert "data.parquet row 1: 'instruction' is b'\\xff' (bytes)" in error_of(path)
+    path = write(tmp_path / "data.parquet", [("a", "b")], ("question", "output"))
+    assert "row 1: no column 'instruction' for the instruction; the columns are 'question'" in error_of(path)
+
+
+@pytest.mark.parametrize("spec", ["missing.jsonl", "./missing", "/no/such/place", "a/b/c", "two words", "~/no/such"])
+def test_missing_path(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    assert f"{spec}: no such file or directory" in error_of(spec)
+    assert "the data source is empty" in error_of("")
+
+
+def test_directory_without_files_or_test_rows(tmp_path):
+    assert "no train file; expected train and test" in error_of(tmp_path)
+    write(tmp_path / "train.jsonl", ROWS)
+    assert "no test rows beside train.jsonl" in error_of(tmp_path)
+    (tmp_path / "test.jsonl").touch()
+    assert "test.jsonl: no rows" in error_of(tmp_path)
+    write(tmp_path / "train.csv", ROWS)
+    assert "both train.csv and train.jsonl" in error_of(tmp_path)
+
+
+def test_bad_arguments(tmp_path):
+    path = write(tmp_path / "data.jsonl", ROWS)
+    assert "columns has no field 'prompt'; the fields are 'instruction'" in error_of(path, columns={"prompt": "x"})
+    assert "no column 'kind' for the task" in error_of(path, columns={"task": "kind"})
+    assert "does not apply to the synthetic data" in error_of("synthetic", columns={"task": "kind"})
+    for fraction in (0, 1, -0.1, float("nan")):
+        assert "expected a number between 0 and 1" in error_of(path, test_fraction=fraction)
+
+
+def test_unreadable_file_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", ROWS)
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    assert "data.jsonl: cannot be read (Permission denied)" in error_of(path)
