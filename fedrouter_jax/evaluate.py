@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from scipy.optimize import linear_sum_assignment
+
+from fedrouter_jax import generate, lora, routing
+from fedrouter_jax.experiment import Advance, Prepared, test_rows
+from fedrouter_jax.types import FederationState
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 
@@ -19,6 +25,13 @@ class Question(NamedTuple):
     client: int
     row: int  # index into the test rows
     weights: tuple[float, ...]  # over slots; all zero: the base model
+
+
+class Evaluation(NamedTuple):
+    """Scores and the answers behind them."""
+
+    scores: dict[str, dict]
+    answers: list[dict]  # one record per question
 
 
 def rouge(reference: str, answer: str) -> dict[str, float]:
@@ -56,3 +69,116 @@ def summary(questions: Sequence[Question], tasks: Sequence[str], scores: Sequenc
                 "per_client": per_client,
             }
     return parts
+
+
+def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
+    """Training rows of each task in each slot, int [task, slot]."""
+    tasks = prepared.partition.tasks
+    counts = np.zeros((len(tasks), enrolment.clusters), int)
+    for number, held in enumerate(prepared.partition.clients):
+        for i, label in zip(held.train, enrolment.labels[number], strict=False):
+            counts[tasks.index(prepared.dataset.train[i].task), enrolment.table[number, label]] += 1
+    return counts
+
+
+def matched(counts: np.ndarray) -> float:
+    """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
+    rows, cols = linear_sum_assignment(counts, maximize=True)
+    return float(counts[rows, cols].sum() / counts.sum())
+
+
+def questions(
+    prepared: Prepared,
+    state: FederationState,
+    enrolment: routing.Enrolment,
+    embeddings: np.ndarray | None,
+    with_base: bool,
+) -> list[Question]:
+    """Who is asked what, and which adapter answers."""
+    config, split = prepared.config, prepared.partition
+    asked = {row: place for place, row in enumerate(test_rows(split))}
+    where = None if embeddings is None else embeddings[-len(asked) :]
+    task_slot = slot_tasks(prepared, enrolment).argmax(axis=1)
+
+    def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[Question]:
+        clients = jnp.asarray([c for c, _ in pairs])
+        if mode == "oracle" and prepared.strategy.clusters:
+            tasks = [split.tasks.index(prepared.dataset.test[row].task) for _, row in pairs]
+            weights = np.eye(enrolment.clusters)[task_slot[tasks]]
+        else:
+            points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
+            weights = np.asarray(prepared.strategy.route(state, clients, points, mode))
+        return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
+
+    own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
+    mix = [(c, row) for c in range(len(split.clients)) for row in split.mix]
+    found = routed("personalised", own, config.evaluation.personalised_routing)
+    found += routed("generalisation", mix, config.evaluation.generalisation_routing)
+    if with_base:
+        nobody = (0.0,) * len(found[0].weights)
+        found += [Question("base", c, row, nobody) for c, row in own]
+        found += [Question("base_generalisation", c, row, nobody) for c, row in mix]
+    return found
+
+
+def answer(
+    prepared: Prepared,
+    state: FederationState,
+    prompts: list[list[int]],
+    weights: np.ndarray,
+    advance: Advance = lambda rows: None,
+) -> list[str]:
+    """Greedy answers; `weights` [prompt, slot] over the adapters of the bank."""
+    config, model = prepared.config, prepared.model
+    ids = generate.generate(
+        model.config,
+        model.params,
+        prompts,
+        lora.concatenate(state.bank["main"]),
+        np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora)),
+        stop=model.tokenizer.eos_token_id,
+        new_tokens=config.data.max_response,
+        rows_at_once=config.compute.rows_at_once,
+        advance=advance,
+    )
+    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def evaluate_state(
+    prepared: Prepared,
+    state: FederationState,
+    enrolment: routing.Enrolment,
+    embeddings: np.ndarray | None,
+    with_base: bool,
+    advance: Callable[[int, int], None] = lambda rows, total: None,
+) -> Evaluation:
+    """Score every question; `advance(rows, total)` is called as answers arrive."""
+    asked = questions(prepared, state, enrolment, embeddings, with_base)
+    pairs, places = distinct(asked)
+    prompts = [prepared.test[row].prompt for row, _ in pairs]
+    texts = answer(prepared, state, prompts, np.array([w for _, w in pairs]), lambda rows: advance(rows, len(pairs)))
+    rows = prepared.dataset.test
+    per_pair = [rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
+    scored = [per_pair[place] for place in places]
+    scores = summary(asked, [rows[q.row].task for q in asked], scored)
+    if prepared.strategy.clusters:
+        counts = slot_tasks(prepared, enrolment)
+        names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
+        for part in ("personalised", "generalisation"):
+            right = [names[int(np.argmax(q.weights))] == rows[q.row].task for q in asked if q.part == part]
+            scores[part]["routing_accuracy"] = float(np.mean(right))
+    records = [
+        {
+            "part": q.part,
+            "client": q.client,
+            "row": q.row,
+            "task": rows[q.row].task,
+            "slot": int(np.argmax(q.weights)) if any(q.weights) else None,
+            "instruction": rows[q.row].instruction,
+            "reference": rows[q.row].output,
+            "answer": texts[place],
+            **{metric: round(value, 6) for metric, value in score.items()},
+        }
+        for q, place, score in zip(asked, places, scored, strict=True)
+    ]
+    return Evaluation(scores, records)

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedrouter_jax import routing
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.report import PARTS, Row, Run, latest, scores, setting, tasks_of
+from fedrouter_jax.report import PARTS, Row, Run, latest, names, scores, tasks_of
 from fedrouter_jax.runs import guarded
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")
@@ -69,24 +69,19 @@ def loss(rows: Sequence[Row]) -> Figure:
             for lane in record["lanes"]:
                 lanes.setdefault((lane["client"], lane["cluster"]), []).append((record["round"], np.mean(lane["loss"])))
         for number, points in enumerate(lanes.values()):
-            label = "one client's local cluster" if number == 0 else None
+            label = "one client, one local cluster" if number == 0 else None
             axes.plot(*zip(*points, strict=True), color=GREY, alpha=0.5, linewidth=0.7, marker=".", markersize=3,
                       label=label)  # fmt: skip
-    for place, row in enumerate(rows):
+    for place, (row, name) in enumerate(zip(rows, names(rows), strict=True)):
         for number, run in enumerate(run for run in row.runs if run.rounds):
             points = [(record["round"], record["loss"]) for record in run.rounds]
-            label = seeds_label(row) if number == 0 else None
+            label = name if number == 0 else None
             axes.plot(*zip(*points, strict=True), **look(place), linewidth=1.6, marker="o", markersize=3, label=label)
     rounds_axis(axes)
     axes.set(ylabel="cross-entropy per response token (nats)", title="Training loss, mean over a round")
     axes.grid(axis="y")
     legend(figure, axes)
     return figure
-
-
-def seeds_label(row: Row) -> str:
-    """The row's name, and how many runs stand behind it."""
-    return row.label if row.base or len(row.runs) == 1 else f"{row.label}, {len(row.runs)} seeds"
 
 
 def rounds_axis(axes: Axes) -> None:
@@ -107,25 +102,29 @@ def rouge(rows: Sequence[Row]) -> Figure:
     """ROUGE-1 over rounds where scores were taken on the way, else bars of each task."""
     if not any("scores" in record for row in rows for run in row.runs for record in run.rounds):
         return task_bars(rows)
+    trained, base = [row for row in rows if not row.base], [row for row in rows if row.base]
     figure = Figure((9, 4))
     panels = figure.subplots(1, 2, sharey=True)
     for part, axes in enumerate(panels):
-        for place, row in enumerate(row for row in rows if not row.base):
+        for place, (row, name) in enumerate(zip(trained, names(trained), strict=True)):
             for number, run in enumerate(row.runs):
                 taken = {record["round"]: record["scores"] for record in run.rounds if "scores" in record}
                 found, at = latest(run)
                 taken |= {at: found} if found else {}
                 points = [(t, found[PARTS[part]]["rouge1"]["mean"]) for t, found in sorted(taken.items())]
                 if points:
-                    label = seeds_label(row) if number == 0 else None
-                    axes.plot(*zip(*points, strict=True), **look(place), marker="o", markersize=4, label=label)
-        for number, row in enumerate(row for row in rows if row.base):
-            axes.axhline(np.mean(scores(row, part, "rouge1", "mean")), color=GREY, label=row.label,
+                    label = name if number == 0 else None
+                    axes.plot(
+                        *zip(*points, strict=True), **look(place), marker="o", markersize=4, label=label, clip_on=False
+                    )
+        for number, (row, name) in enumerate(zip(base, names(base), strict=True)):
+            axes.axhline(np.mean(scores(row, part, "rouge1", "mean")), color=GREY, label=name,
                          linestyle=DASHES[(number + 1) % len(DASHES)], linewidth=1.2)  # fmt: skip
         rounds_axis(axes)
-        axes.set(title=TITLES[part], ylim=(0, None))
+        axes.set_title(TITLES[part])
         axes.grid(axis="y")
-    panels[0].set_ylabel("ROUGE-1 F1, mean over clients")
+    # Last, for it ends the autoscaling of both.
+    panels[0].set(ylabel="ROUGE-1 F1, mean over clients", ylim=(0, max(0.05, panels[0].get_ylim()[1])))
     legend(figure, panels[0])
     return figure
 
@@ -149,16 +148,23 @@ def task_bars(rows: Sequence[Row]) -> Figure:
     figure = Figure((inches, 6.4))
     panels = figure.subplots(2, 1, sharey=True)
     for part, axes in enumerate(panels):
-        for place, (row, colour) in enumerate(zip(rows, colours(rows), strict=True)):
+        for place, (row, name, colour) in enumerate(zip(rows, names(rows), colours(rows), strict=True)):
             found = [spread_of(scores(row, part, "rouge1", "per_task", task)) for task in tasks[part]]
             x = np.arange(len(found)) + (place - (len(rows) - 1) / 2) * width
             mean, deviation = np.array(found).reshape(-1, 2).T
-            axes.bar(x, mean, 0.92 * width, yerr=deviation, color=colour, capsize=2, label=seeds_label(row))
+            axes.bar(x, mean, 0.92 * width, yerr=deviation, color=colour, capsize=2, label=name)
         axes.set_xticks(range(len(tasks[part])), tasks[part])
         axes.set(title=TITLES[part], ylabel="ROUGE-1 F1")
         axes.grid(axis="y")
     legend(figure, panels[0])
+    explain(figure, rows, "Bars: mean over seeds; whiskers: standard deviation")
     return figure
+
+
+def explain(figure: Figure, rows: Sequence[Row], text: str) -> None:
+    """Say what whiskers and dots are, where there are any."""
+    if any(len(row.runs) > 1 for row in rows):
+        figure.suptitle(text, fontsize=8)
 
 
 def score_bars(rows: Sequence[Row]) -> Figure:
@@ -174,10 +180,9 @@ def score_bars(rows: Sequence[Row]) -> Figure:
                 axes.scatter(found, [place] * len(found), s=14, color="white", edgecolor="black", zorder=3)
         axes.set(title=TITLES[part], xlabel="ROUGE-1 F1, mean over clients")
         axes.grid(axis="x")
-    scenarios = len({setting(row.runs[0]) for row in rows}) > 1
-    names = [seeds_label(row) + (f", {row.runs[0].config.data.scenario}" if scenarios else "") for row in rows]
-    panels[0].set_yticks(range(len(rows)), names)
+    panels[0].set_yticks(range(len(rows)), names(rows))
     panels[0].invert_yaxis()
+    explain(figure, rows, "Bars: mean over seeds; whiskers: standard deviation; dots: each seed")
     return figure
 
 
@@ -266,22 +271,24 @@ def project(rows: np.ndarray) -> tuple[np.ndarray, str]:
     """Rows in two dimensions, and the name of the method: t-SNE, or PCA where there are too many rows or too few."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     if len(rows) < 3:
         return np.pad(rows, [(0, 0), (0, 2)])[:, :2], "dimension"
     reduced = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
     if 10 <= len(rows) <= T_SNE_ROWS:
         perplexity = min(30.0, (len(rows) - 1) / 3)
-        return TSNE(perplexity=perplexity, random_state=0).fit_transform(reduced), "t-SNE"
+        with threadpool_limits(1):  # its threads wait by spinning: ten times slower where cores are shared
+            return TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(reduced), "t-SNE"
     return np.pad(reduced, [(0, 0), (0, 2)])[:, :2], "PCA"
 
 
 def scatter(axes: Axes, points: np.ndarray, labels: np.ndarray, kinds: Sequence) -> None:
     """Points by kind: a colour and a marker each, or a colour scale where there are more kinds than those."""
-    if len(kinds) > len(PALETTE) * len(MARKERS):
+    if len(kinds) > 2 * len(PALETTE):
         numbers = np.searchsorted(np.sort(kinds), labels)
         drawn = axes.scatter(*points.T, c=numbers, s=9, cmap="viridis")
-        axes.figure.colorbar(drawn, ax=axes, location="bottom", label="number")
+        axes.figure.colorbar(drawn, ax=axes, location="bottom", label="number", shrink=0.7)
         return
     for place, kind in enumerate(kinds):
         colour, marker = PALETTE[place % len(PALETTE)], MARKERS[(place // len(PALETTE) + place) % len(MARKERS)]

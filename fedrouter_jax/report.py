@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table as RichTable
@@ -35,7 +36,7 @@ NOTE = (
     "pers.: personalised, each client's own tasks. gen.: generalisation, the mix of all tasks. ROUGE: F1 of greedy "
     "answers, mean over a client's rows, then over clients. Sent: all clients and rounds, enrolment included."
 )
-SEEDS = " Several seeds: mean ± standard deviation (n - 1) over the runs."
+SEEDS = " Several seeds: mean ± standard deviation (n - 1) over the runs; of costs, the mean."
 
 
 class Run(NamedTuple):
@@ -68,7 +69,7 @@ class Column(NamedTuple):
     header: str
     of: Callable[[Row], Sequence[float]]
     form: Callable[[float], str] = "{:.3f}".format
-    best: bool = True  # mark the highest
+    score: bool = True  # mark the highest, and show the spread over seeds
 
 
 class Table(NamedTuple):
@@ -76,6 +77,7 @@ class Table(NamedTuple):
 
     title: str
     header: list[str]
+    sides: list[Literal["left", "right"]]
     cells: list[list[str]]
     bold: set[tuple[int, int]]
 
@@ -94,9 +96,10 @@ def show(runs: list[Path], console: Console) -> None:
     """The tables of the report on a terminal."""
     rows = rows_of(read_all(runs))
     for table in tables(rows):
-        drawn = RichTable(title=table.title, title_justify="left")
+        drawn = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for place, name in enumerate(table.header):
-            drawn.add_column(Text(name), justify="right" if place > 2 else "left")
+            # A word a line: narrow columns leave the terminal's width to the numbers, which then need not wrap.
+            drawn.add_column(Text(name.replace(" ", "\n")), justify=table.sides[place], overflow="fold")
         for i, cells in enumerate(table.cells):
             drawn.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
         console.print(drawn)
@@ -245,18 +248,21 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for metric, title in (("rouge1", "ROUGE-1"), ("rougeL", "ROUGE-L"))
     ]
     share, size = "{:.1%}".format, lambda count: decimal(round(count))
-    quality.append(Column("rows in right cluster", of(accuracy, "global"), share))
-    for part, short in enumerate(("pers.", "gen.")):
-        header = f"{short} rows routed right"
-        quality.append(Column(header, lambda row, part=part: scores(row, part, "routing_accuracy"), share))
+    right = [Column("rows in right cluster", of(accuracy, "global"), share)] + [
+        Column(f"{short} rows routed right", lambda row, part=part: scores(row, part, "routing_accuracy"), share)
+        for part, short in enumerate(("pers.", "gen."))
+    ]
     spent = [
-        Column("steps a client and round", of(cost, "optimiser_steps_per_client"), "{:.3g}".format, False),
+        Column("steps per client and round", of(cost, "optimiser_steps_per_client"), "{:.3g}".format, False),
         Column("sent up", of(cost, "bytes_up"), size, False),
         Column("sent down", of(cost, "bytes_down"), size, False),
-        Column("seconds, total", of(cost, "seconds_total"), "{:.1f}".format, False),
-        Column("seconds, training", of(cost, "seconds_training"), "{:.1f}".format, False),
+        Column("seconds total", of(cost, "seconds_total"), "{:.1f}".format, False),
+        Column("seconds training", of(cost, "seconds_training"), "{:.1f}".format, False),
     ]
-    found = [tabulate("Scores", rows, quality), tabulate("Cost", [row for row in rows if not row.base], spent)]
+    trained = [row for row in rows if not row.base]
+    clustered = [row for row in trained if any(map(accuracy, row.runs))]
+    found = [tabulate("Scores", rows, quality, lead=True), tabulate("Cost", trained, spent)]
+    found += [tabulate("Clustering and routing accuracy", clustered, right)] if clustered else []
     for part, name in enumerate(PARTS):
         tasks = [
             Column(task, lambda row, part=part, task=task: scores(row, part, "rouge1", "per_task", task))
@@ -266,30 +272,44 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
-def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    """Text of the numbers; `-` where there is none."""
+def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], lead: bool = False) -> Table:
+    """Text of the numbers, `-` where there is none; with `lead`, scenario and seeds have columns of their own."""
     numbers = [[column.of(row) for column in columns] for row in rows]
+    leads = [[name] for name in names(rows)]
+    if lead:
+        seeds = [", ".join(str(run.config.seed) for run in row.runs) for row in rows]
+        leads = [[row.label, row.runs[0].config.data.scenario, of] for row, of in zip(rows, seeds, strict=True)]
     cells = [
-        [row.label, row.runs[0].config.data.scenario, ", ".join(str(run.config.seed) for run in row.runs)]
-        + [spread(found, column.form) for found, column in zip(line, columns, strict=True)]
-        for row, line in zip(rows, numbers, strict=True)
+        start + [spread(found, column) for found, column in zip(line, columns, strict=True)]
+        for start, line in zip(leads, numbers, strict=True)
     ]
+    header = ["method", "scenario", "seed"] if lead else ["method"]
     bold = set()
     for j, column in enumerate(columns):
-        shown = [column.form(np.mean(line[j])) if line[j] and column.best else "" for line in numbers]
+        shown = [column.form(np.mean(line[j])) if line[j] and column.score else "" for line in numbers]
         for i, row in enumerate(rows):
             rivals = [k for k, other in enumerate(rows) if shown[k] and setting(other.runs[0]) == setting(row.runs[0])]
             best = max(rivals, key=lambda k, j=j: np.mean(numbers[k][j]), default=i)
-            if len(rivals) > 1 and shown[i] == shown[best]:
-                bold.add((i, j + 3))
-    return Table(title, ["method", "scenario", "seed", *(column.header for column in columns)], cells, bold)
+            if len({shown[k] for k in rivals}) > 1 and shown[i] == shown[best]:
+                bold.add((i, j + len(header)))
+    sides = ["left"] * len(header) + ["right"] * len(columns)
+    return Table(title, [*header, *(column.header for column in columns)], sides, cells, bold)
 
 
-def spread(found: Sequence[float], form: Callable[[float], str]) -> str:
-    """The number, or mean ± standard deviation (n - 1) of several."""
+def names(rows: Sequence[Row]) -> list[str]:
+    """The rows' labels, with the scenario where there are several, and how many seeds stand behind them."""
+    several = len({row.runs[0].config.data.scenario for row in rows}) > 1
+    scenario = [f", {row.runs[0].config.data.scenario}" if several else "" for row in rows]
+    seeds = [f", {len(row.runs)} seeds" if len(row.runs) > 1 else "" for row in rows]
+    return [row.label + where + count for row, where, count in zip(rows, scenario, seeds, strict=True)]
+
+
+def spread(found: Sequence[float], column: Column) -> str:
+    """The number; of several the mean, and ± their standard deviation (n - 1) where they are scores."""
     if not found:
         return "-"
-    return form(float(np.mean(found))) + (f" ± {form(float(np.std(found, ddof=1)))}" if len(found) > 1 else "")
+    deviation = f" ± {column.form(float(np.std(found, ddof=1)))}" if column.score and len(found) > 1 else ""
+    return column.form(float(np.mean(found))) + deviation
 
 
 def note(rows: Sequence[Row]) -> str:
@@ -316,7 +336,7 @@ def setups(rows: Sequence[Row]) -> list[str]:
             said.append(f"{rounds.participation:.0%} of the clients a round")
         if run.clusters and run.clusters.get("clustered"):
             said.append(f"{run.clusters['clusters']} clusters, recipe {config.cluster.recipe}")
-            said.append(f"{rounds.clusters_per_round or 'all'} local clusters a client and round")
+            said.append(f"local clusters a client and round: {rounds.clusters_per_round or 'all'}")
             routing = config.evaluation.personalised_routing, config.evaluation.generalisation_routing
             said.append("routing {} (personalised), {} (generalisation)".format(*routing))
         devices = sorted({str(of.timings["device"]) for of in row.runs if "device" in of.timings})
@@ -357,7 +377,7 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
     text = [f"# Run {plain(alone.path.resolve().name)}" if alone else f"# {len(runs)} runs"]
     text += ["\n".join(f"- {plain(line)}" for line in setups(rows))]
     for table in tables(rows):
-        lines = [[plain(name) for name in table.header], ["---"] * 3 + ["--:"] * (len(table.header) - 3)]
+        lines = [[plain(name) for name in table.header], ["--:" if side == "right" else "---" for side in table.sides]]
         lines += [
             [f"**{plain(cell)}**" if (i, j) in table.bold else plain(cell) for j, cell in enumerate(cells)]
             for i, cells in enumerate(table.cells)

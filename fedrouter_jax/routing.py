@@ -110,7 +110,7 @@ def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     count, total, squares = (sum(part) for part in zip(*reports, strict=True))
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 0)
-    deviation = np.where(variance > 1e-12 * (origin + mean) ** 2, np.sqrt(variance), 1.0)
+    deviation = np.where(variance > 1e-14 * (origin + mean) ** 2, np.sqrt(variance), 1.0)
     return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import checkpoint, experiment, peft_io, routing
+from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
@@ -151,12 +151,12 @@ def score(
     embeddings: np.ndarray | None,
     with_base: bool,
     track: Track,
-) -> experiment.Evaluation:
+) -> evaluate.Evaluation:
     """Evaluate with a progress bar."""
-    asked = experiment.questions(prepared, state, enrolment, embeddings, with_base)
-    total = len(experiment.evaluate.distinct(asked)[0])
+    asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
+    total = len(evaluate.distinct(asked)[0])
     with track("answering", total) as advance:
-        return experiment.evaluate_state(prepared, state, enrolment, embeddings, with_base, advance)
+        return evaluate.evaluate_state(prepared, state, enrolment, embeddings, with_base, advance)
 
 
 def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
@@ -168,7 +168,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         names = [prepared.dataset.train[i].task for i in held.train]
         counts = np.zeros((len(tasks), table.shape[1]), int)
         np.add.at(counts, ([tasks.index(name) for name in names], labels), 1)
-        right, total = right + experiment.matched(counts) * len(names), total + len(names)
+        right, total = right + evaluate.matched(counts) * len(names), total + len(names)
         clients.append(
             {
                 "client": number,
@@ -178,7 +178,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
                 "global": table[number, labels].tolist(),
             }
         )
-    counts = experiment.slot_tasks(prepared, enrolment)
+    counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.clusters
     width, size = prepared.model.config.width, 4
     standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
@@ -190,7 +190,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         "clusters": enrolment.clusters,
         "table": table.tolist(),
         "slot_tasks": [tasks[i] for i in counts.argmax(axis=0)],
-        "accuracy": {"local": right / total, "global": experiment.matched(counts)} if clustered else None,
+        "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
         "silhouettes": enrolment.silhouettes,
         "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
         "bytes_down": len(clients) * (enrolment.clusters + 2 * standardised) * width * size if clustered else 0,

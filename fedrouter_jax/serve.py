@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import experiment, routing, runs
+from fedrouter_jax import evaluate, experiment, routing, runs
 from fedrouter_jax.data import tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
@@ -39,7 +39,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     weights = np.asarray(prepared.strategy.route(state, clients, embeddings, mode))
     rows = [Row(text, "", "") for text in texts]
     encoded = tokens.encode(prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response)
-    answers = experiment.answer(prepared, state, [row.prompt for row in encoded], weights)
+    answers = evaluate.answer(prepared, state, [row.prompt for row in encoded], weights)
     names, tasks = runs.adapter_names(prepared, state), runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
     return [
         {

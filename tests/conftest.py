@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+# The suite compiles many tiny programs and runs each for milliseconds: compile them quickly, and once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +59,7 @@ def federation(tiny) -> Federation:
     shapes = {module: module_shapes(tiny.config)[module] for module in LORA.targets}
     fresh = lora.init(jax.random.key(0), shapes, tiny.config.layers, LORA.rank)
     adapters = {"main": fresh._replace(b=jax.tree.map(lambda b: b + 0.02, fresh.b))}
-    update = client.make_client_update(tiny.config, LORA, LOCAL)
+    update = jax.jit(client.make_client_update(tiny.config, LORA, LOCAL))
     return Federation(tiny, update, Enrolment(table, SLOTS, router, labels, {}), adapters, members)
 
 

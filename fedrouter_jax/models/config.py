@@ -6,7 +6,7 @@ attention (arXiv 2305.13245) and a SwiGLU MLP (arXiv 2002.05202). They differ on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,13 @@ FAMILIES = {
 }
 
 
-def _family(name: str | None, where: str) -> _Family:
-    if name not in FAMILIES:
-        raise UserError(f"{where} names the model family {name!r}; expected one of {', '.join(sorted(FAMILIES))}")
+# llama.cpp has no architecture of its own for Mistral: it is written as llama.
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def _family(name: str | None, supported: Iterable[str], where: str) -> _Family:
+    if name not in supported:
+        raise UserError(f"{where} names the model family {name!r}; expected one of {', '.join(supported)}")
     return FAMILIES[name]
 
 
@@ -123,7 +127,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
 
     Raises `UserError` for a family, an activation, a bias, a rope type or a mix of attention kinds not supported.
     """
-    family = _family(found.get("model_type"), "config.json")
+    family = _family(found.get("model_type"), FAMILIES, "config.json")
     for flag in ("attention_bias", "mlp_bias"):
         if found.get(flag):
             raise UserError(f"config.json sets {flag} true; expected false: this decoder has no such biases")
@@ -161,7 +165,7 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
     Raises `UserError` for an architecture or a rope scaling not supported.
     """
     name = metadata.get("general.architecture")
-    family = _family(name, "GGUF key general.architecture")
+    family = _family(name, GGUF_FAMILIES, "GGUF key general.architecture")
     if metadata.get(f"{name}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in metadata["tensors"]:
         raise UserError(f"the GGUF file scales the {name} rope frequencies; expected none: load the safetensors folder")
     if f"{name}.expert_count" in metadata:

@@ -52,7 +52,7 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
-    """Configuration and parameters of a GGUF file of the llama, mistral, qwen2 or qwen3 architecture.
+    """Configuration and parameters of a GGUF file of the llama, qwen2 or qwen3 architecture.
 
     Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
     """

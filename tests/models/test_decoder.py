@@ -1,0 +1,292 @@
+"""Properties of the decoder on small random models: no other library needed."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrouter_jax import models
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import decoder
+from fedrouter_jax.types import LoRA
+
+BASE = models.DecoderConfig(
+    vocab_size=97, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, norm_eps=1e-6, tied=False
+)
+KINDS = {
+    "plain": BASE,
+    "window": dataclasses.replace(BASE, sliding_window=5),
+    "biased, normed, wide heads": dataclasses.replace(BASE, qkv_bias=True, qk_norm=True, kv_heads=1, head_dim=16),
+}
+RANK = 6
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def config(request):
+    return request.param
+
+
+def make_params(config):
+    """Weights several times their usual scale and norms away from one, so that mistakes show."""
+    rng = np.random.default_rng(1)
+
+    def leaf(path, shape):
+        name = path[-1].key
+        scale = {"kernel": 0.1, "embedding": 1.0, "head": 0.1, "bias": 0.3}.get(name)
+        draw = rng.normal(size=shape.shape) * scale if scale else rng.uniform(0.5, 1.5, shape.shape)
+        return jnp.asarray(draw, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder.param_shapes(config))
+
+
+def make_tokens(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, BASE.vocab_size, shape), jnp.int32)
+
+
+def make_lora(config, modules=decoder.MODULES, seed=3):
+    rng = np.random.default_rng(seed)
+    shapes = models.module_shapes(config)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32)  # noqa: E731
+    return LoRA(
+        {m: draw(config.layers, shapes[m][0], RANK) for m in modules},
+        {m: draw(config.layers, RANK, shapes[m][1]) for m in modules},
+    )
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("dropout", "layers", "final_norm"))
+def run(config, params, tokens, positions=None, segments=None, lora=None, gates=None, **options):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+    return models.hidden_states(config, params, tokens, positions, segments, lora, gates, **options)
+
+
+def close(one, other, tolerance=2e-5):
+    np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=tolerance, atol=tolerance)
+
+
+def test_packed_rows_equal_separate_rows(config):
+    params, lengths = make_params(config), [9, 9]
+    row, positions, segments = np.zeros((1, 24), np.int32), np.zeros((1, 24), np.int32), np.zeros((1, 24), np.int32)
+    texts, start = [make_tokens(1, length, seed=length) for length in lengths], 2
+    spans = []
+    for number, text in enumerate(texts, start=1):
+        end = start + text.shape[1]
+        row[0, start:end], positions[0, start:end], segments[0, start:end] = text[0], np.arange(end - start), number
+        spans.append((start, end))
+        start = end
+    packed = run(config, params, row, positions, segments)
+    assert np.isfinite(packed).all()
+    for (start, end), text in zip(spans, texts, strict=True):
+        close(packed[:, start:end], run(config, params, text))
+
+
+def test_padding_never_changes_real_outputs():
+    params, tokens = make_params(BASE), make_tokens(2, 12)
+    segments = jnp.asarray([[1] * 8 + [0] * 4, [1] * 12])
+    other = tokens.at[0, 8:].set((tokens[0, 8:] + 5) % 97)
+    one, two = run(BASE, params, tokens, None, segments), run(BASE, params, other, None, segments)
+    np.testing.assert_array_equal(one[0, :8], two[0, :8])
+    close(one[0, :8], run(BASE, params, tokens[:1, :8])[0])
+
+
+def test_gradients_are_causal_and_windowed(config):
+    # d hidden[t] / d embedding of input s is zero exactly where s is after t or out of reach of the layers' windows.
+    params, time = make_params(config), 20
+    tokens = jnp.arange(time)[None]  # each token once, so that a row of the embedding is a position
+
+    def touched(t):
+        loss = lambda e: jnp.sum(run(config, {**params, "embedding": e}, tokens)[0, t] ** 2)  # noqa: E731
+        return np.abs(jax.grad(loss)(params["embedding"])).sum(-1)[:time] > 0
+
+    reach = time if config.sliding_window is None else config.layers * (config.sliding_window - 1)
+    for t in (0, 6, time - 1):
+        np.testing.assert_array_equal(touched(t), [t - reach <= s <= t for s in range(time)])
+
+
+def test_gradients_are_finite_with_padding():
+    config = KINDS["window"]
+    params, lora, tokens = make_params(config), make_lora(config), make_tokens(2, 10)
+    segments = jnp.asarray([[0] * 10, [0] * 3 + [1] * 4 + [0] * 3])
+    loss = lambda lora: jnp.sum(run(config, params, tokens, None, segments, lora) ** 2)  # noqa: E731
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(lora)))
+
+
+@pytest.mark.parametrize(("time", "window"), [(1, None), (128, 40), (129, None), (300, None), (300, 40)])
+def test_attention_equals_dot_product_attention(time, window):
+    config = dataclasses.replace(BASE, sliding_window=window)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, time, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    mask = decoder.attention_mask(config, jnp.asarray(np.sort(rng.integers(0, 3, (2, time)))))
+    ours = lambda *qkv: decoder._attend(*qkv, mask)  # noqa: E731
+    oracle = lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask).reshape(2, time, -1)  # noqa: E731
+    close(ours(q, k, v), oracle(q, k, v))
+    weights = jnp.asarray(rng.normal(size=(2, time, 32)), jnp.float32)
+    gradients = [jax.grad(lambda *x, f=f: jnp.sum(f(*x) * weights), argnums=(0, 1, 2))(q, k, v) for f in (ours, oracle)]
+    jax.tree.map(partial(close, tolerance=1e-4), *gradients)
+
+
+@pytest.mark.parametrize(
+    ("config", "gates"),
+    list(zip(KINDS.values(), ("none", "shared", "per row"), strict=True)),
+    ids=KINDS,
+    indirect=["config"],
+)
+def test_prefill_and_decode_equal_the_full_forward(config, gates):
+    params, lora, tokens = make_params(config), make_lora(config), make_tokens(3, 14)
+    gate = {
+        "none": None,
+        "shared": jnp.linspace(-1, 2, RANK),
+        "per row": jnp.asarray(np.random.default_rng(5).normal(size=(3, RANK)), jnp.float32),
+    }[gates]
+    full = run(config, params, tokens, None, None, lora, gate)
+    lengths = np.array([8, 3, 1])
+    prompts = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96)
+    hidden, cache = jax.jit(models.prefill, static_argnums=(0, 4))(config, params, prompts, lengths, 16, lora, gate)
+    assert cache.k.shape == cache.v.shape == (config.layers, 3, 16, config.kv_heads, config.head_dim)
+    for row, length in enumerate(lengths):
+        close(hidden[row, :length], full[row, :length])
+    step = jax.jit(models.decode_step, static_argnums=0)
+    for _ in range(6):
+        at = cache.length
+        hidden, cache = step(config, params, tokens[jnp.arange(3), at], cache, lora, gate)
+        close(hidden, full[jnp.arange(3), at])
+    np.testing.assert_array_equal(cache.length, lengths + 6)
+
+
+def test_a_full_cache_row_is_not_written():
+    params, tokens = make_params(BASE), make_tokens(2, 4)
+    _, cache = models.prefill(BASE, params, tokens, jnp.asarray([4, 2]), 4)
+    _, after = models.decode_step(BASE, params, tokens[:, 0], cache)
+    np.testing.assert_array_equal(after.k[:, 0], cache.k[:, 0])
+    assert not np.array_equal(after.k[:, 1, 2], cache.k[:, 1, 2])
+    np.testing.assert_array_equal(after.k[:, 1, [0, 1, 3]], cache.k[:, 1, jnp.asarray([0, 1, 3])])
+
+
+@pytest.mark.parametrize("modules", [decoder.MODULES, ("q_proj", "v_proj"), ("down_proj",)])
+def test_lora_equals_merged_weights(modules):
+    config = KINDS["biased, normed, wide heads"]
+    params, lora, tokens = make_params(config), make_lora(config, modules), make_tokens(2, 9)
+    gate = jnp.asarray(np.random.default_rng(7).normal(size=RANK), jnp.float32)
+    merged = jax.tree.map(lambda leaf: leaf, params)
+    for module in modules:
+        update = jnp.einsum("lir,r,lro->lio", lora.a[module], gate, lora.b[module])
+        kernel = params["blocks"][module]["kernel"] + update
+        merged["blocks"][module] = {**params["blocks"][module], "kernel": kernel}
+    ours = run(config, params, tokens, None, None, lora, gate)
+    close(ours, run(config, merged, tokens), 1e-4)
+    close(ours, run(config, params, tokens, None, None, lora, jnp.stack([gate, gate])))
+    ones = run(config, params, tokens, None, None, lora, jnp.ones(RANK))
+    close(ones, run(config, params, tokens, None, None, lora))
+    assert np.abs(ones - ours).max() > 1e-3
+
+
+def test_gates_belong_to_their_row():
+    params, lora, tokens = make_params(BASE), make_lora(BASE), make_tokens(1, 9)
+    gates = jnp.asarray([[1.0] * 3 + [0.0] * 3, [0.0] * 6])
+    both = run(BASE, params, jnp.tile(tokens, (2, 1)), None, None, lora, gates)
+    close(both[0], run(BASE, params, tokens, None, None, lora, gates[0])[0])
+    close(both[1], run(BASE, params, tokens)[0])
+
+
+def test_first_layers_are_a_shallower_model():
+    params, tokens, lora = make_params(BASE), make_tokens(2, 9), make_lora(BASE)
+    shallow = dataclasses.replace(BASE, layers=2)
+    cut = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:2], params["blocks"])}
+    adapter = jax.tree.map(lambda leaf: leaf[:2], lora)
+    close(run(BASE, params, tokens, None, None, lora, layers=2), run(shallow, cut, tokens, None, None, adapter))
+    close(run(BASE, params, tokens, layers=0, final_norm=False), params["embedding"][tokens])
+    raw = run(BASE, params, tokens, final_norm=False)
+    close(run(BASE, params, tokens), decoder._rms_norm(raw, params["norm"], BASE.norm_eps))
+
+
+def test_vmap_over_lanes_equals_one_by_one():
+    params = make_params(BASE)
+    lanes = [make_lora(BASE, ("q_proj", "v_proj"), seed) for seed in range(3)]
+    tokens, keys = make_tokens(3, 2, 9), jax.random.split(jax.random.key(0), 3)
+
+    def loss(lora, tokens, key):
+        return jnp.mean(run(BASE, params, tokens, None, None, lora, jnp.ones(RANK), dropout=0.3, key=key) ** 2)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+    together = jax.vmap(jax.grad(loss))(stacked, tokens, keys)
+    for lane, lora in enumerate(lanes):
+        alone = jax.grad(loss)(lora, tokens[lane], keys[lane])
+        jax.tree.map(lambda a, b, lane=lane: close(a[lane], b), together, alone)
+
+
+def test_dropout_is_on_the_branch_only_unbiased_and_different_everywhere():
+    x = jnp.ones((200, 500))
+    dropped = decoder._dropout(jax.random.key(0), 0.25, x)
+    assert abs(float(jnp.mean(dropped == 0)) - 0.25) < 0.01 and abs(float(jnp.mean(dropped)) - 1) < 0.01
+    params, tokens, lora = make_params(BASE), make_tokens(1, 9), make_lora(BASE)
+    silent = run(BASE, params, tokens, None, None, lora, jnp.zeros(RANK), dropout=0.5, key=jax.random.key(0))
+    close(silent, run(BASE, params, tokens))
+    one, again, other = (
+        run(BASE, params, tokens, None, None, lora, dropout=0.5, key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+    keyless = run(BASE, params, tokens, None, None, lora, dropout=0.5)
+    close(keyless, run(BASE, params, tokens, None, None, lora))
+
+
+def test_bfloat16_is_close_and_stays_bfloat16():
+    params, tokens, lora = make_params(BASE), make_tokens(2, 9), make_lora(BASE)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    hidden = run(BASE, half, tokens, None, None, lora)
+    assert hidden.dtype == jnp.bfloat16 and models.logits(BASE, half, hidden).dtype == jnp.float32
+    exact = run(BASE, params, tokens, None, None, lora)
+    assert float(jnp.mean(jnp.abs(hidden - exact)) / jnp.mean(jnp.abs(exact))) < 0.05
+    _, cache = jax.eval_shape(lambda: models.prefill(BASE, half, tokens, jnp.asarray([9, 4]), 12))
+    step, cache = jax.eval_shape(lambda cache: models.decode_step(BASE, half, tokens[:, 0], cache), cache)
+    assert step.dtype == cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_decoding_in_a_loop_compiles_to_one_cache_in_place():
+    # The step reads the cache and scatters into it: a loop that carries it must not hold a second copy.
+    config = dataclasses.replace(BASE, layers=4)
+    params = models.init_params(config, jax.random.key(0))
+    shape = (4, 8, 4096, 2, 8)
+    cache = models.Cache(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(8, jnp.int32))
+
+    def loop(params, cache):
+        body = lambda _, cache: models.decode_step(config, params, jnp.zeros(8, jnp.int32), cache)[1]  # noqa: E731
+        return jax.lax.fori_loop(0, 4, body, cache)
+
+    used = jax.jit(loop, donate_argnums=1).lower(params, cache).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 0.75 * cache.k.nbytes  # one layer's slice of each is a half
+
+
+def test_training_keeps_no_scores_per_key():
+    # The backward pass recomputes attention: what is stored grows with time, not with its square.
+    params, lora = make_params(BASE), make_lora(BASE, ("q_proj",))
+
+    def temporary(time):
+        tokens = make_tokens(1, time)
+        compiled = jax.jit(jax.grad(lambda lora: jnp.sum(run(BASE, params, tokens, None, None, lora)))).lower(lora)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    deep = dataclasses.replace(BASE, layers=12)
+    assert deep.layers * 512 * 512 * BASE.heads * 4 > temporary(512)
+
+
+def test_init_params_match_the_declared_shapes():
+    config = KINDS["biased, normed, wide heads"]
+    params = models.init_params(config, jax.random.key(0), "bfloat16")
+    shapes = decoder.param_shapes(config, "bfloat16")
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+    for module, shape in models.module_shapes(config).items():
+        assert params["blocks"][module]["kernel"].shape == (config.layers, *shape)
+
+
+def test_bad_input_is_one_line():
+    params, tokens = models.init_params(BASE, jax.random.key(0)), make_tokens(1, 4)
+    stray = LoRA({"lm_head": jnp.zeros((3, 32, 2))}, {"lm_head": jnp.zeros((3, 2, 97))})
+    with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
+        models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], lora=stray)
+    with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
+        models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)
+    with pytest.raises(UserError, match="3 slots for prompts of 4 tokens"):
+        models.prefill(BASE, params, tokens, jnp.asarray([4]), 3)

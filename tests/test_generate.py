@@ -1,0 +1,74 @@
+"""Generation: a mixed batch under gates answers as each adapter would alone, and as a loop over full forwards does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LORA
+
+from fedrouter_jax import lora
+from fedrouter_jax.data import synthetic, tokens
+from fedrouter_jax.generate import generate
+from fedrouter_jax.models import hidden_states, logits, module_shapes
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def bank(tiny):
+    """Three adapters that each change the answers."""
+    shapes = {module: module_shapes(tiny.config)[module] for module in LORA.targets}
+    one = [lora.init(jax.random.key(i), shapes, tiny.config.layers, LORA.rank) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+    return stacked._replace(b={m: jax.random.normal(jax.random.key(9), b.shape) for m, b in stacked.b.items()})
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    rows = synthetic.make(train_per_task=3, test_per_task=1).train
+    return [row.prompt for row in tokens.encode(tiny.tokenizer, rows, "short", 320, 24)]
+
+
+def by_full_forwards(model, prompt, adapter, stop):
+    """Greedy decoding without cache, padding, batch or composition."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + NEW:
+        row = jnp.asarray([ids + [0] * (len(prompt) + NEW - len(ids))])  # one shape, so it compiles once
+        gates = None if adapter is None else jnp.full((1, LORA.rank), LORA.scale)
+        hidden = forward(model.config, model.params, row, adapter, gates)
+        best = int(logits(model.config, model.params, hidden[0, len(ids) - 1]).argmax())
+        if best == stop:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]
+
+
+@jax.jit(static_argnums=0)
+def forward(config, params, row, adapter, gates):
+    return hidden_states(config, params, row, jnp.arange(row.shape[1])[None], lora=adapter, gates=gates)
+
+
+def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
+    prompts = prompts[:5]
+    slots = [0, 1, 2, None, 1]
+    weights = np.array([np.eye(3)[slot] if slot is not None else np.zeros(3) for slot in slots])
+    gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), LORA))
+    # The most frequent token that the plain model says serves as the stop token, so that some rows do stop.
+    stop = by_full_forwards(tiny, prompts[3], None, -1)[4]
+    found = generate(
+        tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW, rows_at_once=3
+    )
+    alone = [None if slot is None else jax.tree.map(lambda leaf, s=slot: leaf[s], bank) for slot in slots]
+    expected = [by_full_forwards(tiny, *pair, stop) for pair in zip(prompts, alone, strict=True)]
+    assert found == expected
+    assert len({tuple(answer) for answer in expected}) > 2 and any(len(answer) < NEW for answer in expected)
+
+
+def test_soft_gates_mix_adapters(tiny, bank):
+    """Gates of one half each are the mean of the two adapters' updates."""
+    x = jax.random.normal(jax.random.key(0), (tiny.config.width,))
+    both = lora.concatenate(bank)
+    gate = lora.gates(jnp.array([[0.5, 0.5, 0.0]]), LORA)[0]
+    mixed = ((x @ both.a["q_proj"][0]) * gate) @ both.b["q_proj"][0]
+    each = [LORA.scale * (x @ bank.a["q_proj"][s, 0]) @ bank.b["q_proj"][s, 0] for s in range(2)]
+    np.testing.assert_allclose(mixed, (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-4)

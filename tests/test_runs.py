@@ -1,0 +1,139 @@
+"""A run from start to end, killed and resumed, and what the other commands make of it. On the tiny random model."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedrouter_jax import runs
+from fedrouter_jax.cli import main
+from fedrouter_jax.peft_io import read_router
+from fedrouter_jax.presets import smoke
+
+FINAL = ("scores.json", "predictions.jsonl", "clusters.json", "router/router.safetensors", "router/router.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted smoke run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    runs.run(smoke(), out)
+    return out
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """The bytes that a run ends with, and its log without the seconds."""
+    files = [*(out / name for name in FINAL), *sorted(out.glob("adapters/*/*"))]
+    content = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    return content | {"rounds": [record(line) for line in (out / "rounds.jsonl").read_text().splitlines()]}
+
+
+def record(line: str) -> dict:
+    found = json.loads(line)
+    assert found.pop("seconds") >= 0
+    return found
+
+
+def test_a_run_directory_holds_what_it_promises(finished):
+    config = smoke()
+    lines = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    assert "scores" in lines[0] and "scores" not in lines[1]
+    for line in lines:
+        assert len(line["lanes"]) == 4 and all(len(lane["loss"]) == config.local.steps for lane in line["lanes"])
+        assert line["optimiser_steps_per_client"] == 2 and line["adapters_per_client"] == 1
+    adapters = sorted(path.name for path in (finished / "adapters").iterdir())
+    assert adapters == ["cluster_0", "cluster_1", "cluster_2", "cluster_3"]
+    # Four lanes a round, each as large as one exported adapter without its header.
+    weights = finished / "adapters" / "cluster_0" / "adapter_model.safetensors"
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    assert lines[0]["bytes_up"] == 4 * (weights.stat().st_size - header)
+    scores = json.loads((finished / "scores.json").read_text())
+    for part in ("base", "personalised", "generalisation"):
+        assert set(scores[part]["rouge1"]) == {"mean", "per_task", "per_client"} and scores[part]["rows"] > 0
+    clusters = json.loads((finished / "clusters.json").read_text())
+    assert 0 < clusters["accuracy"]["global"] <= 1 and len(clusters["clients"]) == 4
+    router, description = read_router(finished / "router")
+    assert router.centroids.shape[0] == 4 and description["adapters"] == adapters
+    assert (finished / "predictions.jsonl").read_text().count("\n") == sum(scores[part]["rows"] for part in scores)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_killed_at_a_random_moment_and_resumed_ends_with_the_same_bytes(finished, tmp_path, moment):
+    """SIGKILL when the run has just made a file drawn at random; then resume in another process."""
+    out = tmp_path / "killed"
+    signs = {
+        1: ["config.json", "embeddings.npy", "clusters.json", "checkpoints/0"],
+        2: ["rounds.jsonl", "checkpoints/1", "checkpoints/2"],
+        3: ["checkpoints/3", "predictions.jsonl", "adapters/cluster_1"],
+    }[moment]
+    sign = out / random.choice(signs)
+    command = [sys.executable, "-m", "fedrouter_jax"]
+    with subprocess.Popen([*command, "run", "--preset", "smoke", "--out", str(out)], stderr=subprocess.DEVNULL) as run:
+        while not sign.exists() and run.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(0.005)
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL, f"the run ended before {sign.name} was seen"
+    (out / "rounds.jsonl").open("a").write('{"round": 9')  # what a kill in the middle of a line leaves
+    subprocess.run([*command, "resume", str(out)], check=True, capture_output=True)
+    assert result(out) == result(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    before = result(finished)
+    assert main(["resume", str(finished)]) == 0
+    assert result(finished) == before
+
+
+def test_what_changes_only_speed_changes_no_result(finished, tmp_path):
+    """Other lanes, rows and packs at once, other checkpoints: the same clusters and nearly the same losses."""
+    config = smoke()
+    compute = dataclasses.replace(config.compute, lanes_at_once=4, rows_at_once=7, packs_at_once=3, checkpoint_every=3)
+    out = tmp_path / "other"
+    runs.run(dataclasses.replace(config, compute=compute), out)
+    for line, other in zip(result(out)["rounds"], result(finished)["rounds"], strict=True):
+        np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-4)
+    assert json.loads((out / "clusters.json").read_text()) == json.loads((finished / "clusters.json").read_text())
+
+
+def test_route_answers_with_the_nearest_adapter(finished, capsys):
+    texts = ["Facts: Red Cafe, town, Oslo\nTurn the facts into one sentence.", "Is tea good?\nIs tea bad?\nSame?"]
+    assert main(["route", str(finished), *texts, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == texts
+    for answer in answers:
+        assert len(answer["distances"]) == 4
+        assert answer["slot"] == int(np.argmin(answer["distances"]))
+        assert answer["adapter"] == f"cluster_{answer['slot']}" and isinstance(answer["answer"], str)
+
+
+def test_route_refuses_a_client_that_is_not_there(finished, capsys):
+    assert main(["route", str(finished), "text", "--client", "9"]) == 2
+    assert "clients are 0 to 3" in capsys.readouterr().err
+
+
+def test_export_writes_what_the_run_holds(finished, tmp_path):
+    assert main(["export", str(finished), "--to", str(tmp_path)]) == 0
+    for path in [*finished.glob("adapters/*/*"), *finished.glob("router/*")]:
+        assert (tmp_path / path.relative_to(finished)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("strategy, adapters", [("fedit", ["shared_0"]), ("local", [f"client_{i}" for i in range(4)])])
+def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_path, capsys):
+    out = tmp_path / strategy
+    small = ["--rounds", "1", "--evaluate-at", "--mix-rows", "4", "--test-rows", "2"]
+    assert main(["run", "--preset", "smoke", "--strategy", strategy, "--out", str(out), *small]) == 0
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == adapters
+    assert not (out / "router").exists() and (out / "report.md").exists()
+    up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
+    assert (up == 0) == (strategy == "local")
+    capsys.readouterr()
+    assert main(["route", str(out), "text"]) == (2 if strategy == "local" else 0)
