@@ -21,7 +21,7 @@ from fedrouter_jax import client, embed, lora, routing
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
 from fedrouter_jax.data.rows import Dataset, Row
-from fedrouter_jax.data.scenarios import Partition, partition
+from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import Model, load_model, module_shapes
@@ -65,6 +65,8 @@ def prepare(config: Config) -> Prepared:
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     strategy = STRATEGIES[config.strategy]()
+    if strategy.clusters:  # before minutes are spent on embeddings
+        routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     update = client.make_client_update(model.config, config.lora, config.local)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     at_once = config.compute.lanes_at_once or (1 if jax.default_backend() == "cpu" else None)
@@ -106,13 +108,19 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     rows = [len(held.train) for held in prepared.partition.clients]
     if not prepared.strategy.clusters:
         return routing.one_cluster_each(rows)
-    config, tasks = prepared.config, prepared.partition.tasks
-    held = {"single": 1, "dual": min(2, len(tasks)), "all": len(tasks)}[config.data.scenario]
-    local = held if config.cluster.local_clusters is None else config.cluster.local_clusters or None
-    total = len(tasks) if config.cluster.global_clusters is None else config.cluster.global_clusters or None
+    config = prepared.config
+    local, total = cluster_counts(config, prepared.partition)
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
     return routing.enrol(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
+
+
+def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
+    """n_l and n_g: as configured, by default the tasks a client holds and the tasks in all; None: by silhouette."""
+    local, total = config.cluster.local_clusters, config.cluster.global_clusters
+    local = len(tasks_of(0, split.tasks, config.data.scenario)) if local is None else local
+    total = len(split.tasks) if total is None else total
+    return local or None, total or None
 
 
 def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:

@@ -346,13 +346,16 @@ def _swap(uniforms, rows, centers, active):
         out = jnp.argmin(jnp.where(active, jnp.sum(jnp.where(own, loss[:, None], 0), axis=0), jnp.inf))
         chosen = (jnp.arange(k) == out) & (turn % _REFINE != _REFINE - 1)
         tried, away = jnp.where(chosen[:, None], drawn, centers), jnp.where(chosen, joined[:, None], distances)
-        labels = jnp.argmin(away, axis=1)
-        for _ in range(_PASSES):
+
+        def repair(_, state):
+            centers, distances, labels = state
             share = _share(labels, k, rows.weight)
             mass = jnp.sum(share, axis=0)
-            tried = jnp.where((mass > 0)[:, None], _means(rows, share), tried)
-            away = _distances(rows, tried, active)
-            labels = jnp.argmin(_exchanged(rows, away, labels, mass), axis=1)
+            centers = jnp.where((mass > 0)[:, None], _means(rows, share), centers)
+            distances = _distances(rows, centers, active)
+            return centers, distances, jnp.argmin(_exchanged(rows, distances, labels, mass), axis=1)
+
+        tried, away, _ = lax.fori_loop(0, _PASSES, repair, (tried, away, jnp.argmin(away, axis=1)))
         new = _cost(rows, away)
         better = new < cost
         return jnp.where(better, tried, centers), jnp.where(better, away, distances), jnp.minimum(new, cost)

@@ -132,18 +132,12 @@ def enrol(
     points, present, router = _shared_space(embeddings, recipe)
     local_key, local_choice, global_key, global_choice = jax.random.split(key, 4)
 
-    few = min(len(rows) for rows in embeddings)
+    check_counts([len(rows) for rows in embeddings], local, total)
     silhouettes: dict[str, dict[int, float]] = {}
     counts = np.full(len(embeddings), local or 0)
     if local is None:
         client_keys = jax.random.split(local_choice, len(embeddings))
         counts = _choose(silhouettes, "local", client_keys, points, present, config.max_clusters, recipe.restarts)
-    elif not 1 <= local <= few:
-        client = min(range(len(embeddings)), key=lambda c: len(embeddings[c]))
-        raise UserError(
-            f"client {client} has {few} rows but {local} local clusters were asked for; "
-            "lower --local-clusters or raise --train-rows"
-        )
     keys = jax.random.split(local_key, len(embeddings))
     centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
 
@@ -170,6 +164,21 @@ def enrol(
         labels,
         silhouettes,
     )
+
+
+def check_counts(rows: Sequence[int], local: int | None, total: int | None) -> None:
+    """Raise `UserError` for cluster counts that clients of so many `rows` cannot fill; None is not checked."""
+    client = min(range(len(rows)), key=lambda c: rows[c])
+    if local is not None and not 1 <= local <= rows[client]:
+        raise UserError(
+            f"client {client} has {rows[client]} rows but {local} local clusters were asked for; "
+            "lower --local-clusters or raise --train-rows"
+        )
+    if local is not None and total is not None and not 1 <= total <= len(rows) * local:
+        raise UserError(
+            f"{total} global clusters were asked for but {len(rows)} clients of {local} local clusters have "
+            f"{len(rows) * local} centres; lower --global-clusters, or raise --local-clusters or --clients"
+        )
 
 
 def _shared_space(embeddings: Sequence[np.ndarray], recipe: Recipe) -> tuple[Array, Array, Router]:

@@ -49,14 +49,18 @@ def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def claim(out: Path, config: Config) -> None:
-    """Make `out` the directory of this config; raises `UserError` when it holds another run."""
+    """Make `out` the directory of this config; raises `UserError` when it holds another run, or anything else.
+
+    A run that was refused before it computed anything has left only its config, and gives way.
+    """
     config_lib.check(config)
     path = out / "config.json"
-    if path.exists():
+    others = any(entry != path for entry in out.iterdir()) if out.is_dir() else out.exists()
+    if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")
         raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
     write(path, config_lib.to_json(config))
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Oracle
 from sklearn.metrics import silhouette_samples, silhouette_score
+from threadpoolctl import threadpool_limits
 
 from fedrouter_jax import kmeans
 from fedrouter_jax.errors import UserError
@@ -45,14 +46,15 @@ def cost(x, weight, labels, centers):
     return float(np.sum(weight * np.sum((x.astype(float) - np.asarray(centers, float)[labels]) ** 2, axis=1)))
 
 
-@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (300, 4, 16), (600, 3, 10), (600, 32, 4)])
+@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (200, 4, 16), (300, 3, 10), (600, 32, 4)])
 def test_never_worse_than_scikit_learn(row, width, k):
     rng = np.random.default_rng(row + k)
     x, weight = (np.stack(part) for part in zip(*(problem(rng, i % 5, row, width, k) for i in range(50)), strict=True))
     fit = jax.jit(jax.vmap(lambda key, x, weight: kmeans.fit(key, x, k, weight=weight, restarts=10)))
     found = jax.tree.map(np.asarray, fit(jax.random.split(jax.random.key(0), len(x)), x, weight))
     for i in range(len(x)):
-        oracle = Oracle(k, n_init=10, random_state=i).fit(x[i].astype(float), sample_weight=weight[i].astype(float))
+        with threadpool_limits(1):  # its threads cost more than they save on small problems
+            oracle = Oracle(k, n_init=10, random_state=i).fit(x[i].astype(float), sample_weight=weight[i].astype(float))
         ours = cost(x[i], weight[i], found.labels[i], found.centers[i])
         np.testing.assert_allclose(found.inertia[i], ours, rtol=1e-4)
         assert ours <= 1.001 * oracle.inertia_, (i, ours / oracle.inertia_)

@@ -10,6 +10,7 @@ from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
 from fedrouter_jax.strategies import fedrouter
+from fedrouter_jax.types import LoRA
 
 KEY = jax.random.key(0)
 
@@ -65,7 +66,7 @@ def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all()
     embeddings, _ = clients_of([[0, 1], [2, 3]])
     found = routing.enrol(KEY, embeddings, routing.ClusterConfig(), 2, 4)
     strategy = fedrouter()
-    state = strategy.init({}, found)
+    state = strategy.init({"main": LoRA({}, {})}, found)
     foreign = jnp.asarray(embeddings[1])
     clients = jnp.zeros(len(foreign), jnp.int32)
     own = set(np.asarray(found.table[0]).tolist())
@@ -79,7 +80,7 @@ def test_counts_that_rows_cannot_fill_are_bad_input():
     config = routing.ClusterConfig()
     with pytest.raises(UserError, match="client 1 has 3 rows but 5 local clusters"):
         routing.enrol(KEY, embeddings, config, 5, 4)
-    with pytest.raises(UserError, match="5 global clusters .* found 4 local centres"):
+    with pytest.raises(UserError, match="5 global clusters .* have 4 centres"):
         routing.enrol(KEY, embeddings, config, 2, 5)
     with pytest.raises(UserError, match="at least 3 global points"):
         routing.enrol(KEY, embeddings, config, 1, None)
