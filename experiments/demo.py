@@ -36,10 +36,11 @@ def main(options: Demo) -> None:
             config = replace(demo(), strategy=strategy, seed=seed)
             folder = options.out / f"{strategy}-{seed}"
             console.rule(f"{strategy}, seed {seed}")
-            if (folder / "config.json").exists():
-                runs.proceed(folder, progress)
-            else:
-                runs.run(config, folder, progress)
+            with progress() as track:
+                if (folder / "config.json").exists():
+                    runs.proceed(folder, track)
+                else:
+                    runs.run(config, folder, track)
             report.write([folder], folder)
             folders.append(folder)
     report.write(folders, options.out)

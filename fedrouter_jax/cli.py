@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +127,8 @@ def run(arguments: list[str]) -> None:
         description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it.",
     )
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{parsed.config.strategy}-{parsed.config.seed}"
-    runs.run(parsed.config, out, progress)
+    with progress() as track:
+        runs.run(parsed.config, out, track)
     finish(out)
 
 
@@ -149,7 +150,8 @@ def resume(arguments: list[str]) -> None:
     from fedrouter_jax import runs
 
     out = tyro.cli(Resume, prog="fedrouter resume", args=arguments).run
-    runs.proceed(out, progress)
+    with progress() as track:
+        runs.proceed(out, track)
     finish(out)
 
 
@@ -201,13 +203,14 @@ def export(arguments: list[str]) -> None:
     from fedrouter_jax import runs
 
     parsed = tyro.cli(Export, prog="fedrouter export", args=arguments)
-    runs.export(runs.load(parsed.run, progress), parsed.to)
+    with progress() as track:
+        runs.export(runs.load(parsed.run, track), parsed.to)
     print(f"written: {parsed.to}/adapters and, for fedrouter, {parsed.to}/router")
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator:
-    """A progress bar with the time left; on a terminal that cannot draw one, a line at the end."""
+def progress() -> Iterator[Callable]:
+    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, their final lines."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -217,7 +220,7 @@ def progress(what: str, total: int) -> Iterator:
         TimeRemainingColumn,
     )
 
-    bars = (
+    columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -226,6 +229,11 @@ def progress(what: str, total: int) -> Iterator:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*bars, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, note="")
-        yield lambda rows, note="": bar.update(task, advance=rows, note=note)
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        @contextmanager
+        def track(what: str, total: int) -> Iterator[Callable[..., None]]:
+            bar = bars.add_task(what, total=total, note="")
+            yield lambda rows, note="": bars.update(bar, advance=rows, note=note)
+
+        yield track

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -148,15 +148,13 @@ def evaluate_state(
     prepared: Prepared,
     state: FederationState,
     enrolment: routing.Enrolment,
-    embeddings: np.ndarray | None,
-    with_base: bool,
-    advance: Callable[[int, int], None] = lambda rows, total: None,
+    asked: Sequence[Question],
+    advance: Advance = lambda rows: None,
 ) -> Evaluation:
-    """Score every question; `advance(rows, total)` is called as answers arrive."""
-    asked = questions(prepared, state, enrolment, embeddings, with_base)
+    """Answer and score questions; each distinct one is answered once."""
     pairs, places = distinct(asked)
     prompts = [prepared.test[row].prompt for row, _ in pairs]
-    texts = answer(prepared, state, prompts, np.array([w for _, w in pairs]), lambda rows: advance(rows, len(pairs)))
+    texts = answer(prepared, state, prompts, np.array([w for _, w in pairs]), advance)
     rows = prepared.dataset.test
     per_pair = [rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]

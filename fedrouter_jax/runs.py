@@ -73,57 +73,56 @@ def run(config: Config, out: Path, track: Track = silent) -> dict:
 
 def proceed(out: Path, track: Track = silent) -> dict:
     """Continue the run in `out` from wherever it stands to its end; returns its scores."""
-    timings = {"started": clock.perf_counter()}
-    prepared, enrolment, state, embeddings = load(out, track, timings)
-    state = train(out, prepared, enrolment, state, embeddings, track)
-    if not (out / "scores.json").exists():
-        before = clock.perf_counter()
-        result = score(prepared, enrolment, state, embeddings, True, track)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
-        write(out / "predictions.jsonl", lines)
-        write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
-        timings["evaluate"] = clock.perf_counter() - before
-    export(Loaded(prepared, enrolment, state, embeddings), out)
-    begun = timings.pop("started")
+    timings: dict[str, float] = {}
+    with timed(timings, "total"):
+        loaded = load(out, track, timings)
+        resumed = int(loaded.state.round) > 0
+        loaded = loaded._replace(state=train(out, loaded, track))
+        if not (out / "scores.json").exists():
+            with timed(timings, "evaluate"):
+                result = score(loaded, True, track)
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
+            write(out / "predictions.jsonl", lines)
+            write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
+        export(loaded, out)
+    if resumed:
+        del timings["total"]  # nobody knows how long the processes before this one ran
     if not (out / "timings.json").exists():
-        timings = {"total": clock.perf_counter() - begun, **timings}
-        record = {name: round(seconds, 3) for name, seconds in timings.items()}
-        write(
-            out / "timings.json", json.dumps({"device": str(jax.devices()[0].device_kind), **record}, indent=2) + "\n"
-        )
+        record = {"device": str(jax.devices()[0].device_kind), **timings}
+        write(out / "timings.json", json.dumps(record, indent=2) + "\n")
     return json.loads((out / "scores.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the seconds that a phase takes."""
+    before = clock.perf_counter()
+    yield
+    timings[phase] = round(clock.perf_counter() - before, 3)
 
 
 def load(out: Path, track: Track = silent, timings: dict | None = None) -> Loaded:
     """Read what is there of a run, and make what is missing up to round 0."""
     timings = {} if timings is None else timings
     prepared = experiment.prepare(config_lib.load(out / "config.json"))
-    before = clock.perf_counter()
-    embeddings = _embeddings(out, prepared, track)
-    timings["embed"] = clock.perf_counter() - before
-    before = clock.perf_counter()
+    with timed(timings, "embed"):
+        embeddings = _embeddings(out, prepared, track)
     done = checkpoint.latest(out / "checkpoints")
     if done is None:
-        enrolment = experiment.enroll(prepared, embeddings)
+        with timed(timings, "cluster"):
+            enrolment = experiment.enroll(prepared, embeddings)
         write(out / "clusters.json", json.dumps(describe_clusters(prepared, enrolment)) + "\n")
         state = experiment.start(prepared, enrolment)
         checkpoint.save(out / "checkpoints", 0, state)
     else:
         enrolment = _read_clusters(out, prepared)
         state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
-    timings["cluster"] = clock.perf_counter() - before
     return Loaded(prepared, enrolment, state, embeddings)
 
 
-def train(
-    out: Path,
-    prepared: Prepared,
-    enrolment: Enrolment,
-    state: FederationState,
-    embeddings: np.ndarray | None,
-    track: Track,
-) -> FederationState:
+def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
     """The remaining rounds. The next round's batches are packed while this one trains."""
+    prepared, enrolment, state, _ = loaded
     config, done = prepared.config, int(state.round)
     rows = experiment.members(prepared, enrolment)
     log = out / "rounds.jsonl"
@@ -140,7 +139,7 @@ def train(
                 upcoming = packer.submit(experiment.round_inputs, prepared, rows, t + 1)
             state, record = experiment.train_round(prepared, state, work, batch)
             if t in config.evaluation.evaluate_at and t < last:
-                record["scores"] = score(prepared, enrolment, state, embeddings, False, track).scores
+                record["scores"] = score(loaded._replace(state=state), False, track).scores
             append(log, json.dumps(record) + "\n")
             if t % config.compute.checkpoint_every == 0 or t == last:
                 checkpoint.save(out / "checkpoints", t, state)
@@ -148,19 +147,12 @@ def train(
     return state
 
 
-def score(
-    prepared: Prepared,
-    enrolment: Enrolment,
-    state: FederationState,
-    embeddings: np.ndarray | None,
-    with_base: bool,
-    track: Track,
-) -> evaluate.Evaluation:
+def score(loaded: Loaded, with_base: bool, track: Track) -> evaluate.Evaluation:
     """Evaluate with a progress bar."""
+    prepared, enrolment, state, embeddings = loaded
     asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
-    total = len(evaluate.distinct(asked)[0])
-    with track("answering", total) as advance:
-        return evaluate.evaluate_state(prepared, state, enrolment, embeddings, with_base, advance)
+    with track("answering", len(evaluate.distinct(asked)[0])) as advance:
+        return evaluate.evaluate_state(prepared, state, enrolment, asked, advance)
 
 
 def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:

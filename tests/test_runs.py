@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrouter_jax import runs
+from fedrouter_jax import evaluate, runs
 from fedrouter_jax.cli import main
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
@@ -118,6 +118,20 @@ def test_route_answers_with_the_nearest_adapter(finished, capsys):
 def test_route_refuses_a_client_that_is_not_there(finished, capsys):
     assert main(["route", str(finished), "text", "--client", "9"]) == 2
     assert "clients are 0 to 3" in capsys.readouterr().err
+
+
+def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):
+    loaded = runs.load(finished)
+    prepared, enrolment = loaded.prepared, loaded.enrolment
+    told = dataclasses.replace(prepared.config.evaluation, personalised_routing="oracle")
+    prepared = prepared._replace(config=dataclasses.replace(prepared.config, evaluation=told))
+    asked = evaluate.questions(prepared, loaded.state, enrolment, loaded.embeddings, False)
+    held = evaluate.slot_tasks(prepared, enrolment)
+    own = [question for question in asked if question.part == "personalised"]
+    assert len(own) == 32
+    for question in own:
+        task = prepared.partition.tasks.index(prepared.dataset.test[question.row].task)
+        assert int(np.argmax(question.weights)) == held[task].argmax()
 
 
 def test_export_writes_what_the_run_holds(finished, tmp_path):

@@ -348,9 +348,8 @@ def decode_step(
     )
     # One scatter after the layers: a loop that carries the cache updates it in place.
     rows = jnp.arange(tokens.shape[0])
-    put = partial(dict, mode="drop", unique_indices=True)()
-    k = cache.k.at[:, rows, cache.length].set(k, **put)
-    v = cache.v.at[:, rows, cache.length].set(v, **put)
+    k = cache.k.at[:, rows, cache.length].set(k, mode="drop", unique_indices=True)
+    v = cache.v.at[:, rows, cache.length].set(v, mode="drop", unique_indices=True)
     return hidden, Cache(k, v, cache.length + 1)
 
 
