@@ -15,7 +15,7 @@ from matplotlib import image
 from rich.console import Console
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import evaluate, plots, report, routing
+from fedrouter_jax import evaluate, plots, records, report, routing
 from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
@@ -92,11 +92,11 @@ def make_round(t: int, rng) -> dict:
 
 def make_scores(rng, with_base: bool, clustered: bool) -> tuple[dict, list[dict]]:
     """Scores and answers in the form that evaluation gives them."""
-    parts = [*report.PARTS, *(report.BASE_PARTS if with_base else ())]
+    parts = [*records.PARTS, *(records.BASE_PARTS if with_base else ())]
     asked = [evaluate.Question(part, c, row, (1.0,)) for part in parts for c in range(CLIENTS) for row in range(3)]
     found = [{metric: float(rng.uniform(0.2, 0.9)) for metric in evaluate.METRICS} for _ in asked]
     scores = evaluate.summary(asked, [TASKS[q.row] for q in asked], found)
-    for part in report.PARTS if clustered else ():
+    for part in records.PARTS if clustered else ():
         scores[part]["routing_accuracy"] = 0.625
     texts = {"instruction": "Say <b> " + "word " * 60, "reference": "yes | no", "answer": ""}
     answers = [
@@ -118,7 +118,7 @@ def scores_of(path: Path) -> dict:
 
 def table_of(paths: list[Path], title: str) -> dict[str, dict[str, str]]:
     """{method: {column: text}} of one table."""
-    found = next(t for t in report.tables(report.rows_of(report.read_all(paths))) if t.title.startswith(title))
+    found = next(t for t in report.tables(records.rows_of(records.read_all(paths))) if t.title.startswith(title))
     return {cells[0]: dict(zip(found.header, cells, strict=True)) for cells in found.cells}
 
 
@@ -135,7 +135,7 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
     scores = scores_of(path)
     table = table_of([path], "Scores")
     assert list(table) == ["base model", "fedrouter"]
-    for row, parts in (("base model", report.BASE_PARTS), ("fedrouter", report.PARTS)):
+    for row, parts in (("base model", records.BASE_PARTS), ("fedrouter", records.PARTS)):
         for short, part in zip(("pers.", "gen."), parts, strict=True):
             assert table[row][f"{short} ROUGE-1"] == f"{scores[part]['rouge1']['mean']:.3f}"
             assert table[row][f"{short} ROUGE-L"] == f"{scores[part]['rougeL']['mean']:.3f}"
@@ -151,7 +151,7 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
     assert cost["steps per client and round"] == "10"
     assert (cost["seconds total"], cost["seconds training"]) == ("9.5", "3.8")
 
-    for part in report.PARTS:
+    for part in records.PARTS:
         by_task = table_of([path], f"ROUGE-1 of each task, {part}")["fedrouter"]
         expected = {task: f"{value:.3f}" for task, value in scores[part]["rouge1"]["per_task"].items()}
         assert {task: by_task[task] for task in TASKS} == expected
@@ -173,14 +173,14 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
         assert table[row]["seed"] == "0, 2"
     other = make_run(tmp_path / "other", strategy="fedit", lora=replace(CONFIG.lora, rank=2))
     assert list(table_of([*paths, other], "Scores"))[1:] == ["fedrouter (rank 8)", "fedit (rank 8)", "fedit (rank 2)"]
-    assert len(report.read_all([paths[0], paths[0] / ".", paths[1]])) == 2
+    assert len(records.read_all([paths[0], paths[0] / ".", paths[1]])) == 2
 
 
 def test_the_best_of_a_setting_is_bold(tmp_path):
     paths = [make_run(tmp_path / s, strategy=s) for s in ("fedrouter", "fedit", "local")]
     single = DataConfig(clients=CLIENTS, scenario="single")
     paths += [make_run(tmp_path / f"single-{s}", strategy=s, data=single, seed=7) for s in ("fedit", "local")]
-    rows = report.rows_of(report.read_all(paths))
+    rows = records.rows_of(records.read_all(paths))
     table = report.tables(rows)[0]
     column = table.header.index("gen. ROUGE-1")
     for scenario in ("dual", "single"):
@@ -206,13 +206,13 @@ def test_markdown_of_one_run(tmp_path):
     rows = [line for line in text.split("\n") if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", line)) in (5, 7, 8) for line in rows)  # `sort|odd` makes no column
 
-    elsewhere = report.to_markdown(report.read_all([path]), [], tmp_path / "else where")
+    elsewhere = report.to_markdown(records.read_all([path]), [], tmp_path / "else where")
     assert "](../my%20run/scores.json)" in elsewhere
 
 
 def test_csv_is_tidy(tmp_path):
     path = make_run(tmp_path / "one")
-    lines = list(csv.DictReader(io.StringIO(report.to_csv(report.read_all([path])))))
+    lines = list(csv.DictReader(io.StringIO(report.to_csv(records.read_all([path])))))
     keys = [(line["run"], line["part"], line["metric"], line["level"], line["name"]) for line in lines]
     assert len(set(keys)) == len(keys)
     found = {key[1:]: float(line["value"]) for key, line in zip(keys, lines, strict=True)}
@@ -236,7 +236,7 @@ def test_unfinished_runs_are_reported_as_far_as_they_got(tmp_path):
     record = json.loads((path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[0])
     expected = record["scores"]["personalised"]["rouge1"]["mean"]
     assert table["fedrouter (unfinished: 2 of 3 rounds)"]["pers. ROUGE-1"] == f"{expected:.3f}"
-    assert "unfinished, the scores are of round 1" in report.setups(report.rows_of(report.read_all([path])))[0]
+    assert "unfinished, the scores are of round 1" in report.setups(records.rows_of(records.read_all([path])))[0]
 
     finished = make_run(tmp_path / "whole")
     assert len(table_of([path, finished], "Scores")) == 3  # never a mean of scores of different rounds
@@ -311,7 +311,7 @@ def test_plots_of_one_run_and_of_several(tmp_path):
 
 
 def test_clusters_plot_shows_the_counts(tmp_path):
-    run = report.read(make_run(tmp_path / "one"))
+    run = records.read(make_run(tmp_path / "one"))
     left, right = plots.clusters(run).axes
     counts = np.asarray(left.images[0].get_array())
     assert counts.sum() == CLIENTS * ROWS and counts.tolist() == np.diag([18, 18, 12]).tolist()
@@ -321,13 +321,13 @@ def test_clusters_plot_shows_the_counts(tmp_path):
 
 def test_embeddings_are_drawn_as_they_were_clustered(tmp_path):
     """Against the router's own preparation; the test rows at the end have no part in it."""
-    run = report.read(make_run(tmp_path / "one"))
+    run = records.read(make_run(tmp_path / "one"))
     raw = np.load(run.path / "embeddings.npy")[: CLIENTS * ROWS]
     router = routing.Router(np.zeros((0, WIDTH)), raw.mean(axis=0), raw.std(axis=0), np.asarray(True))
     np.testing.assert_allclose(plots.embedded(run), routing.prepare(router, raw), atol=1e-5)
     paper = make_run(tmp_path / "paper", cluster=replace(CONFIG.cluster, recipe="paper"))
     np.testing.assert_array_equal(
-        plots.embedded(report.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]
+        plots.embedded(records.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]
     )
 
 

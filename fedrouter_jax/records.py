@@ -1,0 +1,171 @@
+"""What run directories say: read them, group them by seed, look up their scores and costs. No model, no data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrouter_jax import config as config_lib
+from fedrouter_jax.config import Config, DataConfig
+from fedrouter_jax.errors import UserError
+
+PARTS = ("personalised", "generalisation")
+BASE_PARTS = ("base", "base_generalisation")
+
+
+class Run(NamedTuple):
+    """What a run directory holds, as far as the run got."""
+
+    path: Path
+    config: Config
+    rounds: list[dict]  # the complete lines of rounds.jsonl
+    clusters: dict | None
+    scores: dict | None  # None: unfinished
+    timings: dict
+
+
+class Row(NamedTuple):
+    """One row of the tables: runs that differ in their seed alone, or the base model under them."""
+
+    label: str
+    runs: list[Run]
+    parts: tuple[str, str]  # names of its personalised and its generalisation part in the scores
+
+    @property
+    def base(self) -> bool:
+        """Whether this is the model without adapters."""
+        return self.parts == BASE_PARTS
+
+
+def read_all(paths: Sequence[Path]) -> list[Run]:
+    """Each run once, in the order given."""
+    return [read(path) for path in {Path(path).resolve(): Path(path) for path in paths}.values()]
+
+
+def read(path: Path) -> Run:
+    """One run directory; raises `UserError` that names what it cannot read."""
+    config = config_lib.load(path / "config.json")
+    needed = ("round", "loss", "lanes", "bytes_up", "bytes_down", "optimiser_steps_per_client", "seconds")
+    rounds = list(read_lines(path / "rounds.jsonl", needed))
+    clusters, scores, timings = (read_json(path / f"{name}.json") for name in ("clusters", "scores", "timings"))
+    return Run(path, config, rounds, clusters, scores, timings or {})
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a file; None where there is no file yet."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict(found.items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error}); delete the file and resume the run") from None
+
+
+def read_lines(path: Path, needed: Sequence[str]) -> Iterator[dict]:
+    """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            record = json.loads(line)
+            for name in needed:
+                record[name]
+        except (ValueError, TypeError, KeyError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else f"no JSON object ({error})"
+            raise UserError(f"{path}, line {number}: {what}; restore the file or start a new run") from None
+        yield record
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """Base models first, one for each model and data; then the runs, those that differ in their seed alone together."""
+    varying = {name for run in runs for name, value in _choices(run).items() if value != _choices(runs[0])[name]}
+    of_base = {"model", "dtype", *(field.name for field in fields(DataConfig))}
+    bases: dict[Any, dict[int, Run]] = {}
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        if run.scores and BASE_PARTS[0] in run.scores:
+            bases.setdefault(setting(run), {}).setdefault(run.config.seed, run)  # all runs of a seed have the same one
+        # An unfinished run stands alone: its scores are of an earlier round.
+        groups.setdefault((replace(run.config, seed=0), run.scores is None and run.path), []).append(run)
+    rows = []
+    for of in bases.values():
+        chosen = [of[seed] for seed in sorted(of)]
+        rows.append(Row(_label("base model", chosen[0], varying & of_base), chosen, BASE_PARTS))
+    for same in groups.values():
+        label, first = _label(same[0].config.strategy, same[0], varying), same[0]
+        if first.scores is None:
+            label += f" (unfinished: {len(first.rounds)} of {first.config.rounds.rounds} rounds)"
+        rows.append(Row(label, sorted(same, key=lambda run: run.config.seed), PARTS))
+    return rows
+
+
+def setting(run: Run) -> tuple:
+    """Scores compare within a setting: the same model and the same rows on the same clients."""
+    return run.config.model, run.config.dtype, run.config.data
+
+
+def _choices(run: Run) -> dict[str, Any]:
+    """Every choice by its name, without those that have a column of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(run.config).items():
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return {name: value for name, value in flat.items() if name not in ("strategy", "seed", "scenario")}
+
+
+def _label(name: str, run: Run, varying: set[str]) -> str:
+    """A name and what sets it apart: model and data, then one or two choices, or the directory where they are more."""
+    choices = _choices(run)
+    others = [key for key in choices if key in varying - {"model", "data"}]
+    shown = [key for key in ("model", "data") if key in varying] + (others if len(others) <= 2 else [])
+    apart = [f"{key} {brief(choices[key])}" for key in shown] + ([run.path.name] if len(others) > 2 else [])
+    return f"{name} ({', '.join(apart)})" if apart else name
+
+
+def brief(value: Any) -> str:
+    """A choice as shown; of an absolute path only the last part."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+
+
+def latest(run: Run) -> tuple[dict, int]:
+    """The final scores, else the last intermediate ones, and their round."""
+    if run.scores is not None:
+        return run.scores, run.config.rounds.rounds
+    taken = [(record["scores"], record["round"]) for record in run.rounds if "scores" in record]
+    return taken[-1] if taken else ({}, len(run.rounds))
+
+
+def scores(row: Row, part: int, *path: str) -> list[float]:
+    """A score of each run that has it; `part` is 0 (personalised) or 1; `path` such as "rouge1", "mean"."""
+    found: list[Any] = [latest(run)[0].get(row.parts[part]) for run in row.runs]
+    for key in path:
+        found = [entry.get(key) if isinstance(entry, dict) else None for entry in found]
+    return [float(value) for value in found if value is not None]
+
+
+def cost(run: Run) -> dict[str, float]:
+    """Bytes sent, optimiser steps a client and round, seconds, lanes rejected: what of it is known."""
+    found: dict[str, float] = {}
+    for name in ("bytes_up", "bytes_down"):
+        found[name] = sum(record[name] for record in run.rounds) + (run.clusters or {}).get(name, 0)
+    if run.rounds:
+        found["optimiser_steps_per_client"] = float(np.mean([r["optimiser_steps_per_client"] for r in run.rounds]))
+        found["seconds_training"] = sum(record["seconds"] for record in run.rounds)
+        found["rejected_lanes"] = sum("rejected" in lane for record in run.rounds for lane in record["lanes"])
+    return found | ({"seconds_total": run.timings["total"]} if "total" in run.timings else {})
+
+
+def accuracy(run: Run) -> dict[str, float]:
+    """Clustering accuracy of training rows, "local" and "global"; empty where nothing is clustered."""
+    return (run.clusters or {}).get("accuracy") or {}
+
+
+def tasks_of(rows: Sequence[Row], part: int) -> list[str]:
+    """The tasks that a part has scores of."""
+    found = [latest(run)[0].get(row.parts[part], {}) for row in rows for run in row.runs]
+    return sorted({task for entry in found for task in entry.get("rouge1", {}).get("per_task", {})})
