@@ -11,7 +11,7 @@ demo: .venv/demo
 
 # The whole test suite, real model included, and lint.
 test: .venv/dev lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

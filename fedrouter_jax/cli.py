@@ -162,6 +162,9 @@ def finish(out: Path) -> None:
     report_lib.write([out], out)
     console = Console()
     report_lib.show([out], console)
+    missed = len(json.loads((out / "clusters.json").read_text(encoding="utf-8"))["never_trained"])
+    if missed:
+        console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")
     console.print(f"run {escape(str(out))}: report.md, plots/, adapters/, scores.json, predictions.jsonl")
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
+from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.routing import Enrolment
@@ -174,6 +175,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
                 "global": table[number, labels].tolist(),
             }
         )
+    sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
     counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.clusters
     width, size = prepared.model.config.width, 4
@@ -187,6 +189,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         "table": table.tolist(),
         "slot_tasks": [tasks[i] for i in counts.argmax(axis=0)],
         "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
+        "never_trained": schedule.never_trained(sizes, prepared.config.rounds, prepared.config.seed),
         "silhouettes": enrolment.silhouettes,
         "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
         "bytes_down": len(clients) * (enrolment.clusters + 2 * standardised) * width * size if clustered else 0,

@@ -104,6 +104,11 @@ def test_clusters_take_turns_and_empty_ones_are_skipped():
     assert turns == [[0, 0, 0], [1, 0, 1], [0, 0, 2], [1, 0, 0]]
 
 
+def test_clusters_that_no_round_reaches_are_named():
+    assert schedule.never_trained(SIZES, schedule.RoundConfig(rounds=2), 0) == [(2, 2)]
+    assert schedule.never_trained(SIZES, schedule.RoundConfig(rounds=3), 0) == []
+
+
 @pytest.mark.parametrize("weighting, expected", [("cluster", [5, 4, 1]), ("client", [8, 4, 9]), ("uniform", [1, 1, 1])])
 def test_lanes_weigh_what_the_config_says(weighting, expected):
     work = schedule.lanes(SIZES, 1, schedule.RoundConfig(weighting=weighting), 0)

@@ -57,6 +57,13 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     return Work(np.array(client, np.int32), np.array(cluster, np.int32), np.array(weight, np.float32))
 
 
+def never_trained(sizes: np.ndarray, config: RoundConfig, seed: int) -> list[tuple[int, int]]:
+    """The (client, cluster) pairs with rows that no round reaches, as when T < n_l."""
+    plans = (lanes(sizes, t, config, seed) for t in range(1, config.rounds + 1))
+    reached = {pair for work in plans for pair in zip(work.client.tolist(), work.cluster.tolist(), strict=True)}
+    return sorted(set(zip(*(axis.tolist() for axis in np.nonzero(sizes)), strict=True)) - reached)
+
+
 def draw(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` row indices: shuffled passes over all rows, so that none comes twice before every other came once."""
     passes = -(-count // rows)
