@@ -169,3 +169,11 @@ def tasks_of(rows: Sequence[Row], part: int) -> list[str]:
     """The tasks that a part has scores of."""
     found = [latest(run)[0].get(row.parts[part], {}) for row in rows for run in row.runs]
     return sorted({task for entry in found for task in entry.get("rouge1", {}).get("per_task", {})})
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """The rows' labels, with the scenario where there are several, and how many seeds stand behind them."""
+    several = len({row.runs[0].config.data.scenario for row in rows}) > 1
+    scenario = [f", {row.runs[0].config.data.scenario}" if several else "" for row in rows]
+    seeds = [f", {len(row.runs)} seeds" if len(row.runs) > 1 else "" for row in rows]
+    return [row.label + where + count for row, where, count in zip(rows, scenario, seeds, strict=True)]

@@ -30,6 +30,7 @@ from fedrouter_jax.records import (
     brief,
     cost,
     latest,
+    names,
     read_all,
     read_lines,
     rows_of,
@@ -149,14 +150,6 @@ def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], lead: b
                 bold.add((i, j + len(header)))
     sides = ["left"] * len(header) + ["right"] * len(columns)
     return Table(title, [*header, *(column.header for column in columns)], sides, cells, bold)
-
-
-def names(rows: Sequence[Row]) -> list[str]:
-    """The rows' labels, with the scenario where there are several, and how many seeds stand behind them."""
-    several = len({row.runs[0].config.data.scenario for row in rows}) > 1
-    scenario = [f", {row.runs[0].config.data.scenario}" if several else "" for row in rows]
-    seeds = [f", {len(row.runs)} seeds" if len(row.runs) > 1 else "" for row in rows]
-    return [row.label + where + count for row, where, count in zip(rows, scenario, seeds, strict=True)]
 
 
 def spread(found: Sequence[float], column: Column) -> str:
