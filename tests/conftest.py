@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 # The suite compiles many tiny programs and runs each for milliseconds: compile them quickly, and once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -15,28 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, Federation
 
 from fedrouter_jax import client, lora
-from fedrouter_jax.data import schedule, synthetic, tokens
+from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.routing import Enrolment, Router
-from fedrouter_jax.types import Adapters
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
-
-LORA = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.1)
-LOCAL = client.LocalConfig(steps=2, batch=3, learning_rate=1e-2)
-CLIENTS, CLUSTERS, SLOTS = 4, 2, 3
-
-
-class Federation(NamedTuple):
-    """A small federation: clients with rows in two local clusters each, and three global clusters."""
-
-    model: object
-    update: object
-    enrolment: Enrolment
-    adapters: Adapters
-    members: list
 
 
 @pytest.fixture(scope="session")
@@ -61,18 +44,3 @@ def federation(tiny) -> Federation:
     adapters = {"main": fresh._replace(b=jax.tree.map(lambda b: b + 0.02, fresh.b))}
     update = jax.jit(client.make_client_update(tiny.config, LORA, LOCAL))
     return Federation(tiny, update, Enrolment(table, SLOTS, router, labels, {}), adapters, members)
-
-
-def inputs(federation: Federation, t: int, clusters_per_round: int = 1, participation: float = 1.0):
-    """The work and batches of round t."""
-    sizes = np.array([[len(rows) for rows in held] for held in federation.members])
-    config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
-    work = schedule.lanes(sizes, t, config, 0)
-    return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0)
-
-
-def assert_close(one, other, tolerance: float = 1e-5) -> None:
-    """Two pytrees of equal structure and nearly equal leaves."""
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)

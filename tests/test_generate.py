@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LORA
+from helpers import LORA
 
 from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CLIENTS, LOCAL, assert_close, inputs
+from helpers import CLIENTS, LOCAL, assert_close, inputs
 
 from fedrouter_jax import bank, client
 from fedrouter_jax.federation import make_round

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_close
+from helpers import assert_close
 
 from fedrouter_jax import client, lora, peft_io
 from fedrouter_jax.data import packing, schedule, tokens

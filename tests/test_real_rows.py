@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from helpers import SHARED
 
 from fedrouter_jax import evaluate, experiment
 from fedrouter_jax.presets import flan4_cpu
