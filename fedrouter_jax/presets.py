@@ -25,7 +25,7 @@ def demo() -> Config:
     """SmolLM2-135M on synthetic rows, small enough for two CPU cores: minutes."""
     return Config(
         data=DataConfig(
-            clients=4, train_rows=60, test_rows=12, mix_rows=20, template="short", max_length=192, max_response=24
+            clients=4, train_rows=48, test_rows=8, mix_rows=16, template="short", max_length=192, max_response=24
         ),
         rounds=RoundConfig(rounds=4),
         local=LocalConfig(steps=3, batch=4, learning_rate=2e-3, min_learning_rate=2e-4),
