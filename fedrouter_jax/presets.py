@@ -28,7 +28,7 @@ def demo() -> Config:
             clients=4, train_rows=48, test_rows=8, mix_rows=16, template="short", max_length=192, max_response=24
         ),
         rounds=RoundConfig(rounds=4),
-        local=LocalConfig(steps=3, batch=4, learning_rate=2e-3, min_learning_rate=2e-4),
+        local=LocalConfig(steps=3, batch=4, learning_rate=5e-3, min_learning_rate=5e-4),
         evaluation=EvaluationConfig(evaluate_at=()),
     )
 
