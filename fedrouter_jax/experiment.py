@@ -112,7 +112,7 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     local, total = cluster_counts(config, prepared.partition)
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
-    return routing.enrol(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
+    return routing.enroll(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:

@@ -83,8 +83,7 @@ def nearest(router: Router, embeddings: Array, candidates: Array | None = None) 
 
     `candidates` is bool [row, slot] (None: all). Ties go to the lowest slot.
     """
-    points = prepare(router, embeddings)
-    distances = jnp.linalg.norm(points[:, None] - router.centroids[None], axis=-1)
+    distances = jnp.sqrt(kmeans.nearest(prepare(router, embeddings), router.centroids)[1])
     allowed = distances if candidates is None else jnp.where(candidates, distances, jnp.inf)
     return jnp.argmin(allowed, axis=-1).astype(jnp.int32), distances
 
@@ -120,7 +119,7 @@ def one_cluster_each(rows: Sequence[int]) -> Enrolment:
     return Enrolment(jnp.zeros((len(rows), 1), jnp.int32), 1, (), labels, {})
 
 
-def enrol(
+def enroll(
     key: Array, embeddings: Sequence[np.ndarray], config: ClusterConfig, local: int | None, total: int | None
 ) -> Enrolment:
     """Cluster each client's rows, then the server's centres (all float32; one array [row, width] a client).

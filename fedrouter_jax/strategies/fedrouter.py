@@ -9,7 +9,7 @@ Talasso et al., "Task-Centric Personalized Federated Fine-Tuning of Language Mod
     answer   the adapter of the centroid nearest to the embedded text: among all ("global"), or among the slots of
              the client's own local clusters ("local")
 
-The clustering is `routing.enrol`; the round is `federation.make_round` with cluster-owned adapters.
+The clustering is `routing.enroll`; the round is `federation.make_round` with cluster-owned adapters.
 """
 
 import jax
