@@ -12,8 +12,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from fedrouter_jax import report, runs
-from fedrouter_jax.cli import progress
+from experiments.sweep import sweep
+from fedrouter_jax import report
+from fedrouter_jax.cli import keep_programs
 from fedrouter_jax.presets import demo
 
 
@@ -29,20 +30,11 @@ class Demo:
 
 def main(options: Demo) -> None:
     """Run what is not finished yet, then compare."""
+    keep_programs()
     console = Console()
-    folders = []
-    for seed in range(options.seeds):
-        for strategy in ("fedit", "fedrouter"):
-            config = replace(demo(), strategy=strategy, seed=seed)
-            folder = options.out / f"{strategy}-{seed}"
-            console.rule(f"{strategy}, seed {seed}")
-            with progress() as track:
-                if (folder / "config.json").exists():
-                    runs.proceed(folder, track)
-                else:
-                    runs.run(config, folder, track)
-            report.write([folder], folder)
-            folders.append(folder)
+    pairs = [(strategy, seed) for seed in range(options.seeds) for strategy in ("fedit", "fedrouter")]
+    configs = {f"{strategy}-{seed}": replace(demo(), strategy=strategy, seed=seed) for strategy, seed in pairs}
+    folders = sweep(configs, options.out, console)
     report.write(folders, options.out)
     report.show(folders, console)
     console.print(f"\nruns: {', '.join(map(str, folders))}\nreport: {options.out}/report.md and {options.out}/plots/")

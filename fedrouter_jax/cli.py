@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        keep_programs()
         commands[arguments[0]](arguments[1:])
     except UserError as error:
         print(f"fedrouter: {error}", file=sys.stderr)
@@ -106,6 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fedrouter: interrupted; `fedrouter resume RUN` continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_programs() -> None:
+    """Keep compiled programs between processes (beside the tokenizers), unless JAX was told where or not to."""
+    import jax
+
+    from fedrouter_jax.models.load import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
 def console() -> None:

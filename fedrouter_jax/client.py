@@ -1,9 +1,13 @@
-"""Local training: some optimiser steps on one lane. Knows one adapter and its rows, and nothing of other lanes."""
+"""Local training: some optimiser steps on a group of lanes, each with its own adapter, rows and optimiser.
+
+The lanes of a group share packs, not parameters. Their adapters are one adapter of concatenated rank, and the gates of
+a token open the ranks of its own lane, the same way a mixed batch is answered: a group costs what its tokens cost,
+with no padding per lane. A group of one lane is plain training.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +43,18 @@ def learning_rate(config: LocalConfig, rounds: int, t: Array) -> Array:
     return config.min_learning_rate + 0.5 * span * (1 + jnp.cos(jnp.pi * t / rounds))
 
 
-def response_loss(
-    decoder: DecoderConfig, lora: lora_lib.LoRAConfig, base: PyTree, adapters: Adapters, pack: Rows, key: Array
+def response_losses(
+    decoder: DecoderConfig, lora: lora_lib.LoRAConfig, base: PyTree, adapters: Adapters, pack: Rows, keys: Array
 ) -> Array:
-    """Summed cross-entropy of the response tokens in one pack (float32 []).
+    """Summed cross-entropy of each lane's response tokens in one pack (float32 [lane]).
 
-    `pack` is one pack of `Rows`, without the pack axis. Only positions that predict a response token
-    reach the head: with short answers that saves most of the head's work, a fifth of a small model's.
+    `adapters` has leaves `[lane, ...]`, `pack` is one pack of `Rows`, without the pack axis; `keys` [lane] are for
+    dropout. Only positions that predict a response token reach the head: with short answers that saves most of the
+    head's work, a fifth of a small model's.
     """
-    slots = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters.values())
+    lanes = keys.shape[0]
+    slots = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *adapters.values())
+    own = jnp.tile(jax.nn.one_hot(pack.lane, lanes), len(adapters))
     tokens, positions, segments = (field[None] for field in pack.packs)
     hidden = hidden_states(
         decoder,
@@ -56,46 +63,58 @@ def response_loss(
         positions,
         segments,
         lora_lib.concatenate(slots),
-        lora_lib.gates(jnp.ones((1, len(adapters))), lora),
+        lora_lib.gates(own, lora)[None],
         dropout=lora.dropout,
-        key=key,
+        keys=token_keys(keys, pack)[None] if lora.dropout > 0 else None,
     )[0]
     scores = logits(decoder, base, hidden[pack.where])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(pack.labels, 0))
-    return jnp.sum(losses * (pack.labels >= 0))
+    return jax.ops.segment_sum(losses * (pack.labels >= 0), pack.lane[pack.where], lanes)
+
+
+def token_keys(keys: Array, pack: Rows) -> Array:
+    """A key for every token of a pack, from its lane's, its row and its place there: the same in any packing."""
+    fold = jax.vmap(jax.random.fold_in)
+    return fold(fold(keys[pack.lane], pack.row), pack.packs.positions)
 
 
 def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local: LocalConfig) -> ClientUpdate:
-    """The function `(base, adapters, batch [step], lr, key) -> (adapters, losses)` that trains one lane.
+    """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane]) -> (adapters, losses)`.
 
-    The loss of a step is the mean over all its response tokens. A step's packs are visited by a loop that stops
-    after the last one with rows, so lanes run one by one pay for their own rows only. A step without rows has a
-    gradient of zero.
+    A lane's loss of a step is the mean over all its response tokens there. A step's packs are visited by a loop that
+    stops after the last one with rows, so empty packs cost nothing. A lane without rows has a gradient of zero.
     """
-    gradient = jax.value_and_grad(partial(response_loss, decoder, lora), argnums=1)
 
-    def update(base, adapters, batch, lr, key):
+    def update(base, adapters, batch, lr, keys):
         optimiser = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))
+        lanes = keys.shape[0]
+
+        def summed(adapters, pack, responses, step_keys):
+            losses = response_losses(decoder, lora, base, adapters, pack, step_keys) / responses
+            return jnp.sum(losses), losses  # a lane's loss depends on its own adapter only
+
+        gradient = jax.grad(summed, has_aux=True)
 
         def step(carry, inputs):
             adapters, optimiser_state = carry
             number, (rows, count) = inputs
-            step_key = jax.random.fold_in(key, number)
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            owner = jnp.take_along_axis(rows.lane, rows.where, axis=1)
+            responses = jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, owner.ravel(), lanes)
+            responses = jnp.maximum(responses, 1)
 
             def visit(index, total):
                 pack = jax.tree.map(lambda field: field[index], rows)
-                here = gradient(base, adapters, pack, jax.random.fold_in(step_key, index))
-                return jax.tree.map(jnp.add, total, here)
+                return jax.tree.map(jnp.add, total, gradient(adapters, pack, responses, step_keys))
 
-            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, adapters))
-            total = jax.lax.fori_loop(0, count, visit, nothing)
-            responses = jnp.maximum(jnp.sum(rows.labels >= 0), 1)
-            loss, gradients = jax.tree.map(lambda leaf: leaf / responses, total)
-            updates, optimiser_state = optimiser.update(gradients, optimiser_state, adapters)
+            nothing = (jax.tree.map(jnp.zeros_like, adapters), jnp.zeros(lanes))
+            gradients, loss = jax.lax.fori_loop(0, count, visit, nothing)
+            updates, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, adapters)
             return (optax.apply_updates(adapters, updates), optimiser_state), loss
 
         steps = jnp.arange(batch.count.shape[0])
-        (adapters, _), loss = jax.lax.scan(step, (adapters, optimiser.init(adapters)), (steps, batch))
-        return adapters, Losses(loss)
+        start = (adapters, jax.vmap(optimiser.init)(adapters))
+        (adapters, _), loss = jax.lax.scan(step, start, (steps, batch))
+        return adapters, Losses(loss.T)
 
     return update

@@ -66,8 +66,10 @@ class EvaluationConfig:
 class ComputeConfig:
     """What changes only speed and memory, never a result."""
 
-    lanes_at_once: int | None = None
-    """Lanes vmapped together; by default one on a CPU, where lanes one by one pay only for their own rows, else all."""
+    lanes_together: int = 8
+    """Lanes whose rows share packs, one stream of tokens for all of them; 1: every lane has its own."""
+    groups_at_once: int | None = None
+    """Such groups of lanes vmapped at a time; by default one on a CPU, else all."""
     rows_at_once: int = 32
     """Rows that generate together."""
     packs_at_once: int | None = None
@@ -111,7 +113,8 @@ def check(config: Config) -> None:
         "--max-response": config.data.max_response,
         "--rows-at-once": config.compute.rows_at_once,
         "--checkpoint-every": config.compute.checkpoint_every,
-        "--lanes-at-once": config.compute.lanes_at_once or 1,
+        "--lanes-together": config.compute.lanes_together,
+        "--groups-at-once": config.compute.groups_at_once or 1,
         "--packs-at-once": config.compute.packs_at_once or 1,
     }
     for flag, value in positive.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -150,11 +150,18 @@ def evaluate_state(
     enrolment: routing.Enrolment,
     asked: Sequence[Question],
     advance: Advance = lambda rows: None,
+    base_answers: Mapping[int, str] | None = None,
 ) -> Evaluation:
-    """Answer and score questions; each distinct one is answered once."""
+    """Answer and score questions; each distinct one is answered once.
+
+    `base_answers`: those of the base model by row, where another run has them already.
+    """
     pairs, places = distinct(asked)
-    prompts = [prepared.test[row].prompt for row, _ in pairs]
-    texts = answer(prepared, state, prompts, np.array([w for _, w in pairs]), advance)
+    known = base_answers or {}
+    open_pairs = [(row, weights) for row, weights in pairs if any(weights) or row not in known]
+    prompts = [prepared.test[row].prompt for row, _ in open_pairs]
+    fresh = iter(answer(prepared, state, prompts, np.array([w for _, w in open_pairs]), advance))
+    texts = [next(fresh) if any(weights) or row not in known else known[row] for row, weights in pairs]
     rows = prepared.dataset.test
     per_pair = [rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]

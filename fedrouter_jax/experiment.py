@@ -41,15 +41,19 @@ class Prepared(NamedTuple):
     train: list[list[tokens.Tokens]]  # [client][row]
     test: dict[int, tokens.Tokens]  # by index into dataset.test
     strategy: Strategy
+    pack: tuple[int, int]  # tokens and response tokens of a training pack
     round: Callable  # the jitted round
 
 
-def prepare(config: Config) -> Prepared:
-    """Load and lay out everything; raises `UserError` for bad input."""
+def prepare(config: Config, model: Model | None = None) -> Prepared:
+    """Load and lay out everything; raises `UserError` for bad input.
+
+    `model` is the config's model where it is loaded already.
+    """
     dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
     split = partition(dataset, data.scenario, data.clients, data.train_rows, data.test_rows, data.mix_rows, config.seed)
-    model = load_model(config.model, config.dtype)
+    model = model or load_model(config.model, config.dtype)
     unknown = sorted(set(config.lora.targets) - set(module_shapes(model.config)))
     if unknown:
         known = ", ".join(module_shapes(model.config))
@@ -69,8 +73,10 @@ def prepare(config: Config) -> Prepared:
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     update = client.make_client_update(model.config, config.lora, config.local)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    at_once = config.compute.lanes_at_once or (1 if jax.default_backend() == "cpu" else None)
-    return Prepared(config, model, dataset, split, train, test, strategy, make_round(strategy, update, rate, at_once))
+    at_once = config.compute.groups_at_once or (1 if jax.default_backend() == "cpu" else None)
+    pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
+    round = make_round(strategy, update, rate, at_once)
+    return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -145,16 +151,9 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     config = prepared.config
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
-    time, predicted = pack_shape(prepared)
-    batch = schedule.batches(work, rows, t, config.local.steps, config.local.batch, time, predicted, config.seed)
+    local, together = config.local, config.compute.lanes_together
+    batch = schedule.batches(work, rows, t, local.steps, local.batch, *prepared.pack, config.seed, together)
     return work, batch
-
-
-def pack_shape(prepared: Prepared) -> tuple[int, int]:
-    """The static (tokens, response tokens) of a training pack: the longest row fits, and half a pack of answers."""
-    everything = [row for held in prepared.train for row in held]
-    time = embed.pack_length(max(row.length for row in everything))
-    return time, max(time // 2, max(len(row.response) for row in everything))
 
 
 def train_round(

@@ -1,7 +1,8 @@
 """A round: ask for each lane's adapters, train the lanes, tell the results. Names no algorithm.
 
-A lane is one unit of local work: one local cluster of one client. Lanes never see each other, so how they are
-mapped (all at once, in chunks, one by one) changes the speed and the memory, not the result.
+A lane is one unit of local work: one local cluster of one client. Lanes never see each other, so how they are run
+(in groups that share packs; groups all at once, in chunks, one by one) changes the speed and the memory, not the
+result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from fedrouter_jax.types import (
     Array,
     ClientUpdate,
     FederationState,
-    Losses,
     PyTree,
     RoundInfo,
     Strategy,
@@ -65,13 +65,14 @@ def finite_lanes(adapters: Adapters) -> Array:
 
 
 def make_round(
-    strategy: Strategy, update: ClientUpdate, schedule: Callable[[Array], Array], lanes_at_once: int | None = None
+    strategy: Strategy, update: ClientUpdate, schedule: Callable[[Array], Array], groups_at_once: int | None = None
 ) -> Callable[..., tuple[FederationState, RoundInfo]]:
     """One federated round as a jitted function `(state, base, work, batches, key) -> (state, info)`.
 
-    `schedule` maps the round's number (1..T) to its learning rate. `batches` has leading axes `[lane, step]`.
-    `lanes_at_once` lanes are vmapped at a time (None: all of them; 1: one by one). A lane's key comes from (round,
-    client, cluster), never from its position, so permuting or chunking lanes changes nothing. A lane whose result is
+    `schedule` maps the round's number (1..T) to its learning rate. `batches` has leading axes `[group, step]`;
+    the lanes, in order, fill the groups evenly. `groups_at_once` groups are vmapped at a time (None: all of them; 1:
+    one by one). A lane's key comes from (round, client, cluster), never from its position, so permuting, grouping or
+    chunking lanes changes nothing. A lane whose result is
     not finite is left out of the averages. The state is donated: use the one that is returned.
     """
 
@@ -79,13 +80,14 @@ def make_round(
         rate = schedule(state.round + 1)
         round_key = jax.random.fold_in(key, state.round)
 
-        def lane(inputs):
-            client, cluster, adapters, batch = inputs
-            lane_key = jax.random.fold_in(jax.random.fold_in(round_key, client), cluster)
-            return update(base, adapters, batch, rate, lane_key)
+        fold = jax.vmap(jax.random.fold_in)
+        keys = fold(fold(jnp.repeat(round_key, len(work.client)), work.client), work.cluster)
 
-        inputs = (work.client, work.cluster, strategy.ask(state, work), batches)
-        adapters, losses = map_lanes(lane, inputs, lanes_at_once)
+        def group(inputs):
+            (adapters, keys), batch = inputs
+            return update(base, adapters, batch, rate, keys)
+
+        adapters, losses = map_groups(group, (strategy.ask(state, work), keys), batches, groups_at_once)
         finite = finite_lanes(adapters)
         adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
         state = strategy.tell(state, work._replace(weight=work.weight * finite), adapters)
@@ -94,9 +96,18 @@ def make_round(
     return jax.jit(run, donate_argnums=0)
 
 
-def map_lanes(lane: Callable[[Any], tuple[Adapters, Losses]], inputs: Any, at_once: int | None):
-    """Apply `lane` to every entry of the leading axis: all at once, `at_once` at a time, or one by one."""
-    lanes = jax.tree.leaves(inputs)[0].shape[0]
-    if at_once is None or at_once >= lanes:
-        return jax.vmap(lane)(inputs)
-    return jax.lax.map(lane, inputs, batch_size=None if at_once == 1 else at_once)
+def map_groups(group: Callable[[Any], PyTree], lanes: PyTree, batches: Any, at_once: int | None) -> PyTree:
+    """Apply `group` to every entry of `batches` and its lanes: all at once, `at_once` at a time, or one by one.
+
+    `lanes` has leaves `[lane, ...]`, and so has the result. Where the lanes do not fill the last group, it is given
+    the last lane again, and what comes of that is dropped.
+    """
+    count, groups = jax.tree.leaves(lanes)[0].shape[0], jax.tree.leaves(batches)[0].shape[0]
+    each = -(-count // groups)
+    index = jnp.minimum(jnp.arange(groups * each), count - 1).reshape(groups, each)
+    inputs = (jax.tree.map(lambda leaf: leaf[index], lanes), batches)
+    if at_once is None or at_once >= groups:
+        found = jax.vmap(group)(inputs)
+    else:
+        found = jax.lax.map(group, inputs, batch_size=None if at_once == 1 else at_once)
+    return jax.tree.map(lambda leaf: leaf.reshape(groups * each, *leaf.shape[2:])[:count], found)

@@ -25,10 +25,10 @@ def demo() -> Config:
     """SmolLM2-135M on synthetic rows, small enough for two CPU cores: minutes."""
     return Config(
         data=DataConfig(
-            clients=4, train_rows=48, test_rows=8, mix_rows=16, template="short", max_length=192, max_response=24
+            clients=4, train_rows=48, test_rows=8, mix_rows=24, template="short", max_length=192, max_response=24
         ),
-        rounds=RoundConfig(rounds=4),
-        local=LocalConfig(steps=3, batch=4, learning_rate=5e-3, min_learning_rate=5e-4),
+        rounds=RoundConfig(rounds=6),
+        local=LocalConfig(steps=4, batch=2, learning_rate=6e-3, min_learning_rate=6e-4),
         evaluation=EvaluationConfig(evaluate_at=()),
     )
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time as clock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,21 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
+from fedrouter_jax.models import Model
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.types import FederationState, LoRA
 
 Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
+
+
+class Shared(NamedTuple):
+    """What a run of a sweep may take over instead of computing it again: equal for runs of equal data and model."""
+
+    model: Model | None = None  # the config's model, loaded
+    runs: Sequence[Path] = ()  # other run directories; those of other data, models or seeds are passed over
+
+
+ALONE = Shared()
 
 
 class Loaded(NamedTuple):
@@ -66,22 +78,24 @@ def claim(out: Path, config: Config) -> None:
     write(path, config_lib.to_json(config))
 
 
-def run(config: Config, out: Path, track: Track = silent) -> dict:
+def run(config: Config, out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     """A new run to its end; returns its scores."""
     claim(out, config)
-    return proceed(out, track)
+    return proceed(out, track, shared)
 
 
-def proceed(out: Path, track: Track = silent) -> dict:
+def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     """Continue the run in `out` from wherever it stands to its end; returns its scores."""
-    timings: dict[str, float] = {}
+    timings: dict[str, Any] = {"taken_over": []}
     with timed(timings, "total"):
-        loaded = load(out, track, timings)
+        loaded = load(out, track, timings, shared)
         resumed = int(loaded.state.round) > 0
         loaded = loaded._replace(state=train(out, loaded, track))
         if not (out / "scores.json").exists():
             with timed(timings, "evaluate"):
-                result = score(loaded, True, track)
+                known = _base_answers(shared, loaded.prepared.config)
+                timings["taken_over"] += ["base answers"] if known else []
+                result = score(loaded, True, track, known)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
             write(out / "predictions.jsonl", lines)
             write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
@@ -102,12 +116,12 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
     timings[phase] = round(clock.perf_counter() - before, 3)
 
 
-def load(out: Path, track: Track = silent, timings: dict | None = None) -> Loaded:
+def load(out: Path, track: Track = silent, timings: dict | None = None, shared: Shared = ALONE) -> Loaded:
     """Read what is there of a run, and make what is missing up to round 0."""
-    timings = {} if timings is None else timings
-    prepared = experiment.prepare(config_lib.load(out / "config.json"))
+    timings = {"taken_over": []} if timings is None else timings
+    prepared = experiment.prepare(config_lib.load(out / "config.json"), shared.model)
     with timed(timings, "embed"):
-        embeddings = _embeddings(out, prepared, track)
+        embeddings = _embeddings(out, prepared, track, shared, timings)
     done = checkpoint.latest(out / "checkpoints")
     if done is None:
         with timed(timings, "cluster"):
@@ -148,12 +162,14 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
     return state
 
 
-def score(loaded: Loaded, with_base: bool, track: Track) -> evaluate.Evaluation:
+def score(
+    loaded: Loaded, with_base: bool, track: Track, base_answers: dict[int, str] | None = None
+) -> evaluate.Evaluation:
     """Evaluate with a progress bar."""
     prepared, enrolment, state, embeddings = loaded
     asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
     with track("answering", len(evaluate.distinct(asked)[0])) as advance:
-        return evaluate.evaluate_state(prepared, state, enrolment, asked, advance)
+        return evaluate.evaluate_state(prepared, state, enrolment, asked, advance, base_answers)
 
 
 def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
@@ -231,20 +247,41 @@ def adapter_names(prepared: Prepared, state: FederationState) -> list[str]:
     return [f"{prepared.strategy.owners['main']}_{slot}" for slot in range(slots)]
 
 
-def _embeddings(out: Path, prepared: Prepared, track: Track) -> np.ndarray | None:
+def _alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
+    """The runs of a sweep that asked the same model about the same rows, and (`recipe`) embedded them alike."""
+    for path in shared.runs:
+        other = config_lib.load(path / "config.json")
+        same = all(getattr(other, name) == getattr(config, name) for name in ("data", "model", "dtype", "seed"))
+        if same and (other.cluster.recipe == config.cluster.recipe or not recipe):
+            yield path
+
+
+def _base_answers(shared: Shared, config: Config) -> dict[int, str]:
+    """What the base model answered to each test row in a run of the same sweep; empty where there is none."""
+    for path in _alike(shared, config, recipe=False):
+        if (path / "scores.json").exists():  # written after the predictions: they are whole
+            records = map(json.loads, _lines(path / "predictions.jsonl"))
+            return {record["row"]: record["answer"] for record in records if record["part"].startswith("base")}
+    return {}
+
+
+def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, timings: dict) -> np.ndarray | None:
     """Embeddings of the run's rows, computed once."""
     if not prepared.strategy.clusters:
         return None
     path = out / "embeddings.npy"
-    if not path.exists():
+    found = (other / path.name for other in _alike(shared, prepared.config, recipe=True))
+    taken = None if path.exists() else next((other for other in found if other.exists()), None)
+    if taken is not None:
+        timings["taken_over"].append("embeddings")
+        with replaced(path) as beside:
+            shutil.copyfile(taken, beside)
+    elif not path.exists():
         rows = sum(len(held.train) for held in prepared.partition.clients)
         with track("embedding", rows + len(experiment.test_rows(prepared.partition))) as advance:
             found = experiment.embed_rows(prepared, advance)
-        with guarded(path):
-            beside = path.with_suffix(".tmp")
-            with beside.open("wb") as file:
-                np.save(file, found, allow_pickle=False)
-            os.replace(beside, path)
+        with replaced(path) as beside, beside.open("wb") as file:
+            np.save(file, found, allow_pickle=False)
     return np.load(path, allow_pickle=False)
 
 
@@ -273,11 +310,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a whole file at once: it is either the old one or the new one, never half."""
+    """Write a whole text file at once."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to, which then takes the place of `path`: that is either the old file or the new one, whole."""
     with guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
+        yield beside
         os.replace(beside, path)
 
 

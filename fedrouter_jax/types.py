@@ -56,12 +56,13 @@ class RoundInfo(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What a lane reports beside its adapters."""
+    """What lanes report beside their adapters."""
 
-    loss: Array  # float32 [step]: mean cross-entropy over the step's response tokens, before the update
+    loss: Array  # float32 [lane, step]: mean cross-entropy over the step's response tokens, before the update
 
 
-# (base params, adapters, batch of one lane, learning rate, key) -> (adapters, losses)
+# Trains a group of lanes whose rows share packs; a group may be one lane:
+# (base params, adapters [lane, ...], batch of the group, learning rate, keys [lane]) -> (adapters, losses)
 ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array], tuple[Adapters, Losses]]
 
 

@@ -30,12 +30,12 @@ class Federation(NamedTuple):
     members: list
 
 
-def inputs(federation: Federation, t: int, clusters_per_round: int = 1, participation: float = 1.0):
+def inputs(federation: Federation, t: int, clusters_per_round: int = 1, participation: float = 1.0, together: int = 1):
     """The work and batches of round t."""
     sizes = np.array([[len(rows) for rows in held] for held in federation.members])
     config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
     work = schedule.lanes(sizes, t, config, 0)
-    return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0)
+    return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0, together)
 
 
 def assert_close(one, other, tolerance: float = 1e-5) -> None:

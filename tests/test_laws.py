@@ -19,10 +19,13 @@ def rate(t):
     return client.learning_rate(LOCAL, 5, t)
 
 
-def nudge(base, adapters, batch, lr, key):
-    """A cheap client update that depends on the lane's key, rows and adapters."""
-    step = jax.random.normal(key) * 0.01 + jnp.sum(batch.rows.labels) * 1e-6
-    return jax.tree.map(lambda leaf: leaf * 0.9 + step, adapters), Losses(batch.count * step)
+def nudge(base, adapters, batch, lr, keys):
+    """A cheap client update that depends on each lane's key, rows and adapters."""
+    lanes = jnp.arange(len(keys))
+    own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
+    step = jax.vmap(jax.random.normal)(keys) * 0.01 + own * 1e-6
+    adapters = jax.tree.map(lambda leaf: leaf * 0.9 + bank.expand(step, leaf), adapters)
+    return adapters, Losses(jnp.ones(LOCAL.steps) * step[:, None])
 
 
 def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
@@ -37,10 +40,10 @@ def play(federation, strategy, update, at_once=None, rounds=2, change=lambda wor
 
 @every_strategy
 def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
-    """All at once, in chunks that do not divide the lanes, one by one."""
+    """All at once, in chunks that do not divide the lanes, one by one, in groups that share packs."""
     expected, info = play(federation, strategy, nudge, None)
-    for at_once in (3, 1):
-        found, other = play(federation, strategy, nudge, at_once)
+    for at_once, together in ((3, 1), (1, 1), (None, 2), (1, 3), (1, 4)):
+        found, other = play(federation, strategy, nudge, at_once, together=together)
         assert_close(found, expected)
         assert_close(other, info)
 
@@ -48,8 +51,8 @@ def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
 def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
     expected, info = play(federation, fedrouter(), federation.update, None)
     assert np.isfinite(info.loss).all() and info.loss.shape == (CLIENTS, LOCAL.steps)
-    for at_once in (3, 1):
-        found, other = play(federation, fedrouter(), federation.update, at_once)
+    for at_once, together in ((3, 1), (1, 1), (1, 3), (1, 4)):
+        found, other = play(federation, fedrouter(), federation.update, at_once, together=together)
         # Adam divides by the gradient's size: where that is nearly zero, the last digit becomes visible.
         assert_close(found, expected, 5e-4)
         assert_close(other, info)
@@ -64,9 +67,10 @@ def test_a_jitted_round_is_its_plain_loop(federation, strategy):
     results = []
     for lane in range(len(work.client)):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, 0), work.client[lane]), work.cluster[lane])
-        own = jax.tree.map(lambda leaf, lane=lane: leaf[lane], (adapters, batch))
-        results.append(federation.update(federation.model.params, *own, rate(1), key)[0])
-    told = strategy.tell(state, work, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))
+        own = jax.tree.map(lambda leaf, lane=lane: leaf[lane : lane + 1], adapters)
+        rows = jax.tree.map(lambda leaf, lane=lane: leaf[lane], batch)
+        results.append(federation.update(federation.model.params, own, rows, rate(1), key[None])[0])
+    told = strategy.tell(state, work, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
     assert_close(play(federation, strategy, federation.update, rounds=1, at_once=1)[0], told, 5e-4)
 
 
@@ -79,8 +83,8 @@ def test_permuting_lanes_changes_nothing(federation, strategy):
 
 @every_strategy
 def test_an_update_that_returns_its_input_leaves_the_bank(federation, strategy):
-    def idle(base, adapters, batch, lr, key):
-        return adapters, Losses(jnp.zeros(LOCAL.steps))
+    def idle(base, adapters, batch, lr, keys):
+        return adapters, Losses(jnp.zeros((len(keys), LOCAL.steps)))
 
     state = strategy.init(federation.adapters, federation.enrolment)
     assert_close(play(federation, strategy, idle, clusters_per_round=0)[0].bank, state.bank)
@@ -101,8 +105,8 @@ def test_a_lane_of_weight_zero_moves_nothing(federation, strategy):
 
 @every_strategy
 def test_a_lane_that_is_not_finite_moves_nothing_and_is_reported(federation, strategy):
-    def poison(base, adapters, batch, lr, key):
-        adapters, losses = nudge(base, adapters, batch, lr, key)
+    def poison(base, adapters, batch, lr, keys):
+        adapters, losses = nudge(base, adapters, batch, lr, keys)
         bad = batch.count[0] < 0
         return jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), adapters), losses
 

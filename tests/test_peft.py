@@ -98,16 +98,21 @@ def test_loss_and_gradients_equal_peft(base, adapter, rows, tmp_path):
     model = in_torch(folder, tmp_path, trainable=True)
     expected = torch_loss(model, rows[:6])
     expected.backward()
-    packs = packing.batch(rows[:6], 6, 128, 64)
+    packs = packing.batch([rows[:6]], 6, 128, 64)
     assert int(packs.count) > 1  # several packs, so that accumulation over packs is part of the test
     responses = sum(len(row.response) for row in rows[:6])
 
+    keys = jax.random.split(jax.random.key(0), 1)
+
     def mean_loss(adapters):
+        one_lane = jax.tree.map(lambda leaf: leaf[None], adapters)
         per_pack = [
-            client.response_loss(decoder, CONFIG, params, adapters, jax.tree.map(lambda x, i=i: x[i], packs.rows), None)
+            client.response_losses(
+                decoder, CONFIG, params, one_lane, jax.tree.map(lambda x, i=i: x[i], packs.rows), keys
+            )
             for i in range(int(packs.count))
         ]
-        return sum(per_pack) / responses
+        return sum(losses[0] for losses in per_pack) / responses
 
     loss, grads = jax.value_and_grad(mean_loss)({"main": adapter})
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
@@ -130,8 +135,10 @@ def test_twenty_steps_of_adamw_equal_torch(base, adapter, rows, tmp_path):
         optimiser.step()
         losses.append(loss.item())
     update = jax.jit(client.make_client_update(decoder, CONFIG, LOCAL))
-    trained, info = update(params, {"main": adapter}, batch, jnp.float32(2e-3), jax.random.key(0))
-    np.testing.assert_allclose(info.loss, losses, rtol=1e-3)
+    one_lane = {"main": jax.tree.map(lambda leaf: leaf[None], adapter)}
+    trained, info = update(params, one_lane, batch, jnp.float32(2e-3), jax.random.split(jax.random.key(0), 1))
+    trained = jax.tree.map(lambda leaf: leaf[0], trained)
+    np.testing.assert_allclose(info.loss[0], losses, rtol=1e-3)
     model.save_pretrained(tmp_path / "trained")
     expected, _ = peft_io.read_adapter(tmp_path / "trained", decoder)
     for found, other in zip(jax.tree.leaves(trained["main"]), jax.tree.leaves(expected), strict=True):

@@ -47,16 +47,19 @@ lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 10)), min_size=0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(lengths)
-def test_packing_loses_nothing_and_mixes_nothing(sizes):
+@given(lengths, st.integers(1, 3))
+def test_packing_loses_nothing_and_mixes_nothing(sizes, lanes):
     rows = [tokens.Tokens([100 * i + 1] * p, [100 * i + 2] * r, False) for i, (p, r) in enumerate(sizes)]
-    found = packing.batch(rows, packs=12, time=40, predicted=20)
+    dealt = [rows[lane::lanes] for lane in range(lanes)]
+    found = packing.batch(dealt, packs=12, time=40, predicted=20)
     packs = found.rows.packs
     seen = []
     for pack in range(int(found.count)):
         for segment in range(1, packs.segments[pack].max() + 1):
             here = packs.segments[pack] == segment
             seen.append(tuple(packs.tokens[pack][here]))
+            (lane,), (number,) = (set(field[pack][here]) for field in (found.rows.lane, found.rows.row))
+            assert tuple(dealt[lane][number].prompt + dealt[lane][number].response) == seen[-1]
             np.testing.assert_array_equal(packs.positions[pack][here], np.arange(here.sum()))
     assert Counter(seen) == Counter(tuple(row.prompt + row.response) for row in rows)
     assert (packs.segments[int(found.count) :] == 0).all()
@@ -143,3 +146,6 @@ def test_a_lane_of_weight_zero_gets_no_rows_and_shapes_do_not_depend_on_rows():
     batch = schedule.batches(work, members, 1, 3, 4, 128, 32, 0)
     assert batch.rows.packs.tokens.shape == (4, 3, 4, 128)
     assert batch.count[work.weight == 0].sum() == 0 and (batch.count[work.weight > 0] > 0).all()
+    pairs = schedule.batches(work, members, 1, 3, 4, 128, 32, 0, together=3)  # four lanes: two groups of two
+    assert pairs.rows.packs.tokens.shape == (2, 3, 8, 128)
+    np.testing.assert_array_equal((pairs.rows.labels >= 0).sum((0, 2, 3)), (batch.rows.labels >= 0).sum((0, 2, 3)))

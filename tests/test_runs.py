@@ -94,9 +94,11 @@ def test_resuming_a_finished_run_changes_nothing(finished):
 
 
 def test_what_changes_only_speed_changes_no_result(finished, tmp_path):
-    """Other lanes, rows and packs at once, other checkpoints: the same clusters and nearly the same losses."""
+    """Other lanes together, rows and packs at once, other checkpoints: the same clusters, nearly the same losses."""
     config = smoke()
-    compute = dataclasses.replace(config.compute, lanes_at_once=4, rows_at_once=7, packs_at_once=3, checkpoint_every=3)
+    compute = dataclasses.replace(
+        config.compute, lanes_together=3, groups_at_once=2, rows_at_once=7, packs_at_once=3, checkpoint_every=3
+    )
     out = tmp_path / "other"
     runs.run(dataclasses.replace(config, compute=compute), out)
     for line, other in zip(result(out)["rounds"], result(finished)["rounds"], strict=True):

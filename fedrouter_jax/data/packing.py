@@ -27,12 +27,14 @@ class Rows(NamedTuple):
     """Packed texts and what to predict in them."""
 
     packs: Packs  # [pack, time]
+    lane: Array  # int32 [pack, time]: whose row a token is of, counted inside the group of lanes
+    row: Array  # int32 [pack, time]: which row of that lane's step
     where: Array  # int32 [pack, predicted]: time index whose hidden state predicts a response token
     labels: Array  # int32 [pack, predicted]: that response token, -1 for padding
 
 
 class Batch(NamedTuple):
-    """The rows of one optimiser step. Leading axes `[lane, step]` are added in front."""
+    """The rows of one optimiser step of a group of lanes. Leading axes `[group, step]` are added in front."""
 
     rows: Rows  # [pack, ...]
     count: Array  # int32 []: packs that hold rows; the rest are empty
@@ -71,18 +73,52 @@ def lay_out(texts: Sequence[Sequence[int]], assignment: list[list[int]], packs: 
     return Packs(tokens, positions, segments)
 
 
-def batch(rows: Sequence[Tokens], packs: int, time: int, predicted: int) -> Batch:
-    """Pack the rows of one step. `packs` must be at least the number of rows in the worst case, one row a pack."""
+def batch(lanes: Sequence[Sequence[Tokens]], packs: int, time: int, predicted: int) -> Batch:
+    """Pack the rows of one step of a group of lanes, all lanes' rows in one stream.
+
+    `packs` must be at least the number of rows: in the worst case each needs a pack.
+    """
+    owners = [(lane, number) for lane, rows in enumerate(lanes) for number in range(len(rows))]
+    rows = [row for rows in lanes for row in rows]
     sizes = [(row.length, len(row.response)) for row in rows]
     assignment = first_fit(sizes, time, predicted, len(rows))
     texts = [row.prompt + row.response for row in rows]
     where = np.zeros((packs, predicted), np.int32)
     labels = np.full((packs, predicted), -1, np.int32)
+    lane, number = np.zeros((2, packs, time), np.int32)
     for pack, members in enumerate(assignment):
         start = filled = 0
         for row in members:
+            lane[pack, start : start + rows[row].length], number[pack, start : start + rows[row].length] = owners[row]
             first, answer = start + len(rows[row].prompt) - 1, rows[row].response
             where[pack, filled : filled + len(answer)] = np.arange(first, first + len(answer))
             labels[pack, filled : filled + len(answer)] = answer
             start, filled = start + rows[row].length, filled + len(answer)
-    return Batch(Rows(lay_out(texts, assignment, packs, time), where, labels), np.int32(len(assignment)))
+    laid_out = lay_out(texts, assignment, packs, time)
+    return Batch(Rows(laid_out, lane, number, where, labels), np.int32(len(assignment)))
+
+
+def shape(clients: Sequence[Sequence[Tokens]], size: int, together: int) -> tuple[int, int]:
+    """The (tokens, response tokens) of a pack that suits steps of `size` rows of `together` lanes (`batch`).
+
+    Of all multiples of 64 that hold the longest row, the one that wastes least on sample steps of these clients' rows,
+    at most 512 where rows allow, for attention costs the square. Response tokens: half as many again as an average
+    pack has, since the head computes them all, filled or not.
+    """
+    rows = [row for held in clients for row in held]
+    longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
+    share = 1.5 * sum(len(row.response) for row in rows) / sum(row.length for row in rows)
+    rng = np.random.default_rng(0)
+    lanes = [clients[i % len(clients)] for i in range(min(together, len(clients)))]
+    steps = [[held[i] for held in lanes for i in rng.integers(0, len(held), size)] for _ in range(8)]
+
+    def waste(time: int) -> tuple[int, int, int]:
+        predicted = max(answer, -(-int(share * time) // 16) * 16)
+        packs = sum(
+            len(first_fit([(r.length, len(r.response)) for r in step], time, predicted, size * together))
+            for step in steps
+        )
+        return packs * (time + 8), time, predicted  # 8: what visiting a pack costs beside its tokens
+
+    first = -(-longest // 64) * 64
+    return min(waste(time) for time in range(first, max(first, 512) + 1, 64))[1:]

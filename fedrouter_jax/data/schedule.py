@@ -79,19 +79,27 @@ def batches(
     time: int,
     predicted: int,
     seed: int,
+    together: int = 1,
 ) -> packing.Batch:
-    """The rows of a round, leaves `[lane, step, pack, ...]` (numpy). `members[client][cluster]` are encoded rows.
+    """The rows of a round, leaves `[group, step, pack, ...]` (numpy). `members[client][cluster]` are encoded rows.
 
-    A step takes `size` rows; packs hold `time` tokens and `predicted` response tokens. A lane of weight 0 gets no rows.
+    A step takes `size` rows of each lane; packs hold `time` tokens and `predicted` response tokens. At most `together`
+    lanes, in order, are a group and share its packs. A lane of weight 0 gets no rows.
     """
 
-    def lane(client: int, cluster: int, weight: float) -> packing.Batch:
+    def lane(client: int, cluster: int, weight: float) -> list[list[Tokens]]:
         rows = members[client][cluster]
         order = draw(len(rows), steps * size, np.random.default_rng([seed, round, client, cluster]))
-        drawn = [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
-        return stack([packing.batch(step, size, time, predicted) for step in drawn])
+        return [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
 
-    return stack([lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)])
+    drawn = [lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)]
+    groups = -(-len(drawn) // together)
+    each = -(-len(drawn) // groups)  # as even as can be; `federation.make_round` counts the same way
+
+    def group(lanes: list[list[list[Tokens]]]) -> packing.Batch:
+        return stack([packing.batch(step, each * size, time, predicted) for step in zip(*lanes, strict=True)])
+
+    return stack([group(drawn[start : start + each]) for start in range(0, len(drawn), each)])
 
 
 def stack(trees: Sequence[packing.Batch]) -> packing.Batch:

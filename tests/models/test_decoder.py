@@ -204,10 +204,10 @@ def test_first_layers_are_a_shallower_model():
 def test_vmap_over_lanes_equals_one_by_one():
     params = make_params(BASE)
     lanes = [make_lora(BASE, ("q_proj", "v_proj"), seed) for seed in range(3)]
-    tokens, keys = make_tokens(3, 2, 9), jax.random.split(jax.random.key(0), 3)
+    tokens, keys = make_tokens(3, 2, 9), jax.random.split(jax.random.key(0), (3, 2, 9))
 
-    def loss(lora, tokens, key):
-        return jnp.mean(run(BASE, params, tokens, None, None, lora, jnp.ones(RANK), dropout=0.3, key=key) ** 2)
+    def loss(lora, tokens, keys):
+        return jnp.mean(run(BASE, params, tokens, None, None, lora, jnp.ones(RANK), dropout=0.3, keys=keys) ** 2)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
     together = jax.vmap(jax.grad(loss))(stacked, tokens, keys)
@@ -218,13 +218,14 @@ def test_vmap_over_lanes_equals_one_by_one():
 
 def test_dropout_is_on_the_branch_only_unbiased_and_different_everywhere():
     x = jnp.ones((200, 500))
-    dropped = decoder._dropout(jax.random.key(0), 0.25, x)
+    dropped = decoder._dropout(jax.random.split(jax.random.key(0), 200), 0.25, x)
     assert abs(float(jnp.mean(dropped == 0)) - 0.25) < 0.01 and abs(float(jnp.mean(dropped)) - 1) < 0.01
     params, tokens, lora = make_params(BASE), make_tokens(1, 9), make_lora(BASE)
-    silent = run(BASE, params, tokens, None, None, lora, jnp.zeros(RANK), dropout=0.5, key=jax.random.key(0))
+    keys = [jax.random.split(jax.random.key(seed), (1, 9)) for seed in (0, 1)]
+    silent = run(BASE, params, tokens, None, None, lora, jnp.zeros(RANK), dropout=0.5, keys=keys[0])
     close(silent, run(BASE, params, tokens))
     one, again, other = (
-        run(BASE, params, tokens, None, None, lora, dropout=0.5, key=jax.random.key(seed)) for seed in (0, 0, 1)
+        run(BASE, params, tokens, None, None, lora, dropout=0.5, keys=keys[seed]) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3

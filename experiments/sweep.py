@@ -1,0 +1,42 @@
+"""Many runs, one after the other, that take over from each other what is equal: the model, embeddings, base answers.
+
+A finished run is never run again, so a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from fedrouter_jax import config as config_lib
+from fedrouter_jax import report, runs
+from fedrouter_jax.cli import progress
+from fedrouter_jax.config import Config
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import load_model
+
+
+def sweep(configs: Mapping[str, Config], out: Path, console: Console) -> list[Path]:
+    """Run what is not finished of `{name: config}` in `out/name`; returns the run directories in that order."""
+    folders: list[Path] = []
+    model = loaded = None
+    for number, (name, config) in enumerate(configs.items(), 1):
+        folder = out / name
+        folders.append(folder)
+        if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
+            raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
+        if (folder / "report.md").exists():
+            continue
+        console.rule(f"run {number} of {len(configs)}: {name}")
+        if loaded != (config.model, config.dtype):
+            loaded, model = (config.model, config.dtype), load_model(config.model, config.dtype)
+        shared = runs.Shared(model, folders[:-1])
+        with progress() as track:
+            if (folder / "config.json").exists():
+                runs.proceed(folder, track, shared)
+            else:
+                runs.run(config, folder, track, shared)
+        report.write([folder], folder)  # last: a folder with a report is a finished run
+    return folders
