@@ -247,7 +247,7 @@ def adapter_names(prepared: Prepared, state: FederationState) -> list[str]:
     return [f"{prepared.strategy.owners['main']}_{slot}" for slot in range(slots)]
 
 
-def _alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
+def alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
     """The runs of a sweep that asked the same model about the same rows, and (`recipe`) embedded them alike."""
     for path in shared.runs:
         other = config_lib.load(path / "config.json")
@@ -258,7 +258,7 @@ def _alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
 
 def _base_answers(shared: Shared, config: Config) -> dict[int, str]:
     """What the base model answered to each test row in a run of the same sweep; empty where there is none."""
-    for path in _alike(shared, config, recipe=False):
+    for path in alike(shared, config, recipe=False):
         if (path / "scores.json").exists():  # written after the predictions: they are whole
             records = map(json.loads, _lines(path / "predictions.jsonl"))
             return {record["row"]: record["answer"] for record in records if record["part"].startswith("base")}
@@ -270,7 +270,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     if not prepared.strategy.clusters:
         return None
     path = out / "embeddings.npy"
-    found = (other / path.name for other in _alike(shared, prepared.config, recipe=True))
+    found = (other / path.name for other in alike(shared, prepared.config, recipe=True))
     taken = None if path.exists() else next((other for other in found if other.exists()), None)
     if taken is not None:
         timings["taken_over"].append("embeddings")

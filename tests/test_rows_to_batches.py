@@ -149,3 +149,12 @@ def test_a_lane_of_weight_zero_gets_no_rows_and_shapes_do_not_depend_on_rows():
     pairs = schedule.batches(work, members, 1, 3, 4, 128, 32, 0, together=3)  # four lanes: two groups of two
     assert pairs.rows.packs.tokens.shape == (2, 3, 8, 128)
     np.testing.assert_array_equal((pairs.rows.labels >= 0).sum((0, 2, 3)), (batch.rows.labels >= 0).sum((0, 2, 3)))
+
+
+def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_row():
+    rows = [tokens.Tokens([1] * 40, [2] * 8, False)] * 5
+    time, predicted = packing.shape([rows] * 4, size=2, together=4)  # 8 rows of 48 tokens are one pack of 384
+    assert (time, predicted) == (384, 96)
+    assert packing.shape([rows] * 4, size=2, together=1) == (128, 32)  # two rows of 48 in 128; 192 would waste more
+    long = [tokens.Tokens([1] * 700, [2] * 300, False)]
+    assert packing.shape([rows, long], 2, 2) == (1024, 432)

@@ -14,6 +14,7 @@ import pytest
 
 from fedrouter_jax import evaluate, runs
 from fedrouter_jax.cli import main
+from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
 
@@ -104,6 +105,22 @@ def test_what_changes_only_speed_changes_no_result(finished, tmp_path):
     for line, other in zip(result(out)["rounds"], result(finished)["rounds"], strict=True):
         np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-4)
     assert json.loads((out / "clusters.json").read_text()) == json.loads((finished / "clusters.json").read_text())
+
+
+def test_a_run_of_a_sweep_takes_over_what_is_equal_and_ends_with_the_same_bytes(finished, tmp_path):
+    again = tmp_path / "again"
+    runs.run(smoke(), again, shared=runs.Shared(load_model("tiny"), (finished,)))
+    assert json.loads((again / "timings.json").read_text())["taken_over"] == ["embeddings", "base answers"]
+    assert result(again) == result(finished)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])
+def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, change):
+    config = smoke()
+    nested = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    shared = runs.Shared(runs=(finished,))
+    assert list(runs.alike(shared, config, recipe=True)) == [finished]
+    assert list(runs.alike(shared, dataclasses.replace(config, **nested), recipe=False)) == []
 
 
 def test_route_answers_with_the_nearest_adapter(finished, capsys):
