@@ -4,6 +4,7 @@ import numpy as np
 
 from fedrouter_jax import experiment
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.types import View
 
 prepared = experiment.prepare(smoke())  # the model, rows dealt to clients, the jitted round
 embeddings = experiment.embed_rows(prepared)  # by the frozen base model
@@ -18,5 +19,5 @@ for t in (1, 2):
 
 texts = ["Facts: White Plaza, town, Newport\nTurn the facts into one sentence."]
 points = experiment.embed_texts(prepared, texts)
-weights = prepared.strategy.route(state, np.zeros(1, int), points, "global")
+weights = prepared.strategy.route(state, np.zeros(1, int), View(points), "global")
 print("adapter", int(weights[0].argmax()))

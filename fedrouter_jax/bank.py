@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax.types import Adapters, Array, Owner, PyTree
+from fedrouter_jax.types import Adapters, Array, LoRA, Owner, PyTree
 
 Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
 
@@ -39,6 +39,8 @@ def scatter_mean(owners: PyTree, bank: Adapters, slots: Slots, lanes: Adapters, 
     """
 
     def mean(owner, old, new):
+        if owner == "fixed":
+            return old
         total = jax.ops.segment_sum(weight, slots[owner], old.shape[0])
         # Normalise first: a slot with one lane then receives exactly that lane.
         share = weight / jnp.where(total > 0, total, 1)[slots[owner]]
@@ -54,8 +56,35 @@ def expand(values: Array, like: Array) -> Array:
 
 
 def wire_bytes(owners: PyTree, bank: Adapters) -> int:
-    """Bytes one lane sends (and receives) in a round: client-owned leaves never travel."""
+    """Bytes one lane sends (and receives) in a round: client-owned and fixed leaves never travel."""
     sizes = jax.tree.map(
-        lambda owner, leaf: 0 if owner == "client" else leaf[0].size * leaf.dtype.itemsize, spread(owners, bank), bank
+        lambda owner, leaf: 0 if owner in ("client", "fixed") else leaf[0].size * leaf.dtype.itemsize,
+        spread(owners, bank),
+        bank,
     )
     return sum(jax.tree.leaves(sizes))
+
+
+def serving(bank: Adapters) -> LoRA:
+    """All adapters that can answer, leaves `[slot, ...]`: what the weights of a router are over.
+
+    The named adapters one after the other. Where the halves of an adapter have different owners, the one with a single
+    slot is repeated for every slot of the other.
+    """
+
+    def whole(adapter: LoRA) -> LoRA:
+        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape[1:])), adapter)
+
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(whole(adapter) for adapter in bank.values()))
+
+
+def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
+    """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
+    rank = ("fixed", "shared", "cluster", "client")
+    names = []
+    for name, adapter in bank.items():
+        finest = max(jax.tree.leaves(spread(owners, bank)[name]), key=rank.index)
+        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
+        names += [f"{finest if len(bank) == 1 else name}_{slot}" for slot in range(slots)]
+    return names

@@ -8,6 +8,7 @@ with no padding per lane. A group of one lane is plain training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class LocalConfig:
     """Gradients are clipped to this global norm."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
+    proximal: float = 0.0
+    """FedProx's mu (Li et al., MLSys 2020, arXiv 1812.06127): pulls an adapter towards the one it started from."""
 
 
 def learning_rate(config: LocalConfig, rounds: int, t: Array) -> Array:
@@ -44,17 +47,24 @@ def learning_rate(config: LocalConfig, rounds: int, t: Array) -> Array:
 
 
 def response_losses(
-    decoder: DecoderConfig, lora: lora_lib.LoRAConfig, base: PyTree, adapters: Adapters, pack: Rows, keys: Array
+    decoder: DecoderConfig,
+    lora: lora_lib.LoRAConfig,
+    base: PyTree,
+    adapters: Adapters,
+    weights: dict[str, Any],
+    pack: Rows,
+    keys: Array,
 ) -> Array:
     """Summed cross-entropy of each lane's response tokens in one pack (float32 [lane]).
 
-    `adapters` has leaves `[lane, ...]`, `pack` is one pack of `Rows`, without the pack axis; `keys` [lane] are for
-    dropout. Only positions that predict a response token reach the head: with short answers that saves most of the
-    head's work, a fifth of a small model's.
+    `adapters` has leaves `[lane, ...]`, and `weights` says how much each of them counts; `pack` is one pack of `Rows`,
+    without the pack axis; `keys` [lane] are for dropout. Only positions that predict a response token reach the head:
+    with short answers that saves most of the head's work, a fifth of a small model's.
     """
     lanes = keys.shape[0]
     slots = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *adapters.values())
-    own = jnp.tile(jax.nn.one_hot(pack.lane, lanes), len(adapters))
+    lane = jax.nn.one_hot(pack.lane, lanes)
+    own = jnp.concatenate([lane * weights[name] for name in adapters], axis=-1)
     tokens, positions, segments = (field[None] for field in pack.packs)
     hidden = hidden_states(
         decoder,
@@ -79,19 +89,32 @@ def token_keys(keys: Array, pack: Rows) -> Array:
 
 
 def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local: LocalConfig) -> ClientUpdate:
-    """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane]) -> (adapters, losses)`.
+    """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, losses)`.
 
-    A lane's loss of a step is the mean over all its response tokens there. A step's packs are visited by a loop that
-    stops after the last one with rows, so empty packs cost nothing. A lane without rows has a gradient of zero.
+    The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. A lane's loss of
+    a step is the mean over all its response tokens there. A step's packs are visited by a loop that stops after the
+    last one with rows, so empty packs cost nothing. A lane without rows has a gradient of zero.
     """
 
-    def update(base, adapters, batch, lr, keys):
+    def update(base, adapters, batch, lr, keys, phases):
+        count = batch.count.shape[0]
+        each = count // len(phases)
+        losses = []
+        for number, phase in enumerate(phases):
+            first, last = number * each, count if number == len(phases) - 1 else (number + 1) * each
+            part = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], batch)
+            adapters, loss = train(base, adapters, part, lr, keys, phase, jnp.arange(first, last))
+            losses.append(loss)
+        return adapters, Losses(jnp.concatenate(losses).T)
+
+    def train(base, adapters, batch, lr, keys, phase, steps):
         optimiser = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))
-        lanes = keys.shape[0]
+        lanes, received = keys.shape[0], adapters
+        moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
 
         def summed(adapters, pack, responses, step_keys):
-            losses = response_losses(decoder, lora, base, adapters, pack, step_keys) / responses
-            return jnp.sum(losses), losses  # a lane's loss depends on its own adapter only
+            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys) / responses
+            return jnp.sum(losses), losses  # a lane's loss depends on its own adapters only
 
         gradient = jax.grad(summed, has_aux=True)
 
@@ -109,12 +132,16 @@ def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local:
 
             nothing = (jax.tree.map(jnp.zeros_like, adapters), jnp.zeros(lanes))
             gradients, loss = jax.lax.fori_loop(0, count, visit, nothing)
+            if local.proximal:
+                pulled = jax.tree.map(lambda leaf, start: local.proximal * (leaf - start), adapters, received)
+                gradients = jax.tree.map(jnp.add, gradients, pulled)
+            # What does not move must not count in the norm that clips the rest.
+            gradients = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, gradients)
             updates, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, adapters)
+            updates = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, updates)
             return (optax.apply_updates(adapters, updates), optimiser_state), loss
 
-        steps = jnp.arange(batch.count.shape[0])
-        start = (adapters, jax.vmap(optimiser.init)(adapters))
-        (adapters, _), loss = jax.lax.scan(step, start, (steps, batch))
-        return adapters, Losses(loss.T)
+        (adapters, _), loss = jax.lax.scan(step, (adapters, jax.vmap(optimiser.init)(adapters)), (steps, batch))
+        return adapters, loss
 
     return update

@@ -60,6 +60,8 @@ class EvaluationConfig:
     """Adapters a client's own test rows may go to: its own clusters' (local), all (global), by true task (oracle)."""
     generalisation_routing: Mode = "global"
     """The same for the mix of all tasks."""
+    instance_weight: Literal["local", "global"] = "local"
+    """FedDPA only: the adapter that gets more weight the more a text is like the client's own; released: global."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ class ComputeConfig:
 class Config:
     """One experiment."""
 
-    strategy: Literal["fedrouter", "fedit", "local"] = "fedrouter"
-    """Federated algorithm."""
+    strategy: Literal[
+        "fedrouter", "fedit", "local", "fedsa", "feddpa-t", "feddpa-f", "clustered", "ffalora", "oracle", "centralised"
+    ] = "fedrouter"
+    """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place."""
     model: str = "smollm2-135m"
     """The embedded default "smollm2-135m", the random "tiny", a GGUF file, a Hugging Face folder, or a hub id."""
     seed: int = 0
@@ -156,11 +160,11 @@ def load(path: Path) -> Config:
 
 
 def _build(kind: type, raw: Any, path: Path) -> Any:
-    """A (nested) frozen dataclass from plain JSON values."""
+    """A (nested) frozen dataclass from plain JSON values. A field that is newer than the file has its default."""
     known = typing.get_type_hints(kind)
-    odd = sorted(set(raw) ^ set(known)) if isinstance(raw, dict) else [str(raw)]
+    odd = sorted(set(raw) - set(known)) if isinstance(raw, dict) else [str(raw)]
     if odd:
-        raise UserError(f"{path}: field {odd[0]!r} is missing or unknown in {kind.__name__}; another version wrote it")
+        raise UserError(f"{path}: field {odd[0]!r} is unknown in {kind.__name__}; another version wrote it")
     values = {}
     for name, value in raw.items():
         if dataclasses.is_dataclass(known[name]):

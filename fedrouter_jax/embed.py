@@ -15,7 +15,7 @@ import numpy as np
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.models import DecoderConfig, hidden_states
-from fedrouter_jax.types import Array, PyTree
+from fedrouter_jax.types import Array, LoRA, PyTree
 
 TEXTS_PER_PACK = 32
 
@@ -56,6 +56,19 @@ def embed(
             embeddings[rows] = means[pack, : len(rows)]
         advance(sum(map(len, here)))
     return embeddings
+
+
+@partial(jax.jit, static_argnames="config")
+def last_states(
+    config: DecoderConfig, base: PyTree, tokens: Array, lengths: Array, lora: LoRA | None, gates: Array | None
+) -> Array:
+    """The hidden state after the final norm at the last token of right-padded rows: float32 [row, width].
+
+    `tokens` int32 [row, time], `lengths` int32 [row], `gates` float32 [row, rank].
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = hidden_states(config, base, tokens, positions, None, lora, gates)
+    return hidden[jnp.arange(len(tokens)), jnp.maximum(lengths, 1) - 1].astype(jnp.float32)
 
 
 def pack_length(longest: int, least: int = 256) -> int:

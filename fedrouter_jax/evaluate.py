@@ -11,9 +11,10 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
-from fedrouter_jax import generate, lora, routing
+from fedrouter_jax import bank as bank_lib
+from fedrouter_jax import embed, generate, lora, routing
 from fedrouter_jax.experiment import Advance, Prepared, test_rows
-from fedrouter_jax.types import FederationState
+from fedrouter_jax.types import FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 
@@ -102,12 +103,11 @@ def questions(
 
     def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[Question]:
         clients = jnp.asarray([c for c, _ in pairs])
-        if mode == "oracle" and prepared.strategy.clusters:
-            tasks = [split.tasks.index(prepared.dataset.test[row].task) for _, row in pairs]
-            weights = np.eye(enrolment.clusters)[task_slot[tasks]]
-        else:
-            points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
-            weights = np.asarray(prepared.strategy.route(state, clients, points, mode))
+        tasks = [split.tasks.index(prepared.dataset.test[row].task) for _, row in pairs]
+        points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
+        prompts = [prepared.test[row].prompt for _, row in pairs]
+        seen = view(prepared, state, points, jnp.asarray(task_slot[tasks]), prompts)
+        weights = np.asarray(prepared.strategy.route(state, clients, seen, mode))
         return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
 
     own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
@@ -119,6 +119,39 @@ def questions(
         found += [Question("base", c, row, nobody) for c, row in own]
         found += [Question("base_generalisation", c, row, nobody) for c, row in mix]
     return found
+
+
+REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
+
+
+def view(
+    prepared: Prepared,
+    state: FederationState,
+    embeddings: jnp.ndarray | None,
+    task_slots: jnp.ndarray | None,
+    prompts: list[list[int]],
+) -> View:
+    """What a router may look at for some prompts; hidden states are computed when it asks for them."""
+    config, model = prepared.config, prepared.model
+
+    def states(prompts: list[list[int]], weights) -> jnp.ndarray:
+        bank = lora.concatenate(bank_lib.serving(state.bank))
+        gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
+        found = np.zeros((len(prompts), model.config.width), np.float32)
+        for here, tokens, lengths, gate in generate.batches(prompts, gates, config.compute.rows_at_once):
+            found[here] = embed.last_states(model.config, model.params, tokens, lengths, bank, gate)[: len(here)]
+        return jnp.asarray(found)
+
+    def references(weights) -> jnp.ndarray:
+        drawn = [
+            held[i].prompt
+            for client, held in enumerate(prepared.train)
+            for i in np.random.default_rng([config.seed, client, 0xD9A]).integers(0, len(held), REFERENCES)
+        ]
+        found = states(drawn, jnp.repeat(weights, REFERENCES, axis=0))
+        return found.reshape(len(prepared.train), REFERENCES, -1)
+
+    return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 
 
 def answer(
@@ -134,7 +167,7 @@ def answer(
         model.config,
         model.params,
         prompts,
-        lora.concatenate(state.bank["main"]),
+        lora.concatenate(bank_lib.serving(state.bank)),
         np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora)),
         stop=model.tokenizer.eos_token_id,
         new_tokens=config.data.max_response,
@@ -166,7 +199,7 @@ def evaluate_state(
     per_pair = [rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
-    if prepared.strategy.clusters:
+    if prepared.strategy.enrolling != "nothing":
         counts = slot_tasks(prepared, enrolment)
         names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
         for part in ("personalised", "generalisation"):

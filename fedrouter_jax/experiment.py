@@ -18,6 +18,7 @@ import numpy as np
 
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import client, embed, lora, routing
+from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
 from fedrouter_jax.data.rows import Dataset, Row
@@ -68,14 +69,22 @@ def prepare(config: Config, model: Model | None = None) -> Prepared:
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
-    strategy = STRATEGIES[config.strategy]()
-    if strategy.clusters:  # before minutes are spent on embeddings
+    options = {"weight_on": config.evaluation.instance_weight} if config.strategy.startswith("feddpa") else {}
+    strategy = STRATEGIES[config.strategy](**options)
+    phases = len(strategy.phases(1, config.rounds.rounds))
+    if config.local.steps < phases:
+        raise UserError(
+            f"--steps is {config.local.steps}; {strategy.name} shares them among {phases} phases of a round"
+        )
+    if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     update = client.make_client_update(model.config, config.lora, config.local)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     at_once = config.compute.groups_at_once or (1 if jax.default_backend() == "cpu" else None)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
-    round = make_round(strategy, update, rate, at_once)
+    rounds = config.rounds
+    server = server_lib.optimiser(rounds.server, rounds.server_rate)
+    round = make_round(strategy, update, rate, rounds.rounds, at_once, server)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
 
 
@@ -110,12 +119,18 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:
-    """Local and global clusters, or one cluster a client where the strategy does not cluster."""
+    """Local and global clusters, or the true tasks, or one cluster a client: whatever the strategy works with."""
     rows = [len(held.train) for held in prepared.partition.clients]
-    if not prepared.strategy.clusters:
-        return routing.one_cluster_each(rows)
     config = prepared.config
     local, total = cluster_counts(config, prepared.partition)
+    if prepared.strategy.enrolling == "tasks":
+        tasks = prepared.partition.tasks
+        numbers = [
+            [tasks.index(prepared.dataset.train[i].task) for i in held.train] for held in prepared.partition.clients
+        ]
+        return routing.one_cluster_a_task(numbers, len(tasks))
+    if prepared.strategy.enrolling == "nothing":
+        return routing.one_cluster_each(rows, total or 1)
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
     return routing.enroll(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
@@ -134,11 +149,15 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     config, decoder = prepared.config, prepared.model.config
     shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.lora.targets}
     fresh = lora.init(jax.random.key(config.seed), shapes, decoder.layers, config.lora.rank)
-    return prepared.strategy.init({"main": fresh}, enrolment)
+    state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
+    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
+    return state._replace(server=server_lib.init(server, state.bank))
 
 
 def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[tokens.Tokens]]]:
-    """Encoded rows by [client][local cluster]."""
+    """Encoded rows by [client][local cluster]; all of them as one cluster of one client where they are pooled."""
+    if prepared.strategy.pooled:
+        return [[[row for held in prepared.train for row in held]]]
     clusters = range(enrolment.table.shape[1])
     return [
         [[row for row, label in zip(rows, enrolment.labels[c], strict=False) if label == k] for k in clusters]
@@ -152,7 +171,8 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    batch = schedule.batches(work, rows, t, local.steps, local.batch, *prepared.pack, config.seed, together)
+    steps = local.steps * (config.data.clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
+    batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together)
     return work, batch
 
 
@@ -160,8 +180,8 @@ def train_round(
     prepared: Prepared, state: FederationState, work: Work, batch: packing.Batch
 ) -> tuple[FederationState, dict]:
     """One round: the new state (the old one is donated) and a JSON-ready record of what happened."""
-    config, before = prepared.config, clock.perf_counter()
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    before = clock.perf_counter()
+    key = jax.random.fold_in(jax.random.key(prepared.config.seed), 2)
     state, info = prepared.round(state, prepared.model.params, work, batch, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
@@ -178,6 +198,11 @@ def train_round(
         for i in np.flatnonzero(trained)
     ]
     clients = len(set(work.client[trained].tolist()))
+    regrouped = {}
+    if prepared.strategy.regroup is not None:
+        before_round, state = state.table, prepared.strategy.regroup(state)
+        if not np.array_equal(before_round, state.table):
+            regrouped = {"table": np.asarray(state.table).tolist()}
     return state, {
         "round": int(state.round),
         "loss": float(loss[trained].mean()),
@@ -185,8 +210,9 @@ def train_round(
         "seconds": round(seconds, 3),
         "bytes_up": len(lanes) * size,
         "bytes_down": len(lanes) * size,
-        "optimiser_steps_per_client": config.local.steps * len(lanes) / clients,
+        "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
         "adapters_per_client": len(lanes) / clients,
         "tokens": int((batch.rows.packs.segments > 0).sum()),
         "lanes": lanes,
+        **regrouped,
     }

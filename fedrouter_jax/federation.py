@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedrouter_jax import bank as bank_lib
+from fedrouter_jax import server as server_lib
 from fedrouter_jax.types import (
     Adapters,
     Array,
@@ -22,6 +24,7 @@ from fedrouter_jax.types import (
     PyTree,
     RoundInfo,
     Strategy,
+    View,
     Work,
 )
 
@@ -32,21 +35,19 @@ def slots(state: FederationState, work: Work) -> bank_lib.Slots:
         "shared": jnp.zeros_like(work.client),
         "cluster": jnp.maximum(state.table[work.client, work.cluster], 0),
         "client": work.client,
+        "fixed": jnp.zeros_like(work.client),
     }
 
 
-def create_state(owners: PyTree, adapters: Adapters, table: Array, clusters: int, memory: PyTree) -> FederationState:
-    """The state before the first round: every slot holds the same fresh adapters.
+def owned(owners: PyTree) -> tuple[Callable, Callable, Callable]:
+    """The `init`, `ask` and `tell` that ownership alone defines: equal slots, read own ones, average back into them."""
 
-    Nothing in it is shared with the arguments: rounds donate the state, and with it all its buffers.
-    """
-    sizes = {"shared": 1, "cluster": clusters, "client": table.shape[0]}
-    table, memory = jax.tree.map(jnp.copy, (table, memory))
-    return FederationState(jnp.zeros((), jnp.int32), bank_lib.create(owners, adapters, sizes), table, memory)
-
-
-def owned(owners: PyTree) -> tuple[Callable, Callable]:
-    """The `ask` and `tell` that ownership alone defines: read own slots, average back into them."""
+    def init(adapters: Adapters, enrolment: Any) -> FederationState:
+        table = enrolment.table
+        sizes = {"shared": 1, "cluster": enrolment.clusters, "client": table.shape[0], "fixed": 1}
+        # Nothing may be shared with the arguments: rounds donate the state, and with it all its buffers.
+        table, memory = jax.tree.map(jnp.copy, (table, enrolment.router))
+        return FederationState(jnp.zeros((), jnp.int32), bank_lib.create(owners, adapters, sizes), table, memory)
 
     def ask(state: FederationState, work: Work) -> Adapters:
         return bank_lib.gather(owners, state.bank, slots(state, work))
@@ -55,7 +56,17 @@ def owned(owners: PyTree) -> tuple[Callable, Callable]:
         bank = bank_lib.scatter_mean(owners, state.bank, slots(state, work), adapters, work.weight)
         return state._replace(bank=bank, round=state.round + 1)
 
-    return ask, tell
+    return init, ask, tell
+
+
+def only_slot(state: FederationState, clients: Array, view: View, mode: str) -> Array:
+    """The `route` of strategies with one adapter for everybody."""
+    return jnp.ones((len(clients), 1))
+
+
+def own_slot(state: FederationState, clients: Array, view: View, mode: str) -> Array:
+    """The `route` of strategies with one adapter for each client."""
+    return jax.nn.one_hot(clients, state.table.shape[0])
 
 
 def finite_lanes(adapters: Adapters) -> Array:
@@ -65,19 +76,24 @@ def finite_lanes(adapters: Adapters) -> Array:
 
 
 def make_round(
-    strategy: Strategy, update: ClientUpdate, schedule: Callable[[Array], Array], groups_at_once: int | None = None
+    strategy: Strategy,
+    update: ClientUpdate,
+    schedule: Callable[[Array], Array],
+    rounds: int,
+    groups_at_once: int | None = None,
+    server: optax.GradientTransformation | None = None,
 ) -> Callable[..., tuple[FederationState, RoundInfo]]:
     """One federated round as a jitted function `(state, base, work, batches, key) -> (state, info)`.
 
-    `schedule` maps the round's number (1..T) to its learning rate. `batches` has leading axes `[group, step]`;
+    `schedule` maps the round's number (1..`rounds`) to its learning rate. `batches` has leading axes `[group, step]`;
     the lanes, in order, fill the groups evenly. `groups_at_once` groups are vmapped at a time (None: all of them; 1:
     one by one). A lane's key comes from (round, client, cluster), never from its position, so permuting, grouping or
-    chunking lanes changes nothing. A lane whose result is
-    not finite is left out of the averages. The state is donated: use the one that is returned.
+    chunking lanes changes nothing. A lane whose result is not finite is left out of the averages. `server` is the
+    server's optimiser (None: plain averages). The state is donated: use the one that is returned.
     """
 
     def run(state: FederationState, base: PyTree, work: Work, batches: Any, key: Array):
-        rate = schedule(state.round + 1)
+        rate, phases = schedule(state.round + 1), strategy.phases(state.round + 1, rounds)
         round_key = jax.random.fold_in(key, state.round)
 
         fold = jax.vmap(jax.random.fold_in)
@@ -85,13 +101,14 @@ def make_round(
 
         def group(inputs):
             (adapters, keys), batch = inputs
-            return update(base, adapters, batch, rate, keys)
+            return update(base, adapters, batch, rate, keys, phases)
 
         adapters, losses = map_groups(group, (strategy.ask(state, work), keys), batches, groups_at_once)
         finite = finite_lanes(adapters)
         adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
-        state = strategy.tell(state, work._replace(weight=work.weight * finite), adapters)
-        return state, RoundInfo(losses.loss, rate, ~finite)
+        told = strategy.tell(state, work._replace(weight=work.weight * finite), adapters)
+        bank, states = server_lib.step(server, strategy.owners, state.bank, told.bank, state.server)
+        return told._replace(bank=bank, server=states), RoundInfo(losses.loss, rate, ~finite)
 
     return jax.jit(run, donate_argnums=0)
 

@@ -6,7 +6,7 @@ the real ones. Adapters are chosen by gates over the rank-concatenated bank, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -71,8 +71,23 @@ def generate(
     Prompts of similar length share a batch, padded to a multiple of 64, so few shapes are compiled.
     `gates` is [prompt, rank]; `advance` is called with the number of rows done.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers: list[list[int]] = [[] for _ in prompts]
+    for here, tokens, lengths, gate in batches(prompts, gates, rows_at_once):
+        found = greedy(config, base, tokens, lengths, lora, gate, stop=stop, new_tokens=new_tokens)
+        for index, answer in zip(here, np.asarray(found).tolist(), strict=False):
+            answers[index] = answer[: answer.index(stop)] if stop in answer else answer
+        advance(len(here))
+    return answers
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], gates: np.ndarray | None, rows_at_once: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Right-padded batches of prompts of similar length: which prompts, tokens, lengths, gates.
+
+    Every batch has `rows_at_once` rows; those past the prompts have length 0. Time is a multiple of 64.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), rows_at_once):
         here = order[start : start + rows_at_once]
         time = -(-len(prompts[here[-1]]) // 64) * 64
@@ -82,8 +97,4 @@ def generate(
             lengths[row] = len(prompts[index])
             tokens[row, : lengths[row]] = prompts[index]
         gate = None if gates is None else np.pad(gates[here], [(0, rows_at_once - len(here)), (0, 0)])
-        found = greedy(config, base, tokens, lengths, lora, gate, stop=stop, new_tokens=new_tokens)
-        for index, answer in zip(here, np.asarray(found).tolist(), strict=False):
-            answers[index] = answer[: answer.index(stop)] if stop in answer else answer
-        advance(len(here))
-    return answers
+        yield here, tokens, lengths, gate

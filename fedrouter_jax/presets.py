@@ -45,11 +45,11 @@ def flan4_cpu(scenario: Scenario) -> Config:
     """`flan4` at a budget for two CPU cores: a quarter of an hour or so."""
     return Config(
         data=DataConfig(
-            data="flan4", scenario=scenario, train_rows=80, test_rows=8, mix_rows=24, template="short",
+            data="flan4", scenario=scenario, train_rows=80, test_rows=16, mix_rows=48, template="short",
             max_length=320, max_response=48,
         ),
-        rounds=RoundConfig(rounds=4),
-        local=LocalConfig(steps=3, batch=4, learning_rate=2e-3, min_learning_rate=2e-4),
+        rounds=RoundConfig(rounds=8),
+        local=LocalConfig(steps=4, batch=2, learning_rate=5e-3, min_learning_rate=5e-4),
         evaluation=EvaluationConfig(evaluate_at=()),
     )  # fmt: skip
 

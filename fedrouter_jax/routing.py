@@ -113,10 +113,24 @@ def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
 
 
-def one_cluster_each(rows: Sequence[int]) -> Enrolment:
-    """The enrolment of strategies that do not cluster: every client is one local cluster. `rows`: rows per client."""
+def one_cluster_each(rows: Sequence[int], clusters: int = 1) -> Enrolment:
+    """The enrolment of strategies that do not cluster rows: every client is one local cluster.
+
+    `rows`: rows per client; `clusters`: slots of cluster-owned adapters, for those that cluster clients.
+    """
     labels = np.where(np.arange(max(rows))[None] < np.asarray(rows)[:, None], 0, -1).astype(np.int32)
-    return Enrolment(jnp.zeros((len(rows), 1), jnp.int32), 1, (), labels, {})
+    return Enrolment(jnp.zeros((len(rows), 1), jnp.int32), clusters, (), labels, {})
+
+
+def one_cluster_a_task(tasks: Sequence[Sequence[int]], total: int) -> Enrolment:
+    """The enrolment of an oracle: `tasks` [client][row] are true task numbers below `total`; a task is a slot."""
+    held = [sorted(set(numbers)) for numbers in tasks]
+    table = np.full((len(tasks), max(map(len, held))), -1, np.int32)
+    labels = np.full((len(tasks), max(map(len, tasks))), -1, np.int32)
+    for client, numbers in enumerate(tasks):
+        table[client, : len(held[client])] = held[client]
+        labels[client, : len(numbers)] = np.searchsorted(held[client], numbers)
+    return Enrolment(jnp.asarray(table), total, (), labels, {})
 
 
 def enroll(

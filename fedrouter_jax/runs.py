@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
@@ -193,7 +194,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         )
     sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
     counts = evaluate.slot_tasks(prepared, enrolment)
-    clustered = prepared.strategy.clusters
+    clustered = prepared.strategy.enrolling == "clustering"
     width, size = prepared.model.config.width, 4
     standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
     statistics = len(clients) * (2 * width + 1) * size if clustered and standardised else 0
@@ -217,12 +218,11 @@ def export(loaded: Loaded, to: Path) -> None:
     """PEFT folders under `to/adapters`, and the router, if there is one, under `to/router`."""
     prepared, enrolment, state, _ = loaded
     config, model = prepared.config, prepared.model
-    bank = state.bank["main"]
-    names = adapter_names(prepared, state)
+    bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(prepared.strategy.owners, state.bank)
     for slot, name in enumerate(names):
         one = LoRA({m: a[slot] for m, a in bank.a.items()}, {m: b[slot] for m, b in bank.b.items()})
         peft_io.write_adapter(to / "adapters" / name, one, config.lora, model.base_name)
-    if prepared.strategy.clusters:
+    if prepared.strategy.enrolling == "clustering":
         recipe = routing.RECIPES[config.cluster.recipe]
         description = {
             "base_model": model.base_name,
@@ -239,12 +239,6 @@ def export(loaded: Loaded, to: Path) -> None:
             "tasks": describe_clusters(prepared, enrolment)["slot_tasks"],
         }
         peft_io.write_router(to / "router", state.memory, description)
-
-
-def adapter_names(prepared: Prepared, state: FederationState) -> list[str]:
-    """The name of each slot's adapter, such as "cluster_0"."""
-    slots = next(iter(state.bank["main"].a.values())).shape[0]
-    return [f"{prepared.strategy.owners['main']}_{slot}" for slot in range(slots)]
 
 
 def alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
@@ -267,7 +261,7 @@ def _base_answers(shared: Shared, config: Config) -> dict[int, str]:
 
 def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, timings: dict) -> np.ndarray | None:
     """Embeddings of the run's rows, computed once."""
-    if not prepared.strategy.clusters:
+    if prepared.strategy.enrolling != "clustering":
         return None
     path = out / "embeddings.npy"
     found = (other / path.name for other in alike(shared, prepared.config, recipe=True))
@@ -297,6 +291,8 @@ def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
     padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
     for number, row in enumerate(labels):
         padded[number, : len(row)] = row
+    if prepared.strategy.enrolling != "clustering":
+        return Enrolment(table, clusters, (), padded, {})
     width = prepared.model.config.width
     router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
     return Enrolment(table, clusters, router, padded, raw["silhouettes"])

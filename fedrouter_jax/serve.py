@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import evaluate, experiment, routing, runs
 from fedrouter_jax.data import tokens
 from fedrouter_jax.data.rows import Row
@@ -28,25 +30,31 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     data = prepared.config.data
     if client is not None and not 0 <= client < data.clients:
         raise UserError(f"--client {client} is not in this run; its clients are 0 to {data.clients - 1}")
-    if client is None and prepared.strategy.name == "local":
-        raise UserError("every client of a local run has its own adapter; say whose with --client")
+    personal = "client" in jax.tree.leaves(prepared.strategy.owners) or prepared.strategy.regroup is not None
+    if client is None and personal:
+        raise UserError(f"the answer depends on the client in a {prepared.strategy.name} run; say whose with --client")
+    if prepared.strategy.enrolling == "tasks":
+        raise UserError("an oracle is told the task of each row and routes no new text; use a fedrouter run")
     clients = jnp.full(len(texts), client or 0, jnp.int32)
     embeddings = distances = None
-    if prepared.strategy.clusters:
+    if prepared.strategy.enrolling == "clustering":
         embeddings = jnp.asarray(experiment.embed_texts(prepared, texts))
         distances = np.asarray(routing.nearest(state.memory, embeddings)[1])
     mode = "global" if client is None else "local"
-    weights = np.asarray(prepared.strategy.route(state, clients, embeddings, mode))
     rows = [Row(text, "", "") for text in texts]
     encoded = tokens.encode(prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response)
-    answers = evaluate.answer(prepared, state, [row.prompt for row in encoded], weights)
-    names, tasks = runs.adapter_names(prepared, state), runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
+    prompts = [row.prompt for row in encoded]
+    view = evaluate.view(prepared, state, embeddings, None, prompts)
+    weights = np.asarray(prepared.strategy.route(state, clients, view, mode))
+    answers = evaluate.answer(prepared, state, prompts, weights)
+    names = bank_lib.serving_names(prepared.strategy.owners, state.bank)
+    tasks = runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
     return [
         {
             "text": text,
             "adapter": names[slot],
             "slot": slot,
-            "task": tasks[slot] if prepared.strategy.clusters else "",
+            "task": tasks[slot] if prepared.strategy.enrolling == "clustering" else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": answers[i],
         }

@@ -1,4 +1,4 @@
-"""The vocabulary of the project: named tuples and aliases, no computation.
+"""The vocabulary of the project: named tuples and aliases.
 
 Shapes are written `[axis, axis]`. The axes that recur: `layer` (decoder blocks), `slot` (adapters in the bank),
 `lane` (units of local work in a round), `rank` (LoRA ranks, concatenated over adapters where several are composed),
@@ -14,7 +14,8 @@ import jax
 
 Array = jax.Array
 PyTree = Any
-Owner = Literal["shared", "cluster", "client"]
+Owner = Literal["shared", "cluster", "client", "fixed"]  # "fixed": one slot that nobody trains and nobody sends
+Enrolling = Literal["nothing", "clustering", "tasks"]  # how a client's rows become local clusters
 
 
 class LoRA(NamedTuple):
@@ -45,6 +46,7 @@ class FederationState(NamedTuple):
     bank: Adapters  # leaves [slot, ...]
     table: Array  # int32 [client, cluster]: the slot of each local cluster, -1 where a client has no such cluster
     memory: PyTree  # what else a strategy keeps, such as the router
+    server: PyTree = ()  # states of the server's optimiser, if it has one
 
 
 class RoundInfo(NamedTuple):
@@ -61,9 +63,32 @@ class Losses(NamedTuple):
     loss: Array  # float32 [lane, step]: mean cross-entropy over the step's response tokens, before the update
 
 
-# Trains a group of lanes whose rows share packs; a group may be one lane:
-# (base params, adapters [lane, ...], batch of the group, learning rate, keys [lane]) -> (adapters, losses)
-ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array], tuple[Adapters, Losses]]
+class Phase(NamedTuple):
+    """One part of a lane's local work. All numbers may be traced: they may depend on the round."""
+
+    train: PyTree  # prefix tree of the adapters, bool: the leaves that move
+    weights: dict[str, Any]  # the weight of each named adapter in the forward pass
+
+
+# Trains a group of lanes whose rows share packs; a group may be one lane: (base params, adapters [lane, ...], batch of
+# the group, learning rate, keys [lane], phases) -> (adapters, losses)
+ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array, tuple[Phase, ...]], tuple[Adapters, Losses]]
+
+
+def one_phase(round: Array, rounds: int) -> tuple[Phase, ...]:
+    """All local work goes into the one adapter there is."""
+    return (Phase(train={"main": True}, weights={"main": 1.0}),)
+
+
+class View(NamedTuple):
+    """What a router may look at to weigh the adapters for some texts, each asked of one client."""
+
+    embeddings: Array | None = None  # float32 [row, width]: by the frozen base model, where texts were embedded
+    task_slots: Array | None = None  # int32 [row]: the slot that holds most of a row's true task; for oracles only
+    # weights [row, slot] -> the last hidden state of each prompt's last token, [row, width]
+    hidden: Callable[[Array], Array] | None = None
+    # weights [client, slot] -> the same of some training prompts of each client, [client, reference, width]
+    references: Callable[[Array], Array] | None = None
 
 
 class Strategy(NamedTuple):
@@ -71,8 +96,11 @@ class Strategy(NamedTuple):
 
     name: str
     owners: PyTree
-    clusters: bool  # clients split their rows into local clusters
     init: Callable[..., FederationState]  # (adapters, enrolment) -> state
     ask: Callable[[FederationState, Work], Adapters]  # leaves [lane, ...]
     tell: Callable[[FederationState, Work, Adapters], FederationState]
-    route: Callable[..., Array]  # (state, clients [row], embeddings [row, width], mode) -> weights [row, slot]
+    route: Callable[..., Array]  # (state, clients [row], view, mode) -> weights [row, slot] over `bank.serving`
+    enrolling: Enrolling = "nothing"
+    pooled: bool = False  # all clients' rows are one lane
+    phases: Callable[[Array, int], tuple[Phase, ...]] = one_phase  # (round 1..T, T); their number never changes
+    regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round

@@ -19,7 +19,7 @@ def rate(t):
     return client.learning_rate(LOCAL, 5, t)
 
 
-def nudge(base, adapters, batch, lr, keys):
+def nudge(base, adapters, batch, lr, keys, phases):
     """A cheap client update that depends on each lane's key, rows and adapters."""
     lanes = jnp.arange(len(keys))
     own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
@@ -28,10 +28,15 @@ def nudge(base, adapters, batch, lr, keys):
     return adapters, Losses(jnp.ones(LOCAL.steps) * step[:, None])
 
 
+def begin(federation, strategy):
+    """The state before the first round."""
+    return strategy.init(dict.fromkeys(strategy.owners, federation.adapters["main"]), federation.enrolment)
+
+
 def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
     """The state after some rounds, and the last info."""
-    run = make_round(strategy, update, rate, at_once)
-    state = strategy.init(federation.adapters, federation.enrolment)
+    run = make_round(strategy, update, rate, 5, at_once)
+    state = begin(federation, strategy)
     for t in range(1, rounds + 1):
         work, batch = change(*inputs(federation, t, **lanes))
         state, info = run(state, federation.model.params, work, batch, KEY)
@@ -61,7 +66,7 @@ def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
 @every_strategy
 def test_a_jitted_round_is_its_plain_loop(federation, strategy):
     """The law the round is built on: tell(state, work, [update(lane) for lane in ask(state, work)])."""
-    state = strategy.init(federation.adapters, federation.enrolment)
+    state = begin(federation, strategy)
     work, batch = inputs(federation, 1)
     adapters = strategy.ask(state, work)
     results = []
@@ -69,7 +74,8 @@ def test_a_jitted_round_is_its_plain_loop(federation, strategy):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, 0), work.client[lane]), work.cluster[lane])
         own = jax.tree.map(lambda leaf, lane=lane: leaf[lane : lane + 1], adapters)
         rows = jax.tree.map(lambda leaf, lane=lane: leaf[lane], batch)
-        results.append(federation.update(federation.model.params, own, rows, rate(1), key[None])[0])
+        phases = strategy.phases(1, 5)
+        results.append(federation.update(federation.model.params, own, rows, rate(1), key[None], phases)[0])
     told = strategy.tell(state, work, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
     assert_close(play(federation, strategy, federation.update, rounds=1, at_once=1)[0], told, 5e-4)
 
@@ -83,10 +89,10 @@ def test_permuting_lanes_changes_nothing(federation, strategy):
 
 @every_strategy
 def test_an_update_that_returns_its_input_leaves_the_bank(federation, strategy):
-    def idle(base, adapters, batch, lr, keys):
+    def idle(base, adapters, batch, lr, keys, phases):
         return adapters, Losses(jnp.zeros((len(keys), LOCAL.steps)))
 
-    state = strategy.init(federation.adapters, federation.enrolment)
+    state = begin(federation, strategy)
     assert_close(play(federation, strategy, idle, clusters_per_round=0)[0].bank, state.bank)
 
 
@@ -105,8 +111,8 @@ def test_a_lane_of_weight_zero_moves_nothing(federation, strategy):
 
 @every_strategy
 def test_a_lane_that_is_not_finite_moves_nothing_and_is_reported(federation, strategy):
-    def poison(base, adapters, batch, lr, keys):
-        adapters, losses = nudge(base, adapters, batch, lr, keys)
+    def poison(base, adapters, batch, lr, keys, phases):
+        adapters, losses = nudge(base, adapters, batch, lr, keys, phases)
         bad = batch.count[0] < 0
         return jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), adapters), losses
 
@@ -124,8 +130,8 @@ def test_a_lane_that_is_not_finite_moves_nothing_and_is_reported(federation, str
 
 @every_strategy
 def test_structure_never_changes_and_the_second_round_compiles_nothing(federation, strategy):
-    run = make_round(strategy, nudge, rate)
-    state = strategy.init(federation.adapters, federation.enrolment)
+    run = make_round(strategy, nudge, rate, 5)
+    state = begin(federation, strategy)
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     for t in (1, 2, 3):
         state, _ = run(state, federation.model.params, *inputs(federation, t, participation=0.5), KEY)
@@ -137,13 +143,15 @@ def test_structure_never_changes_and_the_second_round_compiles_nothing(federatio
 @every_strategy
 def test_client_owned_leaves_never_travel(federation, strategy):
     """Poison them on the server: what is sent stays clean, and the bytes are those of the rest."""
-    state = strategy.init(federation.adapters, federation.enrolment)
+    state = begin(federation, strategy)
     spread = bank.spread(strategy.owners, state.bank)
     poisoned = jax.tree.map(lambda owner, leaf: leaf * (jnp.nan if owner == "client" else 1), spread, state.bank)
     work, _ = inputs(federation, 1)
     sent = strategy.ask(state._replace(bank=poisoned), work)
     sizes = jax.tree.map(
-        lambda owner, leaf: 0 if owner == "client" else leaf[0].nbytes, bank.spread(strategy.owners, sent), sent
+        lambda owner, leaf: 0 if owner in ("client", "fixed") else leaf[0].nbytes,
+        bank.spread(strategy.owners, sent),
+        sent,
     )
     clean = jax.tree.map(lambda owner, leaf: owner == "client" or bool(jnp.isfinite(leaf).all()), spread, sent)
     assert all(jax.tree.leaves(clean))

@@ -12,7 +12,7 @@ from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, logits, module_shapes, tiny_tokenizer
-from fedrouter_jax.types import LoRA, Work
+from fedrouter_jax.types import LoRA, Work, one_phase
 
 torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="peft is a development dependency: pip install -r requirements-dev.txt")
@@ -108,7 +108,7 @@ def test_loss_and_gradients_equal_peft(base, adapter, rows, tmp_path):
         one_lane = jax.tree.map(lambda leaf: leaf[None], adapters)
         per_pack = [
             client.response_losses(
-                decoder, CONFIG, params, one_lane, jax.tree.map(lambda x, i=i: x[i], packs.rows), keys
+                decoder, CONFIG, params, one_lane, {"main": 1.0}, jax.tree.map(lambda x, i=i: x[i], packs.rows), keys
             )
             for i in range(int(packs.count))
         ]
@@ -136,7 +136,8 @@ def test_twenty_steps_of_adamw_equal_torch(base, adapter, rows, tmp_path):
         losses.append(loss.item())
     update = jax.jit(client.make_client_update(decoder, CONFIG, LOCAL))
     one_lane = {"main": jax.tree.map(lambda leaf: leaf[None], adapter)}
-    trained, info = update(params, one_lane, batch, jnp.float32(2e-3), jax.random.split(jax.random.key(0), 1))
+    keys = jax.random.split(jax.random.key(0), 1)
+    trained, info = update(params, one_lane, batch, jnp.float32(2e-3), keys, one_phase(1, 1))
     trained = jax.tree.map(lambda leaf: leaf[0], trained)
     np.testing.assert_allclose(info.loss[0], losses, rtol=1e-3)
     model.save_pretrained(tmp_path / "trained")

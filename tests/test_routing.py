@@ -10,7 +10,7 @@ from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
 from fedrouter_jax.strategies import fedrouter
-from fedrouter_jax.types import LoRA
+from fedrouter_jax.types import LoRA, View
 
 KEY = jax.random.key(0)
 
@@ -70,8 +70,8 @@ def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all()
     foreign = jnp.asarray(embeddings[1])
     clients = jnp.zeros(len(foreign), jnp.int32)
     own = set(np.asarray(found.table[0]).tolist())
-    local = np.asarray(strategy.route(state, clients, foreign, "local")).argmax(axis=1)
-    anywhere = np.asarray(strategy.route(state, clients, foreign, "global")).argmax(axis=1)
+    local = np.asarray(strategy.route(state, clients, View(foreign), "local")).argmax(axis=1)
+    anywhere = np.asarray(strategy.route(state, clients, View(foreign), "global")).argmax(axis=1)
     assert set(local.tolist()) <= own and not set(anywhere.tolist()) & own
 
 

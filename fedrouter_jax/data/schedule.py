@@ -15,6 +15,7 @@ import numpy as np
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
+from fedrouter_jax.server import Server
 from fedrouter_jax.types import Work
 
 Weighting = Literal["cluster", "client", "uniform"]
@@ -32,6 +33,10 @@ class RoundConfig:
     """Local clusters a client trains in a round, in turn; 0: all of them (n_l times the compute and upload)."""
     weighting: Weighting = "cluster"
     """An adapter's weight in averages: rows of its local cluster, rows of its client (as released), or 1."""
+    server: Server = "average"
+    """What the server does with averages: takes them (FedAvg), or FedAvgM, FedAdam, FedYogi (arXiv 2003.00295)."""
+    server_rate: float = 1.0
+    """Learning rate of the server's optimiser; FedAdam and FedYogi want about 1e-2."""
 
 
 def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work:

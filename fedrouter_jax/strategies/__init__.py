@@ -1,9 +1,26 @@
 """One algorithm a file. `STRATEGIES` names those the command line offers."""
 
+from fedrouter_jax.strategies.centralised import centralised
+from fedrouter_jax.strategies.clustered import clustered
+from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedit import fedit
 from fedrouter_jax.strategies.fedrouter import fedrouter
+from fedrouter_jax.strategies.fedsa import fedsa
+from fedrouter_jax.strategies.ffalora import ffalora
 from fedrouter_jax.strategies.local import local
+from fedrouter_jax.strategies.oracle import oracle
 
-STRATEGIES = {"fedrouter": fedrouter, "fedit": fedit, "local": local}
+STRATEGIES = {
+    "fedrouter": fedrouter,
+    "fedit": fedit,
+    "local": local,
+    "fedsa": fedsa,
+    "feddpa-t": feddpa_t,
+    "feddpa-f": feddpa_f,
+    "clustered": clustered,
+    "ffalora": ffalora,
+    "oracle": oracle,
+    "centralised": centralised,
+}
 
-__all__ = ["STRATEGIES", "fedit", "fedrouter", "local"]
+__all__ = ["STRATEGIES", *(name.replace("-", "_") for name in STRATEGIES)]

@@ -1,0 +1,85 @@
+"""FedDPA: a global adapter for what is common, a local one for what is one's own, mixed per text.
+
+Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024, arXiv 2403.19211.
+
+    FedDPA-T  every round:  train the local adapter under  W0 x + a local + (1 - a) stop_gradient(global received);
+                            train the global one alone, from what was received, and send it
+    FedDPA-F  first FedIT; then every client copies the global adapter into its local one and trains that privately
+    answer    w local + (1 - w) global,  w = scale * mean over S training prompts of cos(f(x), f(x_s)),
+              f: the last token's last hidden state under the base model with the local adapter
+
+The phases share a client's steps, so both cost what FedIT costs; the paper's FedDPA-T takes twice as many. The released
+code puts w on the global adapter (`weight_on="global"`).
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax import bank
+from fedrouter_jax.federation import owned
+from fedrouter_jax.types import Phase, Strategy
+
+OWNERS = {"global": "shared", "local": "client"}
+WeightOn = Literal["local", "global"]
+
+
+def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
+    """Both adapters from the first round on. Averaged: global. Private: local."""
+
+    def phases(round, rounds):
+        return (
+            Phase(train={"global": False, "local": True}, weights={"global": 1 - mix, "local": mix}),
+            Phase(train={"global": True, "local": False}, weights={"global": 1.0, "local": 0.0}),
+        )
+
+    return Strategy("feddpa-t", OWNERS, *owned(OWNERS), _instance_wise(scale, weight_on), phases=phases)
+
+
+def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
+    """The last `private` share of the rounds (at least one) is private. Averaged: global. Private: local."""
+
+    def phases(round, rounds):
+        alone = round > rounds - max(1, int(private * rounds))
+        shared = jnp.logical_not(alone)
+        return (
+            Phase(train={"global": shared, "local": alone}, weights={"global": shared * 1.0, "local": alone * 1.0}),
+        )
+
+    init, ask, tell = owned(OWNERS)
+
+    def follow(state, work, adapters):
+        """Until it is their turn, the local adapters are copies of the global one; then that stays as it is."""
+        received = ask(state, work)["global"]
+        counts = work.weight > 0
+        changes = jax.tree.map(
+            lambda new, old: jnp.any((new != old) & bank.expand(counts, old)), adapters["global"], received
+        )
+        shared = jnp.any(jnp.stack(jax.tree.leaves(changes)))
+        told = tell(state, work, adapters)
+
+        def pick(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(shared, a, b), new, old)
+
+        main = pick(told.bank["global"], state.bank["global"])
+        return told._replace(bank={"global": main, "local": pick(main, told.bank["local"])})
+
+    return Strategy("feddpa-f", OWNERS, init, ask, follow, _instance_wise(scale, weight_on), phases=phases)
+
+
+def _instance_wise(scale: float, weight_on: WeightOn):
+    def route(state, clients, view, mode):
+        count = state.table.shape[0]
+        own = jax.nn.one_hot(1 + clients, 1 + count)  # slot 0 is the global adapter
+        here = _unit(view.hidden(own))
+        known = _unit(view.references(jnp.eye(count, 1 + count, k=1)))[clients]
+        w = scale * jnp.einsum("rw,rsw->rs", here, known).mean(axis=1, keepdims=True)
+        local = w if weight_on == "local" else 1 - w
+        return local * own + (1 - local) * jax.nn.one_hot(jnp.zeros_like(clients), 1 + count)
+
+    return route
+
+
+def _unit(vectors):
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
