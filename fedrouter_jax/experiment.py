@@ -185,7 +185,7 @@ def train_round(
     state, info = prepared.round(state, prepared.model.params, work, batch, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
-    size = bank_lib.wire_bytes(prepared.strategy.owners, state.bank)
+    size = 0 if prepared.strategy.pooled else bank_lib.wire_bytes(prepared.strategy.owners, state.bank)
     trained = work.weight > 0
     lanes = [
         {

@@ -1,15 +1,20 @@
 """Laws that every strategy obeys, whatever it computes. One test a law, over all strategies."""
 
+import dataclasses
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, LOCAL, assert_close, inputs
+from helpers import CLIENTS, LOCAL, LORA, assert_close, inputs
 
 from fedrouter_jax import bank, client
+from fedrouter_jax import server as server_lib
+from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.strategies import STRATEGIES, fedit, fedrouter
-from fedrouter_jax.types import LoRA, Losses
+from fedrouter_jax.strategies import STRATEGIES, clustered, feddpa_f, fedit, fedrouter, ffalora
+from fedrouter_jax.types import FederationState, LoRA, Losses
 
 KEY = jax.random.key(7)
 every_strategy = pytest.mark.parametrize("strategy", [make() for make in STRATEGIES.values()], ids=lambda s: s.name)
@@ -34,7 +39,7 @@ def begin(federation, strategy):
 
 
 def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
-    """The state after some rounds, and the last info."""
+    """The state after some of five rounds, and the last info."""
     run = make_round(strategy, update, rate, 5, at_once)
     state = begin(federation, strategy)
     for t in range(1, rounds + 1):
@@ -178,3 +183,82 @@ def test_leaves_of_one_adapter_may_have_different_owners(federation):
     for leaf, before in zip(jax.tree.leaves(after["main"].b), jax.tree.leaves(made["main"].b), strict=True):
         assert [float(leaf[i].ravel()[0]) for i in (0, 2, 3)] == [1.0, 2.0, 6.0]
         np.testing.assert_array_equal(leaf[1], before[1])
+
+
+def test_one_cluster_of_clients_is_fedit_and_one_each_is_local_after_the_first_round(federation):
+    """Clustered, in its two extremes."""
+    pooled = federation._replace(enrolment=federation.enrolment._replace(clusters=1))
+    assert_close(play(pooled, clustered(), nudge)[0].bank, play(federation, fedit(), nudge)[0].bank)
+    each = federation._replace(enrolment=federation.enrolment._replace(clusters=CLIENTS))
+    state = play(each, clustered(), nudge, rounds=1)[0]
+    state = clustered().regroup(state._replace(memory=jnp.eye(CLIENTS)))
+    assert state.table[:, 0].tolist() == list(range(CLIENTS))
+    assert all(bool((leaf == leaf[:1]).all()) for leaf in jax.tree.leaves(state.bank))
+
+
+def test_clients_that_move_alike_are_one_cluster():
+    similar = jnp.array([[1, 0.1, 0.9, 0], [0.1, 1, 0.2, 0.8], [0.9, 0.2, 1, 0.1], [0, 0.8, 0.1, 1]])
+    bank = {"main": LoRA({"q": jnp.arange(2.0)[:, None]}, {"q": jnp.arange(2.0)[:, None]})}
+    state = FederationState(jnp.ones((), int), bank, jnp.zeros((4, 1), int), similar)
+    assert clustered().regroup(state).table[:, 0].tolist() == [0, 1, 0, 1]
+    later = state._replace(round=jnp.full((), 2))
+    assert clustered().regroup(later) is later
+
+
+def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
+    """Three of five rounds are shared; then the global adapter stays, and the local ones start from it."""
+    strategy = feddpa_f(private=0.4)
+    shared = play(federation, fedit(), federation.update, rounds=3)[0].bank["main"]
+    bank = play(federation, strategy, federation.update, rounds=3)[0].bank
+    assert_close(bank["global"], shared, 5e-4)
+    for leaf, source in zip(*map(jax.tree.leaves, (bank["local"], bank["global"])), strict=True):
+        np.testing.assert_array_equal(leaf, jnp.broadcast_to(source, leaf.shape))
+    after = play(federation, strategy, federation.update, rounds=5)[0].bank
+    for leaf, source in zip(*map(jax.tree.leaves, (after["global"], bank["global"])), strict=True):
+        np.testing.assert_array_equal(leaf, source)
+    assert any(bool((leaf[0] != leaf[1]).any()) for leaf in jax.tree.leaves(after["local"]))
+
+
+def test_ffa_lora_never_moves_a(federation):
+    before, after = begin(federation, ffalora()).bank["main"], play(federation, ffalora(), federation.update)[0].bank
+    for leaf, old in zip(*map(jax.tree.leaves, (after["main"].a, before.a)), strict=True):
+        np.testing.assert_array_equal(leaf, old)
+    assert any(bool((leaf != old).any()) for leaf, old in zip(after["main"].b.values(), before.b.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+def test_the_servers_optimiser_moves_only_slots_that_came_back(federation, name):
+    """Only client 0 trains, so only its slot moves; momentum's first step is the plain average."""
+    server = server_lib.optimiser(name, 1.0 if name == "momentum" else 0.01)
+    run = make_round(fedrouter(), nudge, rate, 5, server=server)
+    start = begin(federation, fedrouter())
+    bank = jax.tree.map(np.asarray, start.bank)
+    state = start._replace(server=server_lib.init(server, start.bank))
+    work, batch = inputs(federation, 1)
+    work = work._replace(weight=work.weight * (work.client == 0))
+    state, _ = run(state, federation.model.params, work, batch, KEY)
+    slot = int(federation.enrolment.table[0, work.cluster[0]])
+    for leaf, old in zip(*map(jax.tree.leaves, (state.bank, bank)), strict=True):
+        others = np.arange(len(old)) != slot
+        np.testing.assert_array_equal(leaf[others], old[others])
+        assert (leaf[slot] != old[slot]).any()
+    if name == "momentum":
+        plain, _ = make_round(fedrouter(), nudge, rate, 5)(
+            begin(federation, fedrouter()), federation.model.params, work, batch, KEY
+        )
+        assert_close(state.bank, plain.bank)
+
+
+def test_fedprox_stays_nearer_to_what_was_received(federation):
+    def distance(proximal):
+        local = dataclasses.replace(LOCAL, proximal=proximal, learning_rate=1e-3, min_learning_rate=1e-3)
+        update = client.make_client_update(federation.model.config, LORA, local)
+        after, before = play(federation, fedit(), update)[0].bank, begin(federation, fedit()).bank
+        return sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+
+    assert distance(100.0) < 0.9 * distance(0.0)
+
+
+def test_the_command_line_offers_every_strategy():
+    assert set(typing.get_args(typing.get_type_hints(Config)["strategy"])) == set(STRATEGIES)
+    assert all(make().name == name for name, make in STRATEGIES.items())
