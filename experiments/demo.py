@@ -6,6 +6,7 @@ steps and equal bytes a round. `--seeds N` repeats it over N seeds; a run that i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from experiments.sweep import sweep
 from fedrouter_jax import report
-from fedrouter_jax.cli import keep_programs
+from fedrouter_jax.cli import guarded, keep_programs
 from fedrouter_jax.presets import demo
 
 
@@ -43,4 +44,5 @@ def main(options: Demo) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Demo, prog="python -m experiments.demo"))
+    arguments = tyro.cli(Demo, prog="python -m experiments.demo")
+    sys.exit(guarded(lambda: main(arguments)))

@@ -95,11 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in commands:
         print(f"fedrouter: no command {arguments[0]!r}; choose among {', '.join(commands)}", file=sys.stderr)
         return 2
+    keep_programs()
+    return guarded(lambda: commands[arguments[0]](arguments[1:]))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong."""
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        keep_programs()
-        commands[arguments[0]](arguments[1:])
+        action()
     except UserError as error:
         print(f"fedrouter: {error}", file=sys.stderr)
         return 2

@@ -133,7 +133,8 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         return routing.one_cluster_each(rows, total or 1)
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
-    return routing.enroll(jax.random.fold_in(jax.random.key(config.seed), 1), clients, config.cluster, local, total)
+    key, recipe = jax.random.fold_in(jax.random.key(config.seed), 1), routing.RECIPES[config.cluster.recipe]
+    return routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters)
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -134,14 +135,18 @@ def one_cluster_a_task(tasks: Sequence[Sequence[int]], total: int) -> Enrolment:
 
 
 def enroll(
-    key: Array, embeddings: Sequence[np.ndarray], config: ClusterConfig, local: int | None, total: int | None
+    key: Array,
+    embeddings: Sequence[np.ndarray],
+    recipe: Recipe,
+    local: int | None,
+    total: int | None,
+    max_clusters: int = 10,
 ) -> Enrolment:
     """Cluster each client's rows, then the server's centres (all float32; one array [row, width] a client).
 
-    `local` and `total` are n_l and n_g; None lets the silhouette choose, for each client on its own and on the server.
-    Raises `UserError` for counts that the rows cannot fill.
+    `local` and `total` are n_l and n_g; None lets the silhouette choose up to `max_clusters`, for each client on its
+    own and on the server. Raises `UserError` for counts that the rows cannot fill.
     """
-    recipe = RECIPES[config.recipe]
     points, present, router = _shared_space(embeddings, recipe)
     local_key, local_choice, global_key, global_choice = jax.random.split(key, 4)
 
@@ -150,7 +155,7 @@ def enroll(
     counts = np.full(len(embeddings), local or 0)
     if local is None:
         client_keys = jax.random.split(local_choice, len(embeddings))
-        counts = _choose(silhouettes, "local", client_keys, points, present, config.max_clusters, recipe.restarts)
+        counts = _choose(silhouettes, "local", client_keys, points, present, max_clusters, recipe.restarts)
     keys = jax.random.split(local_key, len(embeddings))
     centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
 
@@ -159,7 +164,7 @@ def enroll(
     if total is None:
         total = int(
             _choose(
-                silhouettes, "global", global_choice[None], flat[None], weight[None] > 0, config.max_clusters,
+                silhouettes, "global", global_choice[None], flat[None], weight[None] > 0, max_clusters,
                 recipe.restarts,
             )[0]
         )  # fmt: skip
@@ -218,13 +223,26 @@ def _fit_clients(keys, points, present, counts: np.ndarray, restarts: int) -> tu
     labels = np.zeros((clients, rows), np.int32)
     for k in np.unique(counts):
         here = np.flatnonzero(counts == k)
-
-        def fit(key, x, present, k=int(k)):
-            return kmeans.fit(key, x, k, weight=present.astype(jnp.float32), restarts=restarts)
-
-        found = jax.jit(jax.vmap(fit))(keys[here], points[here], present[here])
+        found = _fit_each(keys[here], points[here], present[here], int(k), restarts)
         centres[here, :k], filled[here, :k], labels[here] = found.centers, found.counts > 0, found.labels
     return jnp.asarray(centres), jnp.asarray(filled), labels
+
+
+@partial(jax.jit, static_argnames=("k", "restarts"))
+def _fit_each(keys, points, present, k: int, restarts: int) -> kmeans.KMeans:
+    def fit(key, x, here):
+        return kmeans.fit(key, x, k, weight=here.astype(jnp.float32), restarts=restarts)
+
+    return jax.vmap(fit)(keys, points, present)
+
+
+@partial(jax.jit, static_argnames=("ks", "restarts"))
+def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tuple[Array, Array]:
+    def score(inputs):
+        key, rows, here = inputs
+        return kmeans.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
+
+    return jax.lax.map(score, (keys, points, present))
 
 
 def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
@@ -234,10 +252,7 @@ def _choose(record: dict, name: str, keys, points, present, most: int, restarts:
     if not ks:
         raise UserError(f"the silhouette needs at least 3 {name} points to choose from, found {few}; give the count")
 
-    def one(key, rows, here):
-        return kmeans.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
-
-    scores, best = jax.lax.map(lambda inputs: one(*inputs), (keys, points, present))
+    scores, best = _score_each(keys, points, present, ks, restarts)
     for number, row in enumerate(np.asarray(scores)):
         label = name if name == "global" else f"{name} {number}"
         record[label] = {k: float(score) for k, score in zip(ks, row, strict=True)}

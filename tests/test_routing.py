@@ -28,7 +28,7 @@ def clients_of(tasks_per_client, rows=20, width=8, seed=0):
 def test_tasks_are_found_and_test_rows_follow(recipe, chosen):
     """Given the counts or left to the silhouette, every row lands in the slot of its task."""
     embeddings, tasks = clients_of([[0, 1], [1, 2], [2, 3], [3, 0]])
-    config = routing.ClusterConfig(recipe=recipe)
+    config = routing.RECIPES[recipe]
     found = routing.enroll(KEY, embeddings, config, None if chosen else 2, None if chosen else 4)
     assert found.clusters == 4 and found.table.shape == (4, 2)
     slot_of = {}
@@ -46,7 +46,7 @@ def test_tasks_are_found_and_test_rows_follow(recipe, chosen):
 
 def test_clients_may_hold_different_numbers_of_clusters():
     embeddings, _ = clients_of([[0, 1, 2], [2, 3]])
-    found = routing.enroll(KEY, embeddings, routing.ClusterConfig(), None, None)
+    found = routing.enroll(KEY, embeddings, routing.RECIPES["standardised"], None, None)
     assert (np.asarray(found.table) >= 0).sum(axis=1).tolist() == [3, 2]
     assert found.labels[1].max() == 1 and (found.labels[1] == -1).sum() == 20
 
@@ -64,7 +64,7 @@ def test_federated_statistics_are_the_pooled_ones():
 
 def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all():
     embeddings, _ = clients_of([[0, 1], [2, 3]])
-    found = routing.enroll(KEY, embeddings, routing.ClusterConfig(), 2, 4)
+    found = routing.enroll(KEY, embeddings, routing.RECIPES["standardised"], 2, 4)
     strategy = fedrouter()
     state = strategy.init({"main": LoRA({}, {})}, found)
     foreign = jnp.asarray(embeddings[1])
@@ -77,7 +77,7 @@ def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all()
 
 def test_counts_that_rows_cannot_fill_are_bad_input():
     embeddings, _ = clients_of([[0, 1], [2]], rows=3)
-    config = routing.ClusterConfig()
+    config = routing.RECIPES["standardised"]
     with pytest.raises(UserError, match="client 1 has 3 rows but 5 local clusters"):
         routing.enroll(KEY, embeddings, config, 5, 4)
     with pytest.raises(UserError, match="5 global clusters .* have 4 centres"):
@@ -88,7 +88,7 @@ def test_counts_that_rows_cannot_fill_are_bad_input():
 
 def test_duplicate_rows_leave_local_clusters_empty_and_out_of_the_table():
     same = [np.ones((6, 4), np.float32), np.eye(6, 4, dtype=np.float32)]
-    found = routing.enroll(KEY, same, routing.ClusterConfig(recipe="paper"), 2, 2)
+    found = routing.enroll(KEY, same, routing.RECIPES["paper"], 2, 2)
     assert (np.asarray(found.table[0]) >= 0).sum() == 1 and set(found.labels[0].tolist()) == {0}
 
 

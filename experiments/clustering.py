@@ -1,0 +1,271 @@
+"""Do clusters find the tasks? Accuracy and chosen k by recipe, layer, restarts and rows, on real rows. No training.
+
+    python -m experiments.clustering --data ../shared/data            tables and figures in docs/results/clustering/
+    python -m experiments.clustering --smoke                          the tiny model on synthetic rows: seconds
+
+Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed draws other
+rows and other K-Means starts. Accuracy is the share of rows on the best matching of clusters to tasks (FedRouter, arXiv
+2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses, locally and globally.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+
+from fedrouter_jax import embed, evaluate, plots, routing
+from fedrouter_jax.cli import guarded, keep_programs, progress
+from fedrouter_jax.data import sources, synthetic, tokens
+from fedrouter_jax.data.rows import Row
+from fedrouter_jax.models import Model, load_model
+
+OUT = Path("docs/results/clustering")
+MOST = 13  # the largest k the silhouette may choose
+RECIPES = {
+    "paper": routing.RECIPES["paper"],
+    "paper, 20 starts": routing.RECIPES["paper"]._replace(restarts=20),
+    "last layer, standardised": routing.Recipe(depth=None, standardise=True, restarts=20),
+    "standardised": routing.RECIPES["standardised"],
+    "standardised, layer 1/3": routing.Recipe(depth=1 / 3, standardise=True, restarts=20),
+    "standardised, 1 start": routing.RECIPES["standardised"]._replace(restarts=1),
+}
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Clusters against tasks."""
+
+    data: Path | None = None
+    """Folder that holds flan4/ and flan8/."""
+    rows: int = 120
+    """Training rows of each task."""
+    clients: int = 8
+    """Clients that hold all tasks."""
+    seeds: int = 5
+    """Seeds 0 .. N-1."""
+    out: Path = OUT
+    """Folder for clustering.json, clustering.md and the figures."""
+    smoke: bool = False
+    """The tiny model on synthetic rows."""
+    redraw: bool = False
+    """Only draw table and figures from the clustering.json in --out."""
+
+
+def main(options: Clustering) -> None:
+    """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
+    keep_programs()
+    if not options.redraw:
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = measure(options)
+        (options.out / "clustering.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(options.out)
+    Console().print(Markdown((options.out / "clustering.md").read_text(encoding="utf-8")))
+
+
+def measure(options: Clustering) -> dict:
+    """All records, and what was run."""
+    model = load_model("tiny" if options.smoke else "smollm2-135m")
+    by_task = rows_by_task(options)
+    sets = task_sets(sorted(by_task), options.seeds, options.smoke)
+    texts = [row.instruction for rows in by_task.values() for row in rows]
+    states = {depth: embedded(model, texts, depth) for depth in {recipe.depth for recipe in RECIPES.values()}}
+    place = {row: number for number, row in enumerate(row for rows in by_task.values() for row in rows)}
+    jobs = [(name, tasks, seed, recipe) for name, seed, tasks in sets for recipe in RECIPES]
+    records = []
+    with progress() as track, track("clustering", len(jobs)) as advance:
+        for name, tasks, seed, recipe in jobs:
+            depth = RECIPES[recipe].depth
+            records.append(cluster(name, tasks, seed, recipe, by_task, states[depth], place, options))
+            advance(1, f"{name}, {recipe}")
+    return {
+        "model": model.base_name,
+        "rows_a_task": options.rows,
+        "clients": options.clients,
+        "seeds": options.seeds,
+        "device": jax.devices()[0].device_kind,
+        "synthetic": options.smoke,
+        "records": records,
+    }
+
+
+def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
+    """Training rows of all tasks of flan4 and flan8 (or the synthetic ones), at most `rows` distinct ones a task."""
+    if options.smoke:
+        rows = synthetic.make(0, options.rows, 1).train
+    else:
+        folders = [(options.data or Path("data")) / name for name in ("flan4", "flan8")]
+        rows = [row for folder in folders for row in sources.load(str(folder), {}, seed=0).train]
+    tasks = sorted({row.task for row in rows})
+    return {task: list(islice(dict.fromkeys(row for row in rows if row.task == task), options.rows)) for task in tasks}
+
+
+def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, int, list[str]]]:
+    """(name, seed, tasks): flan4, flan8, all of them, and six drawn anew for every seed."""
+    flan4 = ["gigaword", "glue_qqp", "samsum", "web_nlg_en"]
+    named = {"synthetic": tasks} if smoke else {"flan4": flan4, "all ten": tasks}
+    if not smoke:
+        named["flan8"] = [task for task in tasks if task not in ("gigaword", "samsum")]
+    for seed in range(seeds):
+        for name, held in named.items():
+            yield name, seed, held
+        if not smoke:
+            yield "six of ten", seed, sorted(np.random.default_rng([seed, 6]).choice(tasks, 6, replace=False).tolist())
+
+
+def embedded(model: Model, texts: list[str], depth: float | None) -> np.ndarray:
+    """Embeddings of texts by a share of the layers, with a progress bar."""
+    ids = tokens.encode_texts(model.tokenizer, texts, 1024)
+    at_once = 1 if jax.default_backend() == "cpu" else 16
+    name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
+    with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
+        return embed.embed(model.config, model.params, ids, depth, at_once, advance)
+
+
+def cluster(
+    name: str, tasks: list[str], seed: int, recipe: str, by_task: dict[str, list[Row]], states: np.ndarray, place: dict,
+    options: Clustering,
+) -> dict:  # fmt: skip
+    """One enrolment with the counts given, and for the two named recipes one where the silhouette finds them."""
+    rng = np.random.default_rng([seed, 4])
+    hands: list[list[tuple[str, int]]] = [[] for _ in range(options.clients)]
+    for task in tasks:
+        for seat, i in enumerate(rng.permutation(len(by_task[task]))):
+            hands[seat % options.clients].append((task, place[by_task[task][i]]))
+    points = [states[[row for _, row in hand]] for hand in hands]
+    labels = [np.array([tasks.index(task) for task, _ in hand]) for hand in hands]
+    key = jax.random.key(seed)
+    given = routing.enroll(key, points, RECIPES[recipe], len(tasks), len(tasks))
+    local, total = accuracy(given, labels, len(tasks))
+    record = {"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "local": local, "global": total}
+    if recipe in routing.RECIPES:
+        found = routing.enroll(key, points, RECIPES[recipe], None, None, MOST)
+        record |= {
+            "found_local": [int(row.max()) + 1 for row in found.labels],
+            "found_global": found.clusters,
+            "found_accuracy": accuracy(found, labels, len(tasks))[1],
+            "silhouettes": found.silhouettes,
+        }
+        if seed == 0 and recipe == "standardised":
+            flat = np.concatenate(points)
+            router = given.router._replace(centroids=given.router.centroids[:0])
+            picture, method = plots.project(np.asarray(routing.prepare(router, flat)))
+            slots = [int(given.table[c, k]) for c, row in enumerate(given.labels) for k in row[: len(labels[c])]]
+            record["picture"] = {
+                "method": method,
+                "points": np.round(picture.astype(float), 1).tolist(),
+                "task": np.concatenate(labels).tolist(),
+                "slot": slots,
+            }
+    return record
+
+
+def accuracy(enrolment: routing.Enrolment, tasks: list[np.ndarray], count: int) -> tuple[float, float]:
+    """The share of rows in the right local cluster, and in the right global one, under the best matching."""
+    table, rows = np.asarray(enrolment.table), sum(map(len, tasks))
+    slots, right = np.zeros((count, enrolment.clusters), int), 0.0
+    for client, true in enumerate(tasks):
+        labels = enrolment.labels[client][: len(true)]
+        own = np.zeros((count, table.shape[1]), int)
+        np.add.at(own, (true, labels), 1)
+        np.add.at(slots, (true, table[client, labels]), 1)
+        right += evaluate.matched(own) * len(true)
+    return right / rows, evaluate.matched(slots)
+
+
+def draw(out: Path) -> None:
+    """clustering.md, silhouette.png and embedding.png from clustering.json."""
+    found = json.loads((out / "clustering.json").read_text(encoding="utf-8"))
+    (out / "clustering.md").write_text(table(found), encoding="utf-8")
+    silhouettes(found).savefig(out / "silhouette.png", dpi=100, bbox_inches="tight")
+    pictures(found).savefig(out / "embedding.png", dpi=100, bbox_inches="tight")
+
+
+def table(found: dict) -> str:
+    """Markdown: a row a (set of tasks, recipe), mean and standard deviation over seeds."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for record in found["records"]:
+        groups.setdefault((record["set"], record["recipe"]), []).append(record)
+    kind = "**synthetic** rows" if found["synthetic"] else "rows of flan4 and flan8"
+    lines = [
+        "# Clusters against tasks",
+        "",
+        f"{found['model']}, {kind}, at most {found['rows_a_task']} a task, {found['clients']} clients that hold all "
+        f"tasks; {found['seeds']} seeds, device {found['device']}. Accuracy: per cent of rows, mean and spread "
+        "over seeds, the counts given. Found: what the silhouette chose; n_l, how many of all clients chose the number "
+        "of tasks; n_g, seed by seed.",
+        "",
+        "| tasks | recipe | local accuracy | global accuracy | found n_l right | found n_g | accuracy with found |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, recipe), records in sorted(groups.items()):
+        count = len(records[0]["tasks"])
+        cells = [spread([100 * record[part] for record in records]) for part in ("local", "global")]
+        if "found_global" in records[0]:
+            chosen = [k for record in records for k in record["found_local"]]
+            cells.append(f"{sum(k == count for k in chosen)} of {len(chosen)}")
+            cells.append(", ".join(str(record["found_global"]) for record in records))
+            cells.append(spread([100 * record["found_accuracy"] for record in records]))
+        else:
+            cells += [""] * 3
+        lines.append(f"| {name} ({count}) | {recipe} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "![silhouettes](silhouette.png)", "", "![embeddings](embedding.png)", ""])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def silhouettes(found: dict) -> Figure:
+    """Silhouette against k, locally (mean over clients and seeds) and globally, for every set of tasks."""
+    named = dict.fromkeys(record["set"] for record in found["records"] if record["set"] != "six of ten")
+    figure = Figure((4 * len(named), 6.5))
+    panels = figure.subplots(2, len(named), squeeze=False)
+    for column, name in enumerate(named):
+        for recipe in routing.RECIPES:
+            records = [r for r in found["records"] if (r["set"], r["recipe"]) == (name, recipe)]
+            parts = {"local": lambda key: key != "global", "global": lambda key: key == "global"}
+            for axes, (part, wanted) in zip(panels[:, column], parts.items(), strict=True):
+                curves = [curve for r in records for key, curve in r["silhouettes"].items() if wanted(key)]
+                ks = sorted({int(k) for curve in curves for k in curve})
+                means = [np.mean([curve[str(k)] for curve in curves if str(k) in curve]) for k in ks]
+                (line,) = axes.plot(ks, means, marker=".", label=recipe)
+                best = int(np.argmax(means))
+                axes.plot(ks[best], means[best], "o", markersize=10, fillstyle="none", color=line.get_color())
+                axes.axvline(len(records[0]["tasks"]), color="0.7", linestyle=":", zorder=0)
+                axes.set(title=f"{name}, {part}", xlabel="k", ylabel="silhouette" if column == 0 else "")
+        panels[0, 0].legend(frameon=False)
+    figure.suptitle("Mean silhouette; ring: its maximum; dotted: the number of tasks")
+    figure.tight_layout()
+    return figure
+
+
+def pictures(found: dict) -> Figure:
+    """Embeddings in two dimensions: true tasks beside global clusters, for every set of tasks."""
+    records = [record for record in found["records"] if "picture" in record and record["set"] != "six of ten"]
+    figure = Figure((10, 4.6 * len(records)))
+    for axes, record in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
+        points, tasks = np.array(record["picture"]["points"]), record["tasks"]
+        plots.scatter(axes[0], points, np.array([tasks[i] for i in record["picture"]["task"]]), tasks)
+        slots = np.array(record["picture"]["slot"])
+        plots.scatter(axes[1], points, slots, sorted(set(slots.tolist())))
+        for panel, what in zip(axes, ("true task", "global cluster"), strict=True):
+            panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Clustering, prog="python -m experiments.clustering")
+    sys.exit(guarded(lambda: main(arguments)))
