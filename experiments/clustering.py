@@ -30,7 +30,6 @@ from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.models import Model, load_model
 
-OUT = Path("docs/results/clustering")
 MOST = 13  # the largest k the silhouette may choose
 RECIPES = {
     "paper": routing.RECIPES["paper"],
@@ -54,8 +53,8 @@ class Clustering:
     """Clients that hold all tasks."""
     seeds: int = 5
     """Seeds 0 .. N-1."""
-    out: Path = OUT
-    """Folder for clustering.json, clustering.md and the figures."""
+    out: Path | None = None
+    """Folder for results and figures; by default docs/results/clustering, or runs/smoke/clustering with --smoke."""
     smoke: bool = False
     """The tiny model on synthetic rows."""
     redraw: bool = False
@@ -65,12 +64,12 @@ class Clustering:
 def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
     keep_programs()
+    out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
     if not options.redraw:
-        options.out.mkdir(parents=True, exist_ok=True)
-        found = measure(options)
-        (options.out / "clustering.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(options.out)
-    Console().print(Markdown((options.out / "clustering.md").read_text(encoding="utf-8")))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "clustering.json").write_text(json.dumps(measure(options), indent=1) + "\n", encoding="utf-8")
+    draw(out)
+    Console().print(Markdown((out / "clustering.md").read_text(encoding="utf-8")))
 
 
 def measure(options: Clustering) -> dict:

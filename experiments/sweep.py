@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments import summaries
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import report, runs
 from fedrouter_jax.cli import progress
@@ -18,8 +19,11 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 
 
-def sweep(configs: Mapping[str, Config], out: Path, console: Console) -> list[Path]:
-    """Run what is not finished of `{name: config}` in `out/name`; returns the run directories in that order."""
+def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path | None = None) -> list[Path]:
+    """Run what is not finished of `{name: config}` in `out/name`; returns the run directories in that order.
+
+    With `kept`, a summary of each run goes there as `name.json`, and a run that has one is not run again.
+    """
     folders: list[Path] = []
     model = loaded = None
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -27,16 +31,20 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console) -> list[Pa
         folders.append(folder)
         if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
             raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
+        if kept and summaries.known(kept / f"{name}.json", config):
+            continue
         if (folder / "report.md").exists():
             continue
         console.rule(f"run {number} of {len(configs)}: {name}")
         if loaded != (config.model, config.dtype):
             loaded, model = (config.model, config.dtype), load_model(config.model, config.dtype)
-        shared = runs.Shared(model, folders[:-1])
+        shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
         with progress() as track:
             if (folder / "config.json").exists():
                 runs.proceed(folder, track, shared)
             else:
                 runs.run(config, folder, track, shared)
+        if kept:
+            summaries.save(folder, kept / f"{name}.json")
         report.write([folder], folder)  # last: a folder with a report is a finished run
     return folders

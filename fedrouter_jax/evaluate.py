@@ -16,7 +16,7 @@ from fedrouter_jax import embed, generate, lora, routing
 from fedrouter_jax.experiment import Advance, Prepared, test_rows
 from fedrouter_jax.types import FederationState, View
 
-METRICS = ("rouge1", "rouge2", "rougeL")
+METRICS = ("rouge1", "rouge2", "rougeL", "exact")
 
 
 class Question(NamedTuple):
@@ -35,10 +35,11 @@ class Evaluation(NamedTuple):
     answers: list[dict]  # one record per question
 
 
-def rouge(reference: str, answer: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), without stemming."""
-    found = RougeScorer(list(METRICS), use_stemmer=False).score(reference, answer)
-    return {metric: found[metric].fmeasure for metric in METRICS}
+def score(reference: str, answer: str) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) without stemming, and exact match but for case (0 or 1)."""
+    found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False).score(reference, answer)
+    exact = float(answer.strip().casefold() == reference.strip().casefold())
+    return {metric: value.fmeasure for metric, value in found.items()} | {"exact": exact}
 
 
 def distinct(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[float, ...]]], list[int]]:
@@ -192,11 +193,12 @@ def evaluate_state(
     pairs, places = distinct(asked)
     known = base_answers or {}
     open_pairs = [(row, weights) for row, weights in pairs if any(weights) or row not in known]
+    advance(len(pairs) - len(open_pairs))
     prompts = [prepared.test[row].prompt for row, _ in open_pairs]
     fresh = iter(answer(prepared, state, prompts, np.array([w for _, w in open_pairs]), advance))
     texts = [next(fresh) if any(weights) or row not in known else known[row] for row, weights in pairs]
     rows = prepared.dataset.test
-    per_pair = [rouge(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
+    per_pair = [score(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
     if prepared.strategy.enrolling != "nothing":

@@ -46,10 +46,10 @@ class Prepared(NamedTuple):
     round: Callable  # the jitted round
 
 
-def prepare(config: Config, model: Model | None = None) -> Prepared:
+def prepare(config: Config, model: Model | None = None, strategy: Strategy | None = None) -> Prepared:
     """Load and lay out everything; raises `UserError` for bad input.
 
-    `model` is the config's model where it is loaded already.
+    `model` is the config's model where it is loaded already; `strategy` is one of your own, in place of the config's.
     """
     dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
@@ -70,7 +70,7 @@ def prepare(config: Config, model: Model | None = None) -> Prepared:
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     options = {"weight_on": config.evaluation.instance_weight} if config.strategy.startswith("feddpa") else {}
-    strategy = STRATEGIES[config.strategy](**options)
+    strategy = strategy or STRATEGIES[config.strategy](**options)
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:
         raise UserError(

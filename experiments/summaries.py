@@ -1,0 +1,67 @@
+"""A finished run as one small JSON file: what tables and figures are made from, and what is committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import t as student
+
+from fedrouter_jax import records, runs
+from fedrouter_jax.config import Config
+
+
+def of(folder: Path) -> dict:
+    """Config, scores (means and tasks), cost and accuracy of a finished run. The path of the data is shortened."""
+    run = records.read(folder)
+    data = replace(run.config.data, data=Path(run.config.data.data).name)
+    keep = ("mean", "per_task")
+    scores = {
+        part: {
+            name: {key: value[key] for key in keep} if isinstance(value, dict) else value
+            for name, value in found.items()
+        }
+        for part, found in run.scores.items()
+    }
+    return {
+        "config": asdict(replace(run.config, data=data)),
+        "scores": scores,
+        "cost": records.cost(run) | {"tokens": sum(record["tokens"] for record in run.rounds)},
+        "accuracy": records.accuracy(run),
+        "device": run.timings.get("device"),
+        "taken_over": run.timings.get("taken_over", []),
+    }
+
+
+def save(folder: Path, to: Path) -> None:
+    """The summary of a run as a file."""
+    runs.write(to, json.dumps(of(folder), indent=1) + "\n")
+
+
+def known(path: Path, config: Config) -> bool:
+    """Whether a file is the summary of just this experiment, wherever the data lay."""
+    if not path.exists():
+        return False
+    ours = asdict(replace(config, data=replace(config.data, data=Path(config.data.data).name)))
+    return json.loads(path.read_text(encoding="utf-8"))["config"] == json.loads(json.dumps(ours))
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """All summaries in a folder, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t; 0 for one value)."""
+    if len(values) < 2:
+        return float(np.mean(values)), 0.0
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def score(summary: Mapping, part: str, metric: str = "rouge1") -> float:
+    """A score of a run."""
+    return summary["scores"][part][metric]["mean"]

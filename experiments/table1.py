@@ -1,0 +1,188 @@
+"""Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
+
+    python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
+    python -m experiments.table1 --smoke                              the tiny model on synthetic rows, one seed
+    python -m experiments.table1 --redraw                             the table from the committed summaries alone
+
+Personalised scores (Table 1) are on each client's own tasks, generalisation (Table 3) on the mix of all. A run that has
+a summary in --out is not run again, wherever it was made, so the table can be filled bit by bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments import summaries
+from experiments.sweep import sweep
+from fedrouter_jax import runs
+from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax.config import Config
+from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.presets import flan4_cpu, smoke
+from fedrouter_jax.strategies import STRATEGIES
+
+SCENARIOS = ("dual", "all", "single")  # in order of worth
+BOUNDS = ("oracle", "centralised")  # not rivals
+FIRST = ("fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")
+
+
+@dataclass(frozen=True)
+class Table1:
+    """Every method in every scenario."""
+
+    data: str = "flan4"
+    """Folder of the real rows."""
+    seeds: int = 2
+    """Seeds 0 .. N-1."""
+    methods: tuple[str, ...] = FIRST
+    """Strategies; "every" takes all."""
+    scenarios: tuple[str, ...] = SCENARIOS
+    """Scenarios."""
+    out: Path | None = None
+    """Folder for summaries, table and figure; by default docs/results/table1, or runs/smoke/table1 with --smoke."""
+    smoke: bool = False
+    """The tiny random model on synthetic rows."""
+    redraw: bool = False
+    """Only draw the table from the summaries in --out."""
+
+
+def budget(options: Table1, scenario: str) -> Config:
+    """The reduced budget of the table: 4 clients, 16 optimiser steps of 2 rows."""
+    if options.smoke:
+        config = smoke()
+        return replace(config, data=replace(config.data, scenario=scenario))
+    config = flan4_cpu(scenario)
+    data = replace(config.data, data=options.data, clients=4, train_rows=64, test_rows=12, mix_rows=24)
+    return replace(config, data=data, rounds=RoundConfig(rounds=4))
+
+
+def main(options: Table1) -> None:
+    """Run what is missing, then draw."""
+    keep_programs()
+    console = Console()
+    out = options.out or Path("runs/smoke/table1" if options.smoke else "docs/results/table1")
+    methods = tuple(STRATEGIES) if options.methods == ("every",) else options.methods
+    if not options.redraw:
+        configs = {
+            f"{scenario}-{method}-{seed}": replace(budget(options, scenario), strategy=method, seed=seed)
+            for seed in range(options.seeds)
+            for scenario in options.scenarios
+            for method in methods
+        }
+        sweep(configs, Path("runs/smoke/table1-runs" if options.smoke else "runs/table1"), console, out / "runs")
+    draw(out)
+    console.print(Markdown((out / "table1.md").read_text(encoding="utf-8")))
+
+
+def draw(out: Path) -> None:
+    """table1.md and table1.png from the summaries."""
+    found = summaries.load(out / "runs")
+    runs.write(out / "table1.md", markdown(found))
+    figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
+
+
+def cells(found: dict[str, dict]) -> dict[tuple[str, str, str], list[float]]:
+    """ROUGE-1 over seeds by (scenario, part, method); the base model is a method."""
+    table: dict[tuple[str, str, str], dict[int, float]] = {}
+    for summary in found.values():
+        config = summary["config"]
+        scenario, seed = config["data"]["scenario"], config["seed"]
+        own = {"personalised": "personalised", "generalisation": "generalisation"}
+        base = {"personalised": "base", "generalisation": "base_generalisation"}
+        for method, parts in ((config["strategy"], own), ("base model", base)):
+            for part, name in parts.items():
+                table.setdefault((scenario, part, method), {})[seed] = summaries.score(summary, name)
+    return {key: [scores[seed] for seed in sorted(scores)] for key, scores in table.items()}
+
+
+def markdown(found: dict[str, dict]) -> str:
+    """The table: mean ± half of the 95 % interval; the best of the rivals bold; the gain of fedrouter over the next."""
+    table = cells(found)
+    columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
+    columns = [column for column in columns if any(key[:2] == column for key in table)]
+    known = {method for _, _, method in table}
+    methods = ["base model", *(method for method in STRATEGIES if method in known)]
+    rivals = [method for method in methods if method not in BOUNDS]
+    means = {key: np.mean(values) for key, values in table.items()}
+    lines = ["# Every method in every scenario", "", *setting(found), ""]
+    lines += ["| ROUGE-1 | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    for method in methods:
+        row = []
+        for column in columns:
+            values = table.get((*column, method))
+            best = max((m for m in rivals if (*column, m) in means), key=lambda m, c=column: means[(*c, m)])
+            row.append("" if values is None else text(values, method == best))
+        lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {' | '.join(row)} |")
+    gains = []
+    for column in columns:
+        others = [means[(*column, m)] for m in rivals if m != "fedrouter" and (*column, m) in means]
+        ours = means.get((*column, "fedrouter"))
+        gains.append(
+            "" if ours is None or not others or max(others) == 0 else f"{100 * (ours / max(others) - 1):+.1f} %"
+        )
+    lines.append(f"| fedrouter over the best other | {' | '.join(gains)} |")
+    return "\n".join([*lines, "", "![scores](table1.png)", ""])
+
+
+def text(values: list[float], best: bool) -> str:
+    """A cell."""
+    mean, half = summaries.interval(values)
+    shown = f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+    return f"**{shown}**" if best else shown
+
+
+def setting(found: dict[str, dict]) -> list[str]:
+    """What was run, from the configs themselves."""
+    said = set()
+    for summary in found.values():
+        c = summary["config"]
+        data, local = c["data"], c["local"]
+        kind = "**synthetic** rows" if data["data"] == "synthetic" else f"rows of {data['data']}"
+        said.add(
+            f"{c['model']}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows each; "
+            f"{c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal for "
+            f"all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
+            f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."
+        )
+    seeds = sorted({summary["config"]["seed"] for summary in found.values()})
+    return [
+        *sorted(said),
+        "",
+        f"Seeds {seeds}: mean ± half of the 95 % interval. Generalisation: the mix of all tasks.",
+    ]
+
+
+def figure(found: dict[str, dict]) -> Figure:
+    """A panel a scenario and part; bars are means over seeds, dots the seeds."""
+    table = cells(found)
+    columns = sorted({key[:2] for key in table}, key=lambda c: (c[1] != "personalised", c[0]))
+    drawn = Figure((5 * ((len(columns) + 1) // 2), 7))
+    panels = drawn.subplots(2, (len(columns) + 1) // 2, squeeze=False).ravel()
+    for axes, column in zip(panels, columns, strict=False):
+        methods = sorted((m for s, p, m in table if (s, p) == column), key=lambda m, c=column: np.mean(table[(*c, m)]))
+        for place, method in enumerate(methods):
+            values = table[(*column, method)]
+            colour = {"fedrouter": "#d55e00", "base model": "0.6"}.get(
+                method, "0.85" if method in BOUNDS else "#0072b2"
+            )
+            axes.barh(place, np.mean(values), color=colour)
+            axes.plot(values, [place] * len(values), "k.", markersize=5)
+        axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")
+    for axes in panels[len(columns) :]:
+        axes.remove()
+    drawn.tight_layout()
+    return drawn
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Table1, prog="python -m experiments.table1")
+    sys.exit(guarded(lambda: main(arguments)))

@@ -1,0 +1,47 @@
+"""The example of docs/add-a-method.md works, and obeys the laws."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import test_laws
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
+
+
+@pytest.fixture(scope="module")
+def page():
+    """What the page's code defines, run from top to bottom."""
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+def test_the_page_trains_and_scores(page):
+    assert page["record"]["round"] == 3 and 0 <= page["scores"]["personalised"]["rouge1"]["mean"] <= 1
+    first, last = (page["state"].bank["main"].a["q_proj"][i] for i in (0, 1))
+    assert (np.asarray(first) != np.asarray(last)).any()  # every client has an A of its own
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        test_laws.test_permuting_lanes_changes_nothing,
+        test_laws.test_a_lane_of_weight_zero_moves_nothing,
+        test_laws.test_client_owned_leaves_never_travel,
+    ],
+)
+def test_its_method_obeys_the_laws(page, federation, law):
+    law(federation, page["personal_a"]())
+
+
+def test_a_does_not_move_in_the_first_half(page, federation):
+    strategy = page["personal_a"]()
+    before = test_laws.begin(federation, strategy).bank["main"]
+    for rounds, still in ((2, True), (3, False)):
+        after = test_laws.play(federation, strategy, federation.update, rounds=rounds)[0].bank["main"]
+        same = all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (after.a, before.a)), strict=True))
+        assert same == still
