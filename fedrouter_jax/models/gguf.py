@@ -93,8 +93,8 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer inside a GGUF file. Takes many seconds.
 
-    The conversion is transformers'. Its own way to it, `AutoTokenizer.from_pretrained(gguf_file=...)`, imports torch (in
-    5.19 to 5.23), and this project runs without; so the file is read here, and the two are tested to agree.
+    The conversion is transformers'. Its own way to it, `AutoTokenizer.from_pretrained(gguf_file=...)`, imports torch
+    (5.19 to 5.23), and this project runs without; so the file is read here, and the two are tested to agree.
     Raises `UserError` where there is no tokenizer, or none that transformers can convert.
     """
     fields = _open(path).fields
