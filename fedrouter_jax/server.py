@@ -6,16 +6,12 @@ The difference between a slot's adapter and the average that came back is taken 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.types import Adapters, PyTree
-
-Server = Literal["average", "momentum", "adam", "yogi"]
+from fedrouter_jax.types import Adapters, PyTree, Server
 
 
 def optimiser(name: Server, rate: float) -> optax.GradientTransformation | None:

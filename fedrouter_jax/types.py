@@ -15,6 +15,7 @@ import jax
 Array = jax.Array
 PyTree = Any
 Owner = Literal["shared", "cluster", "client", "fixed"]  # "fixed": one slot that nobody trains and nobody sends
+Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "clustering", "tasks"]  # how a client's rows become local clusters
 
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
-from fedrouter_jax.server import Server
-from fedrouter_jax.types import Work
+from fedrouter_jax.types import Server, Work
 
 Weighting = Literal["cluster", "client", "uniform"]
 
