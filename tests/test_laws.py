@@ -13,11 +13,13 @@ from fedrouter_jax import bank, client
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.strategies import STRATEGIES, clustered, feddpa_f, fedit, fedrouter, ffalora
+from fedrouter_jax.strategies import STRATEGIES, clustered, feddpa_f, feddpa_t, fedit, fedrouter, ffalora
 from fedrouter_jax.types import FederationState, LoRA, Losses
 
 KEY = jax.random.key(7)
-every_strategy = pytest.mark.parametrize("strategy", [make() for make in STRATEGIES.values()], ids=lambda s: s.name)
+# The rounds of the two bounds are FedRouter's and FedIT's, function for function: only what they are given differs.
+OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised")]
+every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
 
 
 def rate(t):
@@ -52,7 +54,7 @@ def play(federation, strategy, update, at_once=None, rounds=2, change=lambda wor
 def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
     """All at once, in chunks that do not divide the lanes, one by one, in groups that share packs."""
     expected, info = play(federation, strategy, nudge, None)
-    for at_once, together in ((3, 1), (1, 1), (None, 2), (1, 3), (1, 4)):
+    for at_once, together in ((3, 1), (1, 1), (None, 2), (1, 3)):
         found, other = play(federation, strategy, nudge, at_once, together=together)
         assert_close(found, expected)
         assert_close(other, info)
@@ -68,7 +70,7 @@ def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
         assert_close(other, info)
 
 
-@every_strategy
+@pytest.mark.parametrize("strategy", [fedrouter(), feddpa_t()], ids=lambda s: s.name)  # one phase, and two
 def test_a_jitted_round_is_its_plain_loop(federation, strategy):
     """The law the round is built on: tell(state, work, [update(lane) for lane in ask(state, work)])."""
     state = begin(federation, strategy)

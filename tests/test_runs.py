@@ -165,8 +165,6 @@ def test_export_writes_what_the_run_holds(finished, tmp_path):
         ("fedit", ["shared_0"]),
         ("local", [f"client_{i}" for i in range(4)]),
         ("feddpa-t", ["global_0", *(f"local_{i}" for i in range(4))]),
-        ("oracle", [f"cluster_{i}" for i in range(4)]),
-        ("centralised", ["shared_0"]),
     ],
 )
 def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_path, capsys):
@@ -176,6 +174,6 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
     assert sorted(path.name for path in (out / "adapters").iterdir()) == adapters
     assert not (out / "router").exists() and (out / "report.md").exists()
     up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
-    assert (up == 0) == (strategy in ("local", "centralised"))
+    assert (up == 0) == (strategy == "local")
     capsys.readouterr()
-    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedit", "centralised") else 2)
+    assert main(["route", str(out), "text"]) == (0 if strategy == "fedit" else 2)
