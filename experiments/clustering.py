@@ -1,10 +1,10 @@
-"""Do clusters find the tasks? Accuracy and chosen k by recipe, layer, restarts and rows, on real rows. No training.
+"""Do clusters find the tasks? Accuracy and chosen k by recipe, layer and restarts, on real rows. No training.
 
     python -m experiments.clustering --data ../shared/data            tables and figures in docs/results/clustering/
-    python -m experiments.clustering --smoke                          the tiny model on synthetic rows: seconds
+    python -m experiments.clustering --smoke                          the tiny model on synthetic rows
 
-Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed draws other
-rows and other K-Means starts. Accuracy is the share of rows on the best matching of clusters to tasks (FedRouter, arXiv
+Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed deals the
+rows anew and starts K-Means elsewhere. Accuracy is the share of rows on the best matching of clusters to tasks (FedRouter, arXiv
 2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses, locally and globally.
 """
 

@@ -1,7 +1,7 @@
 """Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
-    python -m experiments.table1 --smoke                              the tiny model on synthetic rows, one seed
+    python -m experiments.table1 --smoke                              the tiny model on synthetic rows
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
 Personalised scores (Table 1) are on each client's own tasks, generalisation (Table 3) on the mix of all. A run that has
