@@ -4,8 +4,8 @@
     python -m experiments.clustering --smoke                          the tiny model on synthetic rows
 
 Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed deals the
-rows anew and starts K-Means elsewhere. Accuracy is the share of rows on the best matching of clusters to tasks (FedRouter, arXiv
-2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses, locally and globally.
+rows anew and starts K-Means elsewhere. Accuracy is the share of rows on the best matching of clusters to tasks
+(FedRouter, arXiv 2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import jax
@@ -45,7 +45,7 @@ RECIPES = {
 class Clustering:
     """Clusters against tasks."""
 
-    data: Path | None = None
+    data: Path = Path("data")
     """Folder that holds flan4/ and flan8/."""
     rows: int = 120
     """Training rows of each task."""
@@ -79,13 +79,15 @@ def measure(options: Clustering) -> dict:
     sets = task_sets(sorted(by_task), options.seeds, options.smoke)
     texts = [row.instruction for rows in by_task.values() for row in rows]
     states = {depth: embedded(model, texts, depth) for depth in {recipe.depth for recipe in RECIPES.values()}}
-    place = {row: number for number, row in enumerate(row for rows in by_task.values() for row in rows)}
+    ends = np.cumsum([0, *map(len, by_task.values())])
+    where = {task: slice(*span) for task, span in zip(by_task, pairwise(ends), strict=True)}
     jobs = [(name, tasks, seed, recipe) for name, seed, tasks in sets for recipe in RECIPES]
     records = []
     with progress() as track, track("clustering", len(jobs)) as advance:
         for name, tasks, seed, recipe in jobs:
-            depth = RECIPES[recipe].depth
-            records.append(cluster(name, tasks, seed, recipe, by_task, states[depth], place, options))
+            held = {task: states[RECIPES[recipe].depth][where[task]] for task in tasks}
+            found = cluster(held, seed, recipe, options.clients)
+            records.append({"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, **found})
             advance(1, f"{name}, {recipe}")
     return {
         "model": model.base_name,
@@ -103,7 +105,7 @@ def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
     if options.smoke:
         rows = synthetic.make(0, options.rows, 1).train
     else:
-        folders = [(options.data or Path("data")) / name for name in ("flan4", "flan8")]
+        folders = [options.data / name for name in ("flan4", "flan8")]
         rows = [row for folder in folders for row in sources.load(str(folder), {}, seed=0).train]
     tasks = sorted({row.task for row in rows})
     return {task: list(islice(dict.fromkeys(row for row in rows if row.task == task), options.rows)) for task in tasks}
@@ -131,28 +133,25 @@ def embedded(model: Model, texts: list[str], depth: float | None) -> np.ndarray:
         return embed.embed(model.config, model.params, ids, depth, at_once, advance)
 
 
-def cluster(
-    name: str, tasks: list[str], seed: int, recipe: str, by_task: dict[str, list[Row]], states: np.ndarray, place: dict,
-    options: Clustering,
-) -> dict:  # fmt: skip
-    """One enrolment with the counts given, and for the two named recipes one where the silhouette finds them."""
-    rng = np.random.default_rng([seed, 4])
-    hands: list[list[tuple[str, int]]] = [[] for _ in range(options.clients)]
-    for task in tasks:
-        for seat, i in enumerate(rng.permutation(len(by_task[task]))):
-            hands[seat % options.clients].append((task, place[by_task[task][i]]))
-    points = [states[[row for _, row in hand]] for hand in hands]
-    labels = [np.array([tasks.index(task) for task, _ in hand]) for hand in hands]
+def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int) -> dict:
+    """One enrolment with the counts given, and for the two named recipes one where the silhouette finds them.
+
+    `states` holds the embeddings [row, width] of each task.
+    """
+    rng, tasks = np.random.default_rng([seed, 4]), len(states)
+    dealt = [rng.permutation(rows) for rows in states.values()]
+    points = [np.concatenate([rows[c::clients] for rows in dealt]) for c in range(clients)]
+    labels = [np.repeat(np.arange(tasks), [len(rows[c::clients]) for rows in dealt]) for c in range(clients)]
     key = jax.random.key(seed)
-    given = routing.enroll(key, points, RECIPES[recipe], len(tasks), len(tasks))
-    local, total = accuracy(given, labels, len(tasks))
-    record = {"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "local": local, "global": total}
+    given = routing.enroll(key, points, RECIPES[recipe], tasks, tasks)
+    local, total = accuracy(given, labels, tasks)
+    record = {"local": local, "global": total}
     if recipe in routing.RECIPES:
         found = routing.enroll(key, points, RECIPES[recipe], None, None, MOST)
         record |= {
             "found_local": [int(row.max()) + 1 for row in found.labels],
             "found_global": found.clusters,
-            "found_accuracy": accuracy(found, labels, len(tasks))[1],
+            "found_accuracy": accuracy(found, labels, tasks)[1],
             "silhouettes": found.silhouettes,
         }
         if seed == 0 and recipe == "standardised":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import records, runs
 from fedrouter_jax.config import Config
 
@@ -17,7 +18,6 @@ from fedrouter_jax.config import Config
 def of(folder: Path) -> dict:
     """Config, scores (means and tasks), cost and accuracy of a finished run. The path of the data is shortened."""
     run = records.read(folder)
-    data = replace(run.config.data, data=Path(run.config.data.data).name)
     keep = ("mean", "per_task")
     scores = {
         part: {
@@ -27,7 +27,7 @@ def of(folder: Path) -> dict:
         for part, found in run.scores.items()
     }
     return {
-        "config": asdict(replace(run.config, data=data)),
+        "config": asdict(portable(run.config)),
         "scores": scores,
         "cost": records.cost(run) | {"tokens": sum(record["tokens"] for record in run.rounds)},
         "accuracy": records.accuracy(run),
@@ -45,8 +45,13 @@ def known(path: Path, config: Config) -> bool:
     """Whether a file is the summary of just this experiment, wherever the data lay."""
     if not path.exists():
         return False
-    ours = asdict(replace(config, data=replace(config.data, data=Path(config.data.data).name)))
-    return json.loads(path.read_text(encoding="utf-8"))["config"] == json.loads(json.dumps(ours))
+    theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
+    return config_lib.of_json(theirs, path) == portable(config)
+
+
+def portable(config: Config) -> Config:
+    """The config with its data by name, wherever they lie on this machine."""
+    return replace(config, data=replace(config.data, data=Path(config.data.data).name))
 
 
 def load(folder: Path) -> dict[str, dict]:

@@ -133,6 +133,10 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{flag} is {count}; give 1 or more, or 0 (for clusters: chosen by silhouette; a round: all)"
             )
+    if config.local.proximal < 0:
+        raise UserError(f"--proximal is {config.local.proximal}; it is a pull of at least 0")
+    if config.rounds.server_rate <= 0:
+        raise UserError(f"--server-rate is {config.rounds.server_rate}; it must be above 0")
     if not 0 < config.rounds.participation <= 1:
         raise UserError(f"--participation is {config.rounds.participation}; it is a share of the clients in (0, 1]")
     if not 0 <= config.lora.dropout < 1:
@@ -146,6 +150,11 @@ def to_json(config: Config) -> str:
     return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
+def of_json(raw: dict, path: Path) -> Config:
+    """A config from its JSON object without the format, as `dataclasses.asdict` gives it; `path` names it in errors."""
+    return _build(Config, raw, path)
+
+
 def load(path: Path) -> Config:
     """Read `config.json` of a run directory; raises `UserError` that names the file and what is wrong in it."""
     try:
@@ -156,7 +165,7 @@ def load(path: Path) -> Config:
         raise UserError(f"{path}: not readable as JSON ({error}); restore it or start a new run") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a config of run format {FORMAT}; it was written by another version")
-    return _build(Config, raw, path)
+    return of_json(raw, path)
 
 
 def _build(kind: type, raw: Any, path: Path) -> Any:

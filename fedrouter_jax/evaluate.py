@@ -17,6 +17,7 @@ from fedrouter_jax.experiment import Advance, Prepared, test_rows
 from fedrouter_jax.types import FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact")
+REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 
 
 class Question(NamedTuple):
@@ -120,9 +121,6 @@ def questions(
         found += [Question("base", c, row, nobody) for c, row in own]
         found += [Question("base_generalisation", c, row, nobody) for c, row in mix]
     return found
-
-
-REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 
 
 def view(

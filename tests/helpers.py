@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from fedrouter_jax import client, lora
-from fedrouter_jax.data import schedule
+from fedrouter_jax.data import schedule, tokens
+from fedrouter_jax.data.rows import Row
+from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.types import Adapters
 
@@ -36,6 +38,28 @@ def inputs(federation: Federation, t: int, clusters_per_round: int = 1, particip
     config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
     work = schedule.lanes(sizes, t, config, 0)
     return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0, together)
+
+
+def word_rows(rng: np.random.Generator, count: int) -> list[tokens.Tokens]:
+    """Encoded rows of a few words, of uneven lengths."""
+    words = "red green blue one two three cat dog sun moon river stone".split()
+    texts = [Row(" ".join(rng.choice(words, rng.integers(2, 6))), str(rng.choice(words)), "") for _ in range(count)]
+    return tokens.encode(tiny_tokenizer(), texts, "short", 128, 12)
+
+
+def tiny_llama(folder: Path, seed: int):
+    """A tiny random Llama of torch, saved in `folder`; torch is imported here, for not every test needs it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(shape).float().eval()
+    model.save_pretrained(folder)
+    return model
 
 
 def assert_close(one, other, tolerance: float = 1e-5) -> None:

@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
 from experiments import clustering, summaries, table1
-from fedrouter_jax import routing
+from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.presets import smoke
 
+ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"base": 0.1, "base_generalisation": 0.1}
 
 
@@ -47,6 +49,47 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
     assert "**0.490 ± 0.127**" in row["fedrouter"] and "0.390 ± 0.127" in row["fedit"] and "**" not in row["fedit"]
     assert "**" not in row["oracle (bound)"] and "0.910" in row["oracle (bound)"]  # a bound is no rival
     assert row["fedrouter over the best other"].count("+25.6 %") == 2
+
+
+def test_a_summary_older_than_a_field_is_still_known(tmp_path):
+    summary = made("fedrouter", 0, 0.5)
+    del summary["config"]["local"]["proximal"]
+    (tmp_path / "one.json").write_text(json.dumps(summary))
+    assert summaries.known(tmp_path / "one.json", smoke())
+    changed = replace(smoke(), local=replace(smoke().local, proximal=0.1))
+    assert not summaries.known(tmp_path / "one.json", changed)
+
+
+def test_the_numbers_of_the_demo_are_those_of_the_committed_runs():
+    """README and docs/results.md, against docs/results/demo."""
+    rows = records.rows_of(records.read_all(sorted((ROOT / "docs" / "results" / "demo").glob("fed*"))))
+    readme, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    assert [len(row.runs) for row in rows] == [5, 5, 5]
+    for row in rows:
+        for part in (0, 1):
+            found = records.scores(row, part, "rouge1", "mean")
+            mean, deviation = f"{np.mean(found):.3f}", f"{np.std(found, ddof=1):.3f}"
+            assert f"{mean} ± {deviation}" in readme
+            if not row.base:
+                assert f"{mean[1:]} ± {deviation[1:]}" in results
+                assert " | ".join(f"{value:.3f}"[1:] for value in found) in results
+
+
+def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
+    """docs/results.md: mean and standard error of FedRouter's rows less FedIT's; a row of the mix counts once."""
+    folder = ROOT / "docs" / "results" / "flan4-dual-cpu"
+    fedit, ours = (json.loads((folder / name / "row_scores.json").read_text()) for name in ("fedit", "fedrouter"))
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for part, count, said in (("personalised", 128, "error .{:03d}, 128"), ("generalisation", 48, "(.{:03d}, 48")):
+        assert [row[:2] for row in fedit[part]] == [row[:2] for row in ours[part]]
+        found = {}
+        for (_, row, theirs), (_, _, score) in zip(fedit[part], ours[part], strict=True):
+            found.setdefault(row, score - theirs)
+        differences = list(found.values())
+        assert len(differences) == count
+        error = np.std(differences, ddof=1) / np.sqrt(count)
+        assert f".{round(1000 * np.mean(differences)):03d}" in results
+        assert said.format(round(1000 * error)) in results
 
 
 def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):

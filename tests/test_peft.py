@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, tiny_llama, word_rows
 
 from fedrouter_jax import client, lora, peft_io
-from fedrouter_jax.data import packing, schedule, tokens
-from fedrouter_jax.data.rows import Row
+from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, logits, module_shapes, tiny_tokenizer
@@ -20,20 +19,13 @@ transformers = pytest.importorskip("transformers")
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0, targets=("down_proj", "k_proj", "q_proj", "v_proj"))
 LOCAL = client.LocalConfig(steps=20, batch=4, learning_rate=5e-3)
-WORDS = "red green blue one two three cat dog sun moon river stone".split()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny random Llama, as a torch model and as (config, params) here."""
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(shape).float().eval()
+    """A tiny random Llama: its folder, and (config, params) here."""
     folder = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(folder)
+    tiny_llama(folder, seed=0)
     return folder, *hf.load_folder(folder, "float32")
 
 
@@ -50,9 +42,7 @@ def adapter(base):
 @pytest.fixture(scope="module")
 def rows():
     """Encoded rows of uneven lengths."""
-    rng = np.random.default_rng(0)
-    texts = [Row(" ".join(rng.choice(WORDS, rng.integers(2, 6))), str(rng.choice(WORDS)), "") for _ in range(24)]
-    return tokens.encode(tiny_tokenizer(), texts, "short", 128, 12)
+    return word_rows(np.random.default_rng(0), 24)
 
 
 def in_torch(folder, adapter_folder, trainable=False):

@@ -3,13 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, tiny_llama, word_rows
 
 from fedrouter_jax import client, lora
-from fedrouter_jax.data import schedule, tokens
-from fedrouter_jax.data.rows import Row
+from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.models import hf, module_shapes, tiny_tokenizer
+from fedrouter_jax.models import hf, module_shapes
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.strategies import feddpa_t, fedit, fedrouter, fedsa
 from fedrouter_jax.types import LoRA
@@ -20,7 +19,6 @@ transformers = pytest.importorskip("transformers")
 CONFIG = lora.LoRAConfig(rank=2, alpha=4.0, dropout=0.0)
 LOCAL = client.LocalConfig(steps=4, batch=2)
 RATE, ROUNDS, SLOTS = 5e-3, 2, 3
-WORDS = "red green blue one two three cat dog sun moon river stone".split()
 TABLE = np.array([[0, 1], [1, 2], [2, 0]])  # slot of each client's local clusters
 SIZES = np.array([[5, 4], [3, 6], [4, 4]])
 
@@ -28,14 +26,8 @@ SIZES = np.array([[5, 4], [3, 6], [4, 4]])
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random Llama in torch, and as (config, params) here."""
-    torch.manual_seed(1)
-    shape = transformers.LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    llama = transformers.LlamaForCausalLM(shape).float().eval().requires_grad_(False)
     folder = tmp_path_factory.mktemp("llama")
-    llama.save_pretrained(folder)
+    llama = tiny_llama(folder, seed=1).requires_grad_(False)
     return llama, *hf.load_folder(folder, "float32")
 
 
@@ -43,12 +35,7 @@ def model(tmp_path_factory):
 def members():
     """Encoded rows by [client][local cluster]."""
     rng = np.random.default_rng(0)
-
-    def rows(count):
-        texts = [Row(" ".join(rng.choice(WORDS, rng.integers(2, 6))), str(rng.choice(WORDS)), "") for _ in range(count)]
-        return tokens.encode(tiny_tokenizer(), texts, "short", 128, 12)
-
-    return [[rows(count) for count in held] for held in SIZES]
+    return [[word_rows(rng, count) for count in held] for held in SIZES]
 
 
 @pytest.fixture(scope="module")

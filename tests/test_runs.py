@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from experiments import summaries
+from experiments.sweep import sweep
 from fedrouter_jax import evaluate, runs
 from fedrouter_jax.cli import main
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
@@ -112,6 +117,20 @@ def test_a_run_of_a_sweep_takes_over_what_is_equal_and_ends_with_the_same_bytes(
     runs.run(smoke(), again, shared=runs.Shared(load_model("tiny"), (finished,)))
     assert json.loads((again / "timings.json").read_text())["taken_over"] == ["embeddings", "base answers"]
     assert result(again) == result(finished)
+
+
+def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out" / "one")
+    kept, console = tmp_path / "kept", Console(quiet=True)
+    sweep({"one": smoke()}, tmp_path / "out", console, kept)
+    assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task"}
+    assert (tmp_path / "out" / "one" / "report.md").exists()
+    for name in ("run", "proceed"):
+        monkeypatch.setattr(runs, name, None)
+    sweep({"one": smoke()}, tmp_path / "out", console)  # finished here
+    sweep({"one": smoke()}, tmp_path / "elsewhere", console, kept)  # finished anywhere
+    with pytest.raises(UserError, match="a run of another config"):
+        sweep({"one": dataclasses.replace(smoke(), seed=1)}, tmp_path / "out", console)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])

@@ -109,8 +109,7 @@ def shape(clients: Sequence[Sequence[Tokens]], size: int, together: int) -> tupl
     longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
     share = 1.5 * sum(len(row.response) for row in rows) / sum(row.length for row in rows)
     rng = np.random.default_rng(0)
-    lanes = [clients[i % len(clients)] for i in range(min(together, len(clients)))]
-    steps = [[held[i] for held in lanes for i in rng.integers(0, len(held), size)] for _ in range(8)]
+    steps = [[held[i] for held in clients[:together] for i in rng.integers(0, len(held), size)] for _ in range(8)]
 
     def waste(time: int) -> tuple[int, int, int]:
         predicted = max(answer, -(-int(share * time) // 16) * 16)

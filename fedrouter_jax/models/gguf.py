@@ -97,10 +97,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     (5.19 to 5.23), and this project runs without; so the file is read here, and the two are tested to agree.
     Raises `UserError` where there is no tokenizer, or none that transformers can convert.
     """
-    fields = _open(path).fields
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
-
+    except ImportError as error:
+        raise UserError(f"this transformers converts no GGUF tokenizers ({error}); install 5.19 to 5.23") from error
+    fields = _open(path).fields
+    try:
         parts, options = (
             {name: fields[f"tokenizer.{key}"].contents() for key, name in named.items() if f"tokenizer.{key}" in fields}
             for named in (GGUF_TOKENIZER_MAPPING["tokenizer"], GGUF_TOKENIZER_MAPPING["tokenizer_config"])
@@ -111,7 +113,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         if parts["tokenizer_type"] == "llama":  # a SentencePiece vocabulary starts with BOS unless the file denies it
             options.setdefault("add_bos_token", True)
         backend, more = convert_gguf_tokenizer(fields["general.architecture"].contents(), parts)
-    except (ImportError, KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **more)
