@@ -33,18 +33,17 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
             raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
         if kept and summaries.known(kept / f"{name}.json", config):
             continue
-        if (folder / "report.md").exists():
-            continue
-        console.rule(f"run {number} of {len(configs)}: {name}")
-        if loaded != (config.model, config.dtype):
-            loaded, model = (config.model, config.dtype), load_model(config.model, config.dtype)
-        shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
-        with progress() as track:
-            if (folder / "config.json").exists():
-                runs.proceed(folder, track, shared)
-            else:
-                runs.run(config, folder, track, shared)
+        if not (folder / "report.md").exists():
+            console.rule(f"run {number} of {len(configs)}: {name}")
+            if loaded != (config.model, config.dtype):
+                loaded, model = (config.model, config.dtype), load_model(config.model, config.dtype)
+            shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
+            with progress() as track:
+                if (folder / "config.json").exists():
+                    runs.proceed(folder, track, shared)
+                else:
+                    runs.run(config, folder, track, shared)
+            report.write([folder], folder)  # last: a folder with a report is a finished run
         if kept:
             summaries.save(folder, kept / f"{name}.json")
-        report.write([folder], folder)  # last: a folder with a report is a finished run
     return folders

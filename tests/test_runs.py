@@ -122,12 +122,13 @@ def test_a_run_of_a_sweep_takes_over_what_is_equal_and_ends_with_the_same_bytes(
 def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out" / "one")
     kept, console = tmp_path / "kept", Console(quiet=True)
-    sweep({"one": smoke()}, tmp_path / "out", console, kept)
-    assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task"}
+    (tmp_path / "out" / "one" / "report.md").unlink(missing_ok=True)
+    sweep({"one": smoke()}, tmp_path / "out", console)
     assert (tmp_path / "out" / "one" / "report.md").exists()
     for name in ("run", "proceed"):
         monkeypatch.setattr(runs, name, None)
-    sweep({"one": smoke()}, tmp_path / "out", console)  # finished here
+    sweep({"one": smoke()}, tmp_path / "out", console, kept)  # finished here, its summary asked for later
+    assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task"}
     sweep({"one": smoke()}, tmp_path / "elsewhere", console, kept)  # finished anywhere
     with pytest.raises(UserError, match="a run of another config"):
         sweep({"one": dataclasses.replace(smoke(), seed=1)}, tmp_path / "out", console)
