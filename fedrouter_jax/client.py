@@ -7,6 +7,7 @@ with no padding per lane. A group of one lane is plain training.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import optax
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
 from fedrouter_jax.models import DecoderConfig, hidden_states, logits
-from fedrouter_jax.types import Adapters, Array, ClientUpdate, Losses, PyTree
+from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, Losses, PyTree
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def response_losses(
     return jax.ops.segment_sum(losses * (pack.labels >= 0), pack.lane[pack.where], lanes)
 
 
+def responses(rows: Rows, lanes: int) -> Array:
+    """Response tokens of each lane in the packs of a step (float32 [lane])."""
+    owner = jnp.take_along_axis(rows.lane, rows.where, axis=1)
+    return jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, owner.ravel(), lanes)
+
+
 def token_keys(keys: Array, pack: Rows) -> Array:
     """A key for every token of a pack, from its lane's, its row and its place there: the same in any packing."""
     fold = jax.vmap(jax.random.fold_in)
@@ -112,8 +119,8 @@ def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local:
         lanes, received = keys.shape[0], adapters
         moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
 
-        def summed(adapters, pack, responses, step_keys):
-            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys) / responses
+        def summed(adapters, pack, counts, step_keys):
+            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys) / counts
             return jnp.sum(losses), losses  # a lane's loss depends on its own adapters only
 
         gradient = jax.grad(summed, has_aux=True)
@@ -122,13 +129,11 @@ def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local:
             adapters, optimiser_state = carry
             number, (rows, count) = inputs
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            owner = jnp.take_along_axis(rows.lane, rows.where, axis=1)
-            responses = jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, owner.ravel(), lanes)
-            responses = jnp.maximum(responses, 1)
+            counts = jnp.maximum(responses(rows, lanes), 1)
 
             def visit(index, total):
                 pack = jax.tree.map(lambda field: field[index], rows)
-                return jax.tree.map(jnp.add, total, gradient(adapters, pack, responses, step_keys))
+                return jax.tree.map(jnp.add, total, gradient(adapters, pack, counts, step_keys))
 
             nothing = (jax.tree.map(jnp.zeros_like, adapters), jnp.zeros(lanes))
             gradients, loss = jax.lax.fori_loop(0, count, visit, nothing)
@@ -145,3 +150,29 @@ def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local:
         return adapters, loss
 
     return update
+
+
+def make_client_loss(decoder: DecoderConfig, lora: lora_lib.LoRAConfig) -> ClientLoss:
+    """The function `(base, adapters [lane, ...], batch [step]) -> loss [lane]`: all rows of a round, nothing trained.
+
+    A lane's loss is the mean over its response tokens, without dropout; its named adapters count fully.
+    """
+    plain = dataclasses.replace(lora, dropout=0.0)
+
+    def loss(base, adapters, batch):
+        lanes = jax.tree.leaves(adapters)[0].shape[0]
+        keys, weights = jax.random.split(jax.random.key(0), lanes), dict.fromkeys(adapters, 1.0)
+
+        def step(_, inputs):
+            rows, count = inputs
+
+            def visit(index, total):
+                pack = jax.tree.map(lambda field: field[index], rows)
+                return total + response_losses(decoder, plain, base, adapters, weights, pack, keys)
+
+            return _, (jax.lax.fori_loop(0, count, visit, jnp.zeros(lanes)), responses(rows, lanes))
+
+        _, (losses, counts) = jax.lax.scan(step, None, batch)
+        return losses.sum(0) / jnp.maximum(counts.sum(0), 1)
+
+    return loss

@@ -85,7 +85,18 @@ class Config:
     """One experiment."""
 
     strategy: Literal[
-        "fedrouter", "fedit", "local", "fedsa", "feddpa-t", "feddpa-f", "clustered", "ffalora", "oracle", "centralised"
+        "fedrouter",
+        "fedit",
+        "local",
+        "fedsa",
+        "feddpa-t",
+        "feddpa-f",
+        "clustered",
+        "ffalora",
+        "fedex",
+        "ifca",
+        "oracle",
+        "centralised",
     ] = "fedrouter"
     """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place."""
     model: str = "smollm2-135m"

@@ -132,13 +132,14 @@ def view(
 ) -> View:
     """What a router may look at for some prompts; hidden states are computed when it asks for them."""
     config, model = prepared.config, prepared.model
+    params = prepared.strategy.base(state, model.params) if prepared.strategy.base else model.params
 
     def states(prompts: list[list[int]], weights) -> jnp.ndarray:
         bank = lora.concatenate(bank_lib.serving(state.bank))
         gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
         found = np.zeros((len(prompts), model.config.width), np.float32)
         for here, tokens, lengths, gate in generate.batches(prompts, gates, config.compute.rows_at_once):
-            found[here] = embed.last_states(model.config, model.params, tokens, lengths, bank, gate)[: len(here)]
+            found[here] = embed.last_states(model.config, params, tokens, lengths, bank, gate)[: len(here)]
         return jnp.asarray(found)
 
     def references(weights) -> jnp.ndarray:
@@ -160,19 +161,26 @@ def answer(
     weights: np.ndarray,
     advance: Advance = lambda rows: None,
 ) -> list[str]:
-    """Greedy answers; `weights` [prompt, slot] over the adapters of the bank."""
-    config, model = prepared.config, prepared.model
-    ids = generate.generate(
-        model.config,
-        model.params,
-        prompts,
-        lora.concatenate(bank_lib.serving(state.bank)),
-        np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora)),
-        stop=model.tokenizer.eos_token_id,
-        new_tokens=config.data.max_response,
-        rows_at_once=config.compute.rows_at_once,
-        advance=advance,
-    )
+    """Greedy answers; `weights` [prompt, slot] over the adapters of the bank, all zero for the model as it came."""
+    config, model, base = prepared.config, prepared.model, prepared.strategy.base
+    gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
+    adapted = np.asarray(weights).any(axis=1) if base else np.ones(len(prompts), bool)
+    ids: list = [None] * len(prompts)
+    for params, chosen in ((base(state, model.params) if base else model.params, adapted), (model.params, ~adapted)):
+        rows = np.flatnonzero(chosen)
+        found = generate.generate(
+            model.config,
+            params,
+            [prompts[row] for row in rows],
+            lora.concatenate(bank_lib.serving(state.bank)),
+            gates[rows],
+            stop=model.tokenizer.eos_token_id,
+            new_tokens=config.data.max_response,
+            rows_at_once=config.compute.rows_at_once,
+            advance=advance,
+        )
+        for row, tokens in zip(rows, found, strict=True):
+            ids[row] = tokens
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -199,7 +207,7 @@ def evaluate_state(
     per_pair = [score(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
-    if prepared.strategy.enrolling != "nothing":
+    if prepared.strategy.enrolling in ("clustering", "tasks"):
         counts = slot_tasks(prepared, enrolment)
         names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
         for part in ("personalised", "generalisation"):

@@ -69,8 +69,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
-    options = {"weight_on": config.evaluation.instance_weight} if config.strategy.startswith("feddpa") else {}
-    strategy = strategy or STRATEGIES[config.strategy](**options)
+    strategy = strategy or STRATEGIES[config.strategy](**options(config))
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:
         raise UserError(
@@ -84,8 +83,17 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
-    round = make_round(strategy, update, rate, rounds.rounds, at_once, server)
+    loss = client.make_client_loss(model.config, config.lora)
+    round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
+
+
+def options(config: Config) -> dict:
+    """What the config sets of its strategy."""
+    weight_on = {"weight_on": config.evaluation.instance_weight}
+    return {"feddpa-t": weight_on, "feddpa-f": weight_on, "fedex": {"scale": config.lora.scale}}.get(
+        config.strategy, {}
+    )
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -129,11 +137,12 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
             [tasks.index(prepared.dataset.train[i].task) for i in held.train] for held in prepared.partition.clients
         ]
         return routing.one_cluster_a_task(numbers, len(tasks))
-    if prepared.strategy.enrolling == "nothing":
-        return routing.one_cluster_each(rows, total or 1)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if prepared.strategy.enrolling in ("nothing", "random"):
+        return routing.one_cluster_each(rows, total or 1, key if prepared.strategy.enrolling == "random" else None)
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
-    key, recipe = jax.random.fold_in(jax.random.key(config.seed), 1), routing.RECIPES[config.cluster.recipe]
+    recipe = routing.RECIPES[config.cluster.recipe]
     return routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters)
 
 
@@ -183,6 +192,7 @@ def train_round(
     """One round: the new state (the old one is donated) and a JSON-ready record of what happened."""
     before = clock.perf_counter()
     key = jax.random.fold_in(jax.random.key(prepared.config.seed), 2)
+    table = np.asarray(state.table)  # the state is donated
     state, info = prepared.round(state, prepared.model.params, work, batch, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
@@ -199,18 +209,18 @@ def train_round(
         for i in np.flatnonzero(trained)
     ]
     clients = len(set(work.client[trained].tolist()))
-    regrouped = {}
     if prepared.strategy.regroup is not None:
-        before_round, state = state.table, prepared.strategy.regroup(state)
-        if not np.array_equal(before_round, state.table):
-            regrouped = {"table": np.asarray(state.table).tolist()}
+        state = prepared.strategy.regroup(state)
+    regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
+    slots = max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank))
+    down = prepared.strategy.received(len(lanes), slots)
     return state, {
         "round": int(state.round),
         "loss": float(loss[trained].mean()),
         "learning_rate": float(info.learning_rate),
         "seconds": round(seconds, 3),
         "bytes_up": len(lanes) * size,
-        "bytes_down": len(lanes) * size,
+        "bytes_down": len(lanes) * down * size,
         "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
         "adapters_per_client": len(lanes) / clients,
         "tokens": int((batch.rows.packs.segments > 0).sum()),

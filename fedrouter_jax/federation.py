@@ -19,6 +19,7 @@ from fedrouter_jax import server as server_lib
 from fedrouter_jax.types import (
     Adapters,
     Array,
+    ClientLoss,
     ClientUpdate,
     FederationState,
     PyTree,
@@ -82,6 +83,7 @@ def make_round(
     rounds: int,
     groups_at_once: int | None = None,
     server: optax.GradientTransformation | None = None,
+    loss: ClientLoss | None = None,
 ) -> Callable[..., tuple[FederationState, RoundInfo]]:
     """One federated round as a jitted function `(state, base, work, batches, key) -> (state, info)`.
 
@@ -89,7 +91,8 @@ def make_round(
     the lanes, in order, fill the groups evenly. `groups_at_once` groups are vmapped at a time (None: all of them; 1:
     one by one). A lane's key comes from (round, client, cluster), never from its position, so permuting, grouping or
     chunking lanes changes nothing. A lane whose result is not finite is left out of the averages. `server` is the
-    server's optimiser (None: plain averages). The state is donated: use the one that is returned.
+    server's optimiser (None: plain averages); `loss` serves strategies that choose by it. The state is donated: use the
+    one that is returned.
     """
 
     def run(state: FederationState, base: PyTree, work: Work, batches: Any, key: Array):
@@ -98,6 +101,15 @@ def make_round(
 
         fold = jax.vmap(jax.random.fold_in)
         keys = fold(fold(jnp.repeat(round_key, len(work.client)), work.client), work.cluster)
+
+        if strategy.base is not None:
+            base = strategy.base(state, base)
+        if strategy.choose is not None:
+
+            def losses(adapters):
+                return map_groups(lambda inputs: loss(base, *inputs), adapters, batches, groups_at_once)
+
+            state = strategy.choose(state, work, losses)
 
         def group(inputs):
             (adapters, keys), batch = inputs

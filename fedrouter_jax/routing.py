@@ -114,13 +114,15 @@ def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
 
 
-def one_cluster_each(rows: Sequence[int], clusters: int = 1) -> Enrolment:
+def one_cluster_each(rows: Sequence[int], clusters: int = 1, key: Array | None = None) -> Enrolment:
     """The enrolment of strategies that do not cluster rows: every client is one local cluster.
 
-    `rows`: rows per client; `clusters`: slots of cluster-owned adapters, for those that cluster clients.
+    `rows`: rows per client; `clusters`: slots of cluster-owned adapters, for those that cluster clients. With `key`,
+    clients are dealt to the slots at random, evenly; without, all are in slot 0.
     """
+    table = jnp.zeros(len(rows), jnp.int32) if key is None else jax.random.permutation(key, len(rows)) % clusters
     labels = np.where(np.arange(max(rows))[None] < np.asarray(rows)[:, None], 0, -1).astype(np.int32)
-    return Enrolment(jnp.zeros((len(rows), 1), jnp.int32), clusters, (), labels, {})
+    return Enrolment(table[:, None].astype(jnp.int32), clusters, (), labels, {})
 
 
 def one_cluster_a_task(tasks: Sequence[Sequence[int]], total: int) -> Enrolment:

@@ -16,7 +16,7 @@ Array = jax.Array
 PyTree = Any
 Owner = Literal["shared", "cluster", "client", "fixed"]  # "fixed": one slot that nobody trains and nobody sends
 Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
-Enrolling = Literal["nothing", "clustering", "tasks"]  # how a client's rows become local clusters
+Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters
 
 
 class LoRA(NamedTuple):
@@ -75,6 +75,9 @@ class Phase(NamedTuple):
 # the group, learning rate, keys [lane], phases) -> (adapters, losses)
 ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array, tuple[Phase, ...]], tuple[Adapters, Losses]]
 
+# The same without training: (base params, adapters [lane, ...], batch of the group) -> loss [lane] of its whole round
+ClientLoss = Callable[[PyTree, Adapters, Any], Array]
+
 
 def one_phase(round: Array, rounds: int) -> tuple[Phase, ...]:
     """All local work goes into the one adapter there is."""
@@ -104,4 +107,8 @@ class Strategy(NamedTuple):
     enrolling: Enrolling = "nothing"
     pooled: bool = False  # all clients' rows are one lane
     phases: Callable[[Array, int], tuple[Phase, ...]] = one_phase  # (round 1..T, T); their number never changes
+    # (state, work, losses) -> state, before lanes ask; `losses` maps adapters [lane, ...] to losses [lane]
+    choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round
+    base: Callable[[FederationState, PyTree], PyTree] | None = None  # what the frozen parameters have become
+    received: Callable[[int, int], int] = lambda lanes, slots: 1  # adapters on a lane's way down; one goes up

@@ -39,7 +39,7 @@ def test_an_interval_is_students():
 
 def test_the_table_marks_the_best_rival_and_states_the_gain():
     found = {
-        f"{method}-{seed}": made(method, seed, score + 0.02 * seed)
+        f"dual-{method}-{seed}": made(method, seed, score + 0.02 * seed)
         for method, score in (("fedrouter", 0.48), ("fedit", 0.38), ("oracle", 0.9))
         for seed in (0, 1)
     }

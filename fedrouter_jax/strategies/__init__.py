@@ -3,10 +3,12 @@
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
+from fedrouter_jax.strategies.fedex import fedex
 from fedrouter_jax.strategies.fedit import fedit
 from fedrouter_jax.strategies.fedrouter import fedrouter
 from fedrouter_jax.strategies.fedsa import fedsa
 from fedrouter_jax.strategies.ffalora import ffalora
+from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
 from fedrouter_jax.strategies.oracle import oracle
 
@@ -19,6 +21,8 @@ STRATEGIES = {
     "feddpa-f": feddpa_f,
     "clustered": clustered,
     "ffalora": ffalora,
+    "fedex": fedex,
+    "ifca": ifca,
     "oracle": oracle,
     "centralised": centralised,
 }

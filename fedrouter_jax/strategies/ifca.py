@@ -1,0 +1,42 @@
+"""IFCA: K adapters; a client trains the one that fits its rows best.
+
+Ghosh et al., "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020, arXiv 2006.04088; here with
+adapters in place of models.
+
+    round t   client i:  of all K adapters take the one of least loss on the rows of this round, and train it
+              server:    per slot, average the adapters that came back
+
+With B = 0 all K adapters are the base model: in the first round clients are dealt to slots at random. A round costs K
+forward passes over its rows beside the training, and K adapters on the way down.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.federation import owned
+from fedrouter_jax.types import Strategy
+
+OWNERS = {"main": "cluster"}
+
+
+def ifca() -> Strategy:
+    """One slot a cluster of clients. Averaged: A and B inside a cluster. Private: rows and losses."""
+
+    def choose(state, work, losses):
+        slots = jax.tree.leaves(state.bank)[0].shape[0]
+
+        def of_slot(slot):
+            adapters = jax.tree.map(lambda leaf: jnp.repeat(leaf[slot][None], len(work.client), axis=0), state.bank)
+            return losses(adapters)
+
+        best = jnp.argmin(jax.lax.map(of_slot, jnp.arange(slots)), axis=0).astype(state.table.dtype)
+        here = state.table[work.client, work.cluster]
+        chosen = jnp.where((work.weight > 0) & (state.round > 0), best, here)
+        return state._replace(table=state.table.at[work.client, work.cluster].set(chosen))
+
+    def route(state, clients, view, mode):
+        return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
+
+    return Strategy(
+        "ifca", OWNERS, *owned(OWNERS), route, enrolling="random", choose=choose, received=lambda lanes, slots: slots
+    )
