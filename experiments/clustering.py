@@ -1,11 +1,12 @@
-"""Do clusters find the tasks? Accuracy and chosen k by recipe, layer and restarts, on real rows. No training.
+"""Do clusters find the tasks? Accuracy and chosen k by recipe, layer, restarts and rows. No training.
 
     python -m experiments.clustering --data ../shared/data            tables and figures in docs/results/clustering/
     python -m experiments.clustering --smoke                          the tiny model on synthetic rows
 
 Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed deals the
 rows anew and starts K-Means elsewhere. Accuracy is the share of rows on the best matching of clusters to tasks
-(FedRouter, arXiv 2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses.
+(FedRouter, arXiv 2604.00050, reports 95.4 % for four tasks). "Found k" is what the silhouette chooses; two other scores
+that could choose (Calinski and Harabasz 1974, Davies and Bouldin 1979) are drawn beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -23,6 +24,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
+from sklearn.cluster import KMeans
+from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from fedrouter_jax import embed, evaluate, plots, routing
 from fedrouter_jax.cli import guarded, keep_programs, progress
@@ -34,11 +37,15 @@ MOST = 13  # the largest k the silhouette may choose
 RECIPES = {
     "paper": routing.RECIPES["paper"],
     "paper, 20 starts": routing.RECIPES["paper"]._replace(restarts=20),
-    "last layer, standardised": routing.Recipe(depth=None, standardise=True, restarts=20),
     "standardised": routing.RECIPES["standardised"],
-    "standardised, layer 1/3": routing.Recipe(depth=1 / 3, standardise=True, restarts=20),
     "standardised, 1 start": routing.RECIPES["standardised"]._replace(restarts=1),
+    "standardised, last layer": routing.Recipe(depth=None, standardise=True, restarts=20),
+    **{
+        f"standardised, {name} of the layers": routing.Recipe(depth=depth, standardise=True, restarts=20)
+        for name, depth in (("1/6", 1 / 6), ("1/3", 1 / 3), ("1/2", 1 / 2), ("2/3", 2 / 3))
+    },
 }
+FEW = (2, 4, 8)  # training rows of a task on each client, beside all there are
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Clustering:
 
     data: Path = Path("data")
     """Folder that holds flan4/ and flan8/."""
-    rows: int = 120
+    rows: int = 96
     """Training rows of each task."""
     clients: int = 8
     """Clients that hold all tasks."""
@@ -56,7 +63,7 @@ class Clustering:
     out: Path | None = None
     """Folder for results and figures; by default docs/results/clustering, or runs/smoke/clustering with --smoke."""
     smoke: bool = False
-    """The tiny model on synthetic rows."""
+    """The tiny model on a few synthetic rows, one seed."""
     redraw: bool = False
     """Only draw table and figures from the clustering.json in --out."""
 
@@ -64,6 +71,8 @@ class Clustering:
 def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
     keep_programs()
+    if options.smoke:
+        options = replace(options, rows=24, clients=2, seeds=1)
     out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
     if not options.redraw:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,18 +85,21 @@ def measure(options: Clustering) -> dict:
     """All records, and what was run."""
     model = load_model("tiny" if options.smoke else "smollm2-135m")
     by_task = rows_by_task(options)
-    sets = task_sets(sorted(by_task), options.seeds, options.smoke)
+    sets = list(task_sets(sorted(by_task), options.seeds, options.smoke))
     texts = [row.instruction for rows in by_task.values() for row in rows]
     states = {depth: embedded(model, texts, depth) for depth in {recipe.depth for recipe in RECIPES.values()}}
     ends = np.cumsum([0, *map(len, by_task.values())])
     where = {task: slice(*span) for task, span in zip(by_task, pairwise(ends), strict=True)}
-    jobs = [(name, tasks, seed, recipe) for name, seed, tasks in sets for recipe in RECIPES]
+    jobs = [(name, tasks, seed, recipe, None) for name, seed, tasks in sets for recipe in RECIPES]
+    jobs += [
+        (name, tasks, seed, recipe, few) for name, seed, tasks in sets for recipe in routing.RECIPES for few in FEW
+    ]
     records = []
     with progress() as track, track("clustering", len(jobs)) as advance:
-        for name, tasks, seed, recipe in jobs:
+        for name, tasks, seed, recipe, few in jobs:
             held = {task: states[RECIPES[recipe].depth][where[task]] for task in tasks}
-            found = cluster(held, seed, recipe, options.clients)
-            records.append({"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, **found})
+            found = cluster(held, seed, recipe, options.clients, few)
+            records.append({"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few, **found})
             advance(1, f"{name}, {recipe}")
     return {
         "model": model.base_name,
@@ -133,26 +145,27 @@ def embedded(model: Model, texts: list[str], depth: float | None) -> np.ndarray:
         return embed.embed(model.config, model.params, ids, depth, at_once, advance)
 
 
-def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int) -> dict:
+def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int, few: int | None = None) -> dict:
     """One enrolment with the counts given, and for the two named recipes one where the silhouette finds them.
 
-    `states` holds the embeddings [row, width] of each task.
+    `states` holds the embeddings [row, width] of each task; with `few`, a client gets so many rows of each.
     """
     rng, tasks = np.random.default_rng([seed, 4]), len(states)
-    dealt = [rng.permutation(rows) for rows in states.values()]
+    dealt = [rng.permutation(rows)[: None if few is None else few * clients] for rows in states.values()]
     points = [np.concatenate([rows[c::clients] for rows in dealt]) for c in range(clients)]
     labels = [np.repeat(np.arange(tasks), [len(rows[c::clients]) for rows in dealt]) for c in range(clients)]
     key = jax.random.key(seed)
     given = routing.enroll(key, points, RECIPES[recipe], tasks, tasks)
     local, total = accuracy(given, labels, tasks)
     record = {"local": local, "global": total}
-    if recipe in routing.RECIPES:
+    if recipe in routing.RECIPES and few is None:
         found = routing.enroll(key, points, RECIPES[recipe], None, None, MOST)
         record |= {
             "found_local": [int(row.max()) + 1 for row in found.labels],
             "found_global": found.clusters,
             "found_accuracy": accuracy(found, labels, tasks)[1],
             "silhouettes": found.silhouettes,
+            "others": other_scores(given.router, points, given.labels),
         }
         if seed == 0 and recipe == "standardised":
             flat = np.concatenate(points)
@@ -166,6 +179,21 @@ def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int)
                 "slot": slots,
             }
     return record
+
+
+def other_scores(router: routing.Router, points: list[np.ndarray], labels: np.ndarray) -> dict[str, dict]:
+    """Two scores against k from scikit-learn: of the first client's rows, and of all clients' centres."""
+    router = router._replace(centroids=router.centroids[:0])
+    rows = [np.asarray(routing.prepare(router, held)) for held in points]
+    centres = [
+        r[lab[: len(r)] == k].mean(axis=0) for r, lab in zip(rows, labels, strict=True) for k in set(lab[: len(r)])
+    ]
+    found: dict[str, dict] = {}
+    for part, x in (("local", rows[0]), ("global", np.stack(centres))):
+        fits = {k: KMeans(k, n_init=10, random_state=0).fit_predict(x) for k in range(2, min(MOST, len(x) - 1) + 1)}
+        scores = {"Calinski-Harabasz": calinski_harabasz_score, "Davies-Bouldin": davies_bouldin_score}
+        found[part] = {name: {k: float(score(x, y)) for k, y in fits.items()} for name, score in scores.items()}
+    return found
 
 
 def accuracy(enrolment: routing.Enrolment, tasks: list[np.ndarray], count: int) -> tuple[float, float]:
@@ -186,6 +214,7 @@ def draw(out: Path) -> None:
     found = json.loads((out / "clustering.json").read_text(encoding="utf-8"))
     (out / "clustering.md").write_text(table(found), encoding="utf-8")
     silhouettes(found).savefig(out / "silhouette.png", dpi=100, bbox_inches="tight")
+    others(found).savefig(out / "other_scores.png", dpi=100, bbox_inches="tight")
     pictures(found).savefig(out / "embedding.png", dpi=100, bbox_inches="tight")
 
 
@@ -193,7 +222,8 @@ def table(found: dict) -> str:
     """Markdown: a row a (set of tasks, recipe), mean and standard deviation over seeds."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in found["records"]:
-        groups.setdefault((record["set"], record["recipe"]), []).append(record)
+        if record["few"] is None:
+            groups.setdefault((record["set"], record["recipe"]), []).append(record)
     kind = "**synthetic** rows" if found["synthetic"] else "rows of flan4 and flan8"
     lines = [
         "# Clusters against tasks",
@@ -217,7 +247,18 @@ def table(found: dict) -> str:
         else:
             cells += [""] * 3
         lines.append(f"| {name} ({count}) | {recipe} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![silhouettes](silhouette.png)", "", "![embeddings](embedding.png)", ""])
+    lines += ["", "Global accuracy with few rows of each task on each client, the counts given:", ""]
+    lines += [
+        "| tasks | recipe | " + " | ".join(f"{few} rows" for few in FEW) + " | all |",
+        "|---" * (len(FEW) + 3) + "|",
+    ]
+    for name in dict.fromkeys(record["set"] for record in found["records"]):
+        for recipe in routing.RECIPES:
+            same = [r for r in found["records"] if (r["set"], r["recipe"]) == (name, recipe)]
+            cells = [spread([100 * r["global"] for r in same if r["few"] == few]) for few in (*FEW, None)]
+            lines.append(f"| {name} ({len(same[0]['tasks'])}) | {recipe} | {' | '.join(cells)} |")
+    figures = ("silhouette", "other_scores", "embedding")
+    return "\n".join([*lines, *(text for name in figures for text in ("", f"![{name}]({name}.png)")), ""])
 
 
 def spread(values: list[float]) -> str:
@@ -232,7 +273,7 @@ def silhouettes(found: dict) -> Figure:
     panels = figure.subplots(2, len(named), squeeze=False)
     for column, name in enumerate(named):
         for recipe in routing.RECIPES:
-            records = [r for r in found["records"] if (r["set"], r["recipe"]) == (name, recipe)]
+            records = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (name, recipe, None)]
             parts = {"local": lambda key: key != "global", "global": lambda key: key == "global"}
             for axes, (part, wanted) in zip(panels[:, column], parts.items(), strict=True):
                 curves = [curve for r in records for key, curve in r["silhouettes"].items() if wanted(key)]
@@ -245,6 +286,33 @@ def silhouettes(found: dict) -> Figure:
                 axes.set(title=f"{name}, {part}", xlabel="k", ylabel="silhouette" if column == 0 else "")
         panels[0, 0].legend(frameon=False)
     figure.suptitle("Mean silhouette; ring: its maximum; dotted: the number of tasks")
+    figure.tight_layout()
+    return figure
+
+
+def others(found: dict) -> Figure:
+    """The two other scores against k (mean over seeds, share of the maximum), of the standardised recipe."""
+    records = [
+        r for r in found["records"] if "others" in r and r["recipe"] == "standardised" and r["set"] != "six of ten"
+    ]
+    figure = Figure((10, 6.5))
+    panels = figure.subplots(2, 2)
+    for row, (score, best) in enumerate((("Calinski-Harabasz", np.argmax), ("Davies-Bouldin", np.argmin))):
+        for column, part in enumerate(("local", "global")):
+            axes = panels[row, column]
+            for name in dict.fromkeys(record["set"] for record in records):
+                curves = [r["others"][part][score] for r in records if r["set"] == name]
+                ks = sorted(set.intersection(*(set(map(int, curve)) for curve in curves)))
+                means = np.array([np.mean([curve[str(k)] for curve in curves]) for k in ks])
+                means /= means.max()
+                tasks = next(len(r["tasks"]) for r in records if r["set"] == name)
+                (line,) = axes.plot(ks, means, marker=".", label=f"{name} ({tasks} tasks)")
+                axes.plot(
+                    ks[best(means)], means[best(means)], "o", markersize=10, fillstyle="none", color=line.get_color()
+                )
+            axes.set(title=f"{score}, {part}", xlabel="k", ylabel="share of the maximum" if column == 0 else "")
+    panels[0, 0].legend(frameon=False)
+    figure.suptitle("Ring: what the score would choose (its maximum, of Davies-Bouldin its minimum)")
     figure.tight_layout()
     return figure
 

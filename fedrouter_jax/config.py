@@ -14,40 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedrouter_jax.client import LocalConfig
-from fedrouter_jax.data.scenarios import Scenario
+from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.routing import ClusterConfig, Mode
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Rows, and who holds them."""
-
-    data: str = "synthetic"
-    """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
-    Face dataset id."""
-    columns: tuple[str, ...] = ()
-    """Column names of the data, as instruction=NAME output=NAME task=NAME; those not named keep their name."""
-    scenario: Scenario = "dual"
-    """Each client holds one task (single), two neighbouring ones (dual), or all."""
-    clients: int = 8
-    """Number of clients."""
-    train_rows: int = 600
-    """Training rows a client, at most."""
-    test_rows: int = 300
-    """Test rows a client, at most (personalised evaluation)."""
-    mix_rows: int = 300
-    """Test rows of the mix of all tasks, at most (generalisation)."""
-    template: Literal["alpaca", "short"] = "alpaca"
-    """Prompt template; "short" saves 25 tokens a row."""
-    max_length: int = 1024
-    """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
-    max_response: int = 128
-    """Longest response in tokens, EOS included; also the longest generated answer."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +121,10 @@ def check(config: Config) -> None:
         raise UserError(f"--proximal is {config.local.proximal}; it is a pull of at least 0")
     if config.rounds.server_rate <= 0:
         raise UserError(f"--server-rate is {config.rounds.server_rate}; it must be above 0")
+    if not 0 <= config.data.newcomers < config.data.clients:
+        raise UserError(f"--newcomers is {config.data.newcomers}; some of the {config.data.clients} clients must train")
+    if config.data.mixture_alpha <= 0:
+        raise UserError(f"--mixture-alpha is {config.data.mixture_alpha}; it must be above 0")
     if not 0 < config.rounds.participation <= 1:
         raise UserError(f"--participation is {config.rounds.participation}; it is a share of the clients in (0, 1]")
     if not 0 <= config.lora.dropout < 1:

@@ -23,7 +23,7 @@ REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 class Question(NamedTuple):
     """One test row asked of one client."""
 
-    part: str  # "base", "base_generalisation", "personalised" or "generalisation"
+    part: str  # "personalised", "generalisation" or "newcomers"; "base" or "base_..." for the same of the base model
     client: int
     row: int  # index into the test rows
     weights: tuple[float, ...]  # over slots; all zero: the base model
@@ -105,21 +105,29 @@ def questions(
 
     def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[Question]:
         clients = jnp.asarray([c for c, _ in pairs])
-        tasks = [split.tasks.index(prepared.dataset.test[row].task) for _, row in pairs]
+        tasks = [prepared.dataset.test[row].task for _, row in pairs]
+        slots = [task_slot[split.tasks.index(task)] if task in split.tasks else -1 for task in tasks]
         points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
         prompts = [prepared.test[row].prompt for _, row in pairs]
-        seen = view(prepared, state, points, jnp.asarray(task_slot[tasks]), prompts)
+        seen = view(prepared, state, points, jnp.asarray(slots), prompts)
         weights = np.asarray(prepared.strategy.route(state, clients, seen, mode))
         return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
 
     own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
-    mix = [(c, row) for c in range(len(split.clients)) for row in split.mix]
-    found = routed("personalised", own, config.evaluation.personalised_routing)
-    found += routed("generalisation", mix, config.evaluation.generalisation_routing)
+    trained = len(split.clients) - config.data.newcomers
+    mix = [(c, row) for c in range(trained) for row in split.mix]
+    asked_of = {
+        "personalised": ([pair for pair in own if pair[0] < trained], config.evaluation.personalised_routing),
+        "generalisation": (mix, config.evaluation.generalisation_routing),
+        "newcomers": ([pair for pair in own if pair[0] >= trained], config.evaluation.personalised_routing),
+    }
+    asked_of = {part: value for part, value in asked_of.items() if value[0]}
+    found = [question for part, (pairs, mode) in asked_of.items() for question in routed(part, pairs, mode)]
     if with_base:
         nobody = (0.0,) * len(found[0].weights)
-        found += [Question("base", c, row, nobody) for c, row in own]
-        found += [Question("base_generalisation", c, row, nobody) for c, row in mix]
+        for part, (pairs, _) in asked_of.items():
+            name = "base" if part == "personalised" else f"base_{part}"
+            found += [Question(name, c, row, nobody) for c, row in pairs]
     return found
 
 
@@ -210,9 +218,11 @@ def evaluate_state(
     if prepared.strategy.enrolling in ("clustering", "tasks"):
         counts = slot_tasks(prepared, enrolment)
         names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
-        for part in ("personalised", "generalisation"):
-            right = [names[int(np.argmax(q.weights))] == rows[q.row].task for q in asked if q.part == part]
-            scores[part]["routing_accuracy"] = float(np.mean(right))
+        for part in ("personalised", "generalisation", "newcomers"):
+            known = [q for q in asked if q.part == part and rows[q.row].task in prepared.partition.tasks]
+            right = [names[int(np.argmax(q.weights))] == rows[q.row].task for q in known]
+            if right:
+                scores[part]["routing_accuracy"] = float(np.mean(right))
     records = [
         {
             "part": q.part,

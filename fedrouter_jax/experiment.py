@@ -53,7 +53,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     """
     dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
-    split = partition(dataset, data.scenario, data.clients, data.train_rows, data.test_rows, data.mix_rows, config.seed)
+    split = partition(dataset, data, config.seed)
     model = model or load_model(config.model, config.dtype)
     unknown = sorted(set(config.lora.targets) - set(module_shapes(model.config)))
     if unknown:
@@ -143,7 +143,7 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     ends = np.cumsum(rows)
     clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
     recipe = routing.RECIPES[config.cluster.recipe]
-    return routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters)
+    return routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, config.data.newcomers)
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
@@ -165,13 +165,17 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
 
 
 def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[tokens.Tokens]]]:
-    """Encoded rows by [client][local cluster]; all of them as one cluster of one client where they are pooled."""
+    """Encoded rows by [client][local cluster]; all of them as one cluster of one client where they are pooled.
+
+    Newcomers are not there yet.
+    """
+    training = prepared.train[: len(prepared.train) - prepared.config.data.newcomers]
     if prepared.strategy.pooled:
-        return [[[row for held in prepared.train for row in held]]]
+        return [[[row for held in training for row in held]]]
     clusters = range(enrolment.table.shape[1])
     return [
         [[row for row, label in zip(rows, enrolment.labels[c], strict=False) if label == k] for k in clusters]
-        for c, rows in enumerate(prepared.train)
+        for c, rows in enumerate(training)
     ]
 
 
@@ -181,7 +185,8 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    steps = local.steps * (config.data.clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
+    clients = config.data.clients - config.data.newcomers
+    steps = local.steps * (clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together)
     return work, batch
 

@@ -143,13 +143,16 @@ def enroll(
     local: int | None,
     total: int | None,
     max_clusters: int = 10,
+    newcomers: int = 0,
 ) -> Enrolment:
     """Cluster each client's rows, then the server's centres (all float32; one array [row, width] a client).
 
     `local` and `total` are n_l and n_g; None lets the silhouette choose up to `max_clusters`, for each client on its
-    own and on the server. Raises `UserError` for counts that the rows cannot fill.
+    own and on the server. The last `newcomers` clients join later: statistics and global centroids are made without
+    them, and their local clusters belong to the nearest ones. Raises `UserError` for counts that the rows cannot fill.
     """
-    points, present, router = _shared_space(embeddings, recipe)
+    founders = len(embeddings) - newcomers
+    points, present, router = _shared_space(embeddings, recipe, founders)
     local_key, local_choice, global_key, global_choice = jax.random.split(key, 4)
 
     check_counts([len(rows) for rows in embeddings], local, total)
@@ -161,7 +164,8 @@ def enroll(
     keys = jax.random.split(local_key, len(embeddings))
     centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
 
-    flat, weight = centres.reshape(-1, centres.shape[-1]), filled.reshape(-1).astype(jnp.float32)
+    here = filled & (jnp.arange(len(filled)) < founders)[:, None]
+    flat, weight = centres.reshape(-1, centres.shape[-1]), here.reshape(-1).astype(jnp.float32)
     available = int(weight.sum())
     if total is None:
         total = int(
@@ -176,7 +180,8 @@ def enroll(
             "lower --global-clusters, or raise --local-clusters or --clients"
         )
     fit = kmeans.fit(global_key, flat, total, weight=weight, restarts=recipe.restarts)
-    table = jnp.where(filled, fit.labels.reshape(filled.shape), -1)
+    slots = jnp.where(weight > 0, fit.labels, kmeans.nearest(flat, fit.centers)[0])
+    table = jnp.where(filled, slots.reshape(filled.shape), -1)
     return Enrolment(
         table.astype(jnp.int32),
         total,
@@ -201,10 +206,10 @@ def check_counts(rows: Sequence[int], local: int | None, total: int | None) -> N
         )
 
 
-def _shared_space(embeddings: Sequence[np.ndarray], recipe: Recipe) -> tuple[Array, Array, Router]:
+def _shared_space(embeddings: Sequence[np.ndarray], recipe: Recipe, founders: int) -> tuple[Array, Array, Router]:
     """Clients' rows prepared and padded: points [client, row, width], present [client, row]; and the router."""
     width = embeddings[0].shape[1]
-    mean, deviation = statistics(embeddings) if recipe.standardise else (np.zeros(width), np.ones(width))
+    mean, deviation = statistics(embeddings[:founders]) if recipe.standardise else (np.zeros(width), np.ones(width))
     router = Router(
         jnp.zeros((0, width)),
         jnp.asarray(mean, jnp.float32),

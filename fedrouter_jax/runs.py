@@ -193,6 +193,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
             }
         )
     sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
+    training = len(clients) - prepared.config.data.newcomers
     counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.enrolling == "clustering"
     width, size = prepared.model.config.width, 4
@@ -206,7 +207,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         "table": table.tolist(),
         "slot_tasks": [tasks[i] for i in counts.argmax(axis=0)],
         "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
-        "never_trained": schedule.never_trained(sizes, prepared.config.rounds, prepared.config.seed),
+        "never_trained": schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
         "silhouettes": enrolment.silhouettes,
         "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
         "bytes_down": len(clients) * (enrolment.clusters + 2 * standardised) * width * size if clustered else 0,

@@ -88,7 +88,7 @@ class View(NamedTuple):
     """What a router may look at to weigh the adapters for some texts, each asked of one client."""
 
     embeddings: Array | None = None  # float32 [row, width]: by the frozen base model, where texts were embedded
-    task_slots: Array | None = None  # int32 [row]: the slot that holds most of a row's true task; for oracles only
+    task_slots: Array | None = None  # int32 [row]: the slot of a row's true task, -1: none has it; for oracles only
     # weights [row, slot] -> the last hidden state of each prompt's last token, [row, width]
     hidden: Callable[[Array], Array] | None = None
     # weights [client, slot] -> the same of some training prompts of each client, [client, reference, width]

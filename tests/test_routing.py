@@ -106,6 +106,23 @@ def test_packed_embeddings_are_those_of_single_texts(tiny, depth):
         np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_newcomers_move_no_centroid_and_belong_to_the_nearest():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(3, 6)) * 20
+    rows = [centres[[c % 3, (c + 1) % 3]].repeat(8, axis=0) + rng.normal(size=(16, 6)) for c in range(4)]
+    clients = [held.astype(np.float32) for held in rows]
+    key, recipe = jax.random.key(0), routing.RECIPES["standardised"]
+    found = routing.enroll(key, clients, recipe, 2, 3, newcomers=1)
+    same = found._replace(table=found.table[:3])
+    moved = [*clients[:3], clients[3] + 100]  # whatever they bring
+    other = routing.enroll(key, moved, recipe, 2, 3, newcomers=1)
+    for one, two in zip(jax.tree.leaves(same.router), jax.tree.leaves(other.router), strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(same.table, other.table[:3])
+    slots = {int(found.table[3, k]) for k in range(2)}
+    assert slots == {int(found.table[0, k]) for k in range(2)}  # client 3 holds what client 0 holds
+
+
 def test_an_oracle_is_enrolled_by_the_true_tasks():
     found = routing.one_cluster_a_task([[2, 0, 2], [1, 1]], total=3)
     assert found.table.tolist() == [[0, 2], [1, -1]] and found.clusters == 3

@@ -72,10 +72,15 @@ def test_packing_loses_nothing_and_mixes_nothing(sizes, lanes):
     np.testing.assert_array_equal(packs.segments[packed, where + 1], packs.segments[packed, where])
 
 
+def dealt_as(scenario, clients, **others):
+    """Rows enough for small tests."""
+    return scenarios.DataConfig(scenario=scenario, clients=clients, train_rows=30, test_rows=10, mix_rows=12, **others)
+
+
 @pytest.mark.parametrize("scenario, held", [("single", 1), ("dual", 2), ("all", 4)])
 def test_scenarios_deal_tasks_without_overlap(scenario, held):
     data = synthetic.make(train_per_task=40, test_per_task=20)
-    split = scenarios.partition(data, scenario, 8, 30, 10, 12, 0)
+    split = scenarios.partition(data, dealt_as(scenario, 8), 0)
     dealt = [i for client in split.clients for i in client.train]
     assert len(dealt) == len(set(dealt))
     for number, client in enumerate(split.clients):
@@ -86,16 +91,50 @@ def test_scenarios_deal_tasks_without_overlap(scenario, held):
     assert Counter(data.test[i].task for i in split.mix) == {task: 3 for task in split.tasks}
 
 
+@pytest.mark.parametrize("alpha, most", [(0.01, 1.5), (1000.0, 4)])
+def test_mixtures_deal_without_overlap_and_follow_alpha(alpha, most):
+    """Rows by a Dirichlet mixture: small alpha, about one task a client; large, all of them, evenly."""
+    data = synthetic.make(train_per_task=60, test_per_task=20)
+    split = scenarios.partition(data, dealt_as("dirichlet", 8, mixture_alpha=alpha), 3)
+    dealt = [i for client in split.clients for i in client.train]
+    assert len(dealt) == len(set(dealt)) and max(len(client.train) for client in split.clients) <= 32
+    held = [Counter(data.train[i].task for i in client.train) for client in split.clients]
+    assert np.mean([len(tasks) for tasks in held]) <= most
+    if alpha > 1:
+        assert all(len(tasks) == 4 and max(tasks.values()) - min(tasks.values()) <= 3 for tasks in held)
+    for client, tasks in zip(split.clients, held, strict=True):  # tested on the mixture that it trains on
+        assert {data.test[i].task for i in client.test} <= set(tasks)
+
+
+def test_unseen_tasks_are_asked_for_in_the_mix_alone():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    gone = data.train[0].task
+    split = scenarios.partition(data, dealt_as("dual", 8, unseen=(gone,)), 0)
+    assert gone not in split.tasks and len(split.tasks) == 3
+    assert all(data.train[i].task != gone for client in split.clients for i in client.train)
+    assert all(data.test[i].task != gone for client in split.clients for i in client.test)
+    assert sum(data.test[i].task == gone for i in split.mix) == 3
+    with pytest.raises(UserError, match="--unseen names 'poems'"):
+        scenarios.partition(data, dealt_as("dual", 8, unseen=("poems",)), 0)
+
+
+def test_a_shift_tests_each_client_on_what_the_next_one_holds():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    still, shifted = (scenarios.partition(data, dealt_as("dual", 8, shift=shift), 0) for shift in (0, 2))
+    assert [client.train for client in shifted.clients] == [client.train for client in still.clients]
+    assert [client.test for client in shifted.clients] == [still.clients[(c + 2) % 8].test for c in range(8)]
+
+
 def test_scenarios_refuse_what_they_cannot_deal():
     data = synthetic.make(train_per_task=8, test_per_task=8)
     with pytest.raises(UserError, match="raise --clients to at least 4"):
-        scenarios.partition(data, "single", 3, 30, 10, 12, 0)
+        scenarios.partition(data, dealt_as("single", 3), 0)
     with pytest.raises(UserError, match="too few rows"):
-        scenarios.partition(data, "single", 64, 30, 10, 12, 0)
+        scenarios.partition(data, dealt_as("single", 64), 0)
     bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare", False)
     with pytest.raises(UserError, match="--columns task=NAME"):
-        scenarios.partition(bare, "dual", 4, 30, 10, 12, 0)
-    assert scenarios.partition(bare, "all", 4, 30, 10, 12, 0).tasks == [""]
+        scenarios.partition(bare, dealt_as("dual", 4), 0)
+    assert scenarios.partition(bare, dealt_as("all", 4), 0).tasks == [""]
 
 
 SIZES = np.array([[5, 3, 0], [4, 0, 0], [1, 1, 7]])

@@ -1,8 +1,9 @@
-"""Who holds what: rows dealt to clients as in the paper's Single, Dual and All scenarios."""
+"""Who holds what: rows dealt to clients as in the paper's Single, Dual and All scenarios, or by random mixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +11,42 @@ import numpy as np
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 
-Scenario = Literal["single", "dual", "all"]
+Scenario = Literal["single", "dual", "all", "dirichlet"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows, and who holds them."""
+
+    data: str = "synthetic"
+    """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
+    Face dataset id."""
+    columns: tuple[str, ...] = ()
+    """Column names of the data, as instruction=NAME output=NAME task=NAME; those not named keep their name."""
+    scenario: Scenario = "dual"
+    """Each client holds one task (single), two neighbouring ones (dual), all, or a random mixture (dirichlet)."""
+    mixture_alpha: float = 0.5
+    """Dirichlet only: small, and a client holds little but one task; large, and all hold the same mixture."""
+    unseen: tuple[str, ...] = ()
+    """Tasks that no client holds: only the mix asks for them."""
+    newcomers: int = 0
+    """Clients, the last ones, that join when training is over; their scores are a part of their own."""
+    shift: int = 0
+    """A client is tested on what the client so many places further on holds; 0: on what it holds itself."""
+    clients: int = 8
+    """Number of clients."""
+    train_rows: int = 600
+    """Training rows a client, at most."""
+    test_rows: int = 300
+    """Test rows a client, at most (personalised evaluation)."""
+    mix_rows: int = 300
+    """Test rows of the mix of all tasks, at most (generalisation)."""
+    template: Literal["alpaca", "short"] = "alpaca"
+    """Prompt template; "short" saves 25 tokens a row."""
+    max_length: int = 1024
+    """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
+    max_response: int = 128
+    """Longest response in tokens, EOS included; also the longest generated answer."""
 
 
 class Client(NamedTuple):
@@ -25,12 +61,12 @@ class Partition(NamedTuple):
 
     clients: list[Client]
     mix: list[int]
-    tasks: list[str]
+    tasks: list[str]  # those that clients hold
 
 
 def tasks_of(client: int, tasks: Sequence[str], scenario: Scenario) -> list[str]:
     """The tasks a client holds: one, two neighbours, or all (FedRouter, arXiv 2604.00050, section 5)."""
-    held = {"single": 1, "dual": min(2, len(tasks)), "all": len(tasks)}[scenario]
+    held = {"single": 1, "dual": min(2, len(tasks))}.get(scenario, len(tasks))
     return [tasks[(client + i) % len(tasks)] for i in range(held)]
 
 
@@ -45,35 +81,60 @@ def deal(rows: Sequence[Row], holders: dict[str, list[int]], cap: int, clients: 
     return [sorted(hand) for hand in hands]
 
 
-def partition(
-    dataset: Dataset, scenario: Scenario, clients: int, train_rows: int, test_rows: int, mix_rows: int, seed: int
-) -> Partition:
+def deal_shares(rows: Sequence[Row], tasks: Sequence[str], shares: np.ndarray, cap: int, rng) -> list[list[int]]:
+    """Deal each client `cap` shuffled rows by its `shares` [client, task]; fewer for all where a task runs out."""
+    hands: list[list[int]] = [[] for _ in shares]
+    for number, task in enumerate(tasks):
+        indices = rng.permutation([i for i, row in enumerate(rows) if row.task == task])
+        wanted = np.round(shares[:, number] * cap).astype(int)
+        if wanted.sum() > len(indices):
+            wanted = wanted * len(indices) // wanted.sum()
+        for hand, mine in zip(hands, np.split(indices, np.cumsum(wanted))[:-1], strict=True):
+            hand.extend(int(i) for i in mine)
+    return [sorted(hand) for hand in hands]
+
+
+def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     """Split a dataset over clients without overlap.
 
-    `train_rows` and `test_rows` cap a client's rows, `mix_rows` the test rows of the mix; tasks share a cap equally.
-    Test rows are dealt like train rows (personalised evaluation). Tasks keep the order of their first appearance.
-    Raises `UserError` when rows carry no task but the scenario needs them, or a client would be left without rows.
+    `train_rows` and `test_rows` cap a client's rows, `mix_rows` the test rows of the mix; tasks share a cap equally, in
+    a Dirichlet mixture (Hsu et al., arXiv 1909.06335) by chance. Test rows are dealt like train rows (personalised
+    evaluation). Tasks keep the order of their first appearance. Raises `UserError` when rows carry no task but the
+    scenario needs them, or a client would be left without rows.
     """
-    tasks = list(dict.fromkeys(row.task for row in dataset.train))
-    if scenario != "all" and len(tasks) < 2:
+    found, clients = list(dict.fromkeys(row.task for row in dataset.train)), config.clients
+    unknown = sorted(set(config.unseen) - set(found))
+    if unknown:
+        raise UserError(f"--unseen names {unknown[0]!r}, which is no task of {dataset.name}; its tasks: {found}")
+    tasks = [task for task in found if task not in config.unseen]
+    if config.scenario in ("single", "dual") and len(tasks) < 2:
         raise UserError(
-            f"scenario {scenario!r} deals tasks to clients, but {dataset.name} has {len(tasks)} task "
+            f"scenario {config.scenario!r} deals tasks to clients, but {dataset.name} has {len(tasks)} task "
             "label; map the task column with --columns task=NAME or use --scenario all"
         )
-    unseen = sorted({row.task for row in dataset.test} - set(tasks))
-    if unseen:
-        raise UserError(f"{dataset.name}: test rows of task {unseen[0]!r}, which no training row has; label both alike")
-    rng = np.random.default_rng([seed, 0x5CE7])
-    held = [tasks_of(client, tasks, scenario) for client in range(clients)]
-    holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
-    orphan = next((task for task, of in holders.items() if not of), None)
-    if orphan is not None:
+    if not tasks:
+        raise UserError(f"--unseen names all tasks of {dataset.name}; leave at least one to train")
+    strange = sorted({row.task for row in dataset.test} - set(found))
+    if strange:
         raise UserError(
-            f"{clients} clients leave task {orphan!r} without a client in scenario {scenario!r}; "
-            f"raise --clients to at least {len(tasks)}"
+            f"{dataset.name}: test rows of task {strange[0]!r}, which no training row has; label both alike"
         )
-    train = deal(dataset.train, holders, train_rows, clients, rng)
-    test = deal(dataset.test, holders, test_rows, clients, rng)
+    rng = np.random.default_rng([seed, 0x5CE7])
+    if config.scenario == "dirichlet":
+        shares = np.random.default_rng([seed, 0xD1]).dirichlet([config.mixture_alpha] * len(tasks), clients)
+        train = deal_shares(dataset.train, tasks, shares, config.train_rows, rng)
+        test = deal_shares(dataset.test, tasks, shares, config.test_rows, rng)
+    else:
+        held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
+        holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
+        orphan = next((task for task, of in holders.items() if not of), None)
+        if orphan is not None:
+            raise UserError(
+                f"{clients} clients leave task {orphan!r} without a client in scenario {config.scenario!r}; "
+                f"raise --clients to at least {len(tasks)}"
+            )
+        train = deal(dataset.train, holders, config.train_rows, clients, rng)
+        test = deal(dataset.test, holders, config.test_rows, clients, rng)
     for split, hands in (("training", train), ("test", test)):
         empty = next((client for client, hand in enumerate(hands) if not hand), None)
         if empty is not None:
@@ -81,5 +142,6 @@ def partition(
                 f"client {empty} gets no {split} row: {dataset.name} has too few rows for {clients} clients; "
                 "lower --clients or bring more rows"
             )
-    mix = deal(dataset.test, {task: [0] for task in tasks}, mix_rows, 1, rng)[0]
+    mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng)[0]
+    test = [test[(client + config.shift) % clients] for client in range(clients)]
     return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks)
