@@ -68,6 +68,9 @@ class Config:
         "ffalora",
         "fedex",
         "ifca",
+        "fedrouter-a",
+        "fedrouter-sum",
+        "fedrouter-soft",
         "oracle",
         "centralised",
     ] = "fedrouter"

@@ -9,16 +9,28 @@ import numpy as np
 import pytest
 from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, assert_close, inputs
 
-from fedrouter_jax import bank, client
+from fedrouter_jax import bank, client, routing
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.strategies import STRATEGIES, clustered, feddpa_f, feddpa_t, fedex, fedit, fedrouter, ffalora, ifca
-from fedrouter_jax.types import FederationState, LoRA, Losses
+from fedrouter_jax.strategies import (
+    STRATEGIES,
+    clustered,
+    feddpa_f,
+    feddpa_t,
+    fedex,
+    fedit,
+    fedrouter,
+    fedrouter_a,
+    fedrouter_soft,
+    ffalora,
+    ifca,
+)
+from fedrouter_jax.types import FederationState, LoRA, Losses, View
 
 KEY = jax.random.key(7)
-# The rounds of the two bounds are FedRouter's and FedIT's, function for function: only what they are given differs.
-OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised")]
+# The rounds of these are FedRouter's and FedIT's, function for function: only routes and what they are given differ.
+OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised", "fedrouter-soft")]
 every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
 
 
@@ -229,6 +241,24 @@ def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
     for leaf, source in zip(*map(jax.tree.leaves, (after["global"], bank["global"])), strict=True):
         np.testing.assert_array_equal(leaf, source)
     assert any(bool((leaf[0] != leaf[1]).any()) for leaf in jax.tree.leaves(after["local"]))
+
+
+def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federation):
+    """One cluster with a shared A is FedIT; the softest gates of one nearest adapter are hard ones."""
+    one = federation.enrolment._replace(table=jnp.zeros((CLIENTS, CLUSTERS), jnp.int32), clusters=1)
+    found = play(federation._replace(enrolment=one), fedrouter_a(), nudge)[0].bank
+    assert_close(found, play(federation, fedit(), nudge)[0].bank)
+    state, clients = begin(federation, fedrouter()), jnp.array([0, 1, 2, 3])
+    view = View(jax.random.normal(KEY, (CLIENTS, federation.model.config.width)))
+    for mode in ("local", "global"):
+        hard = fedrouter().route(state, clients, view, mode)
+        np.testing.assert_array_equal(fedrouter_soft(nearest=1).route(state, clients, view, mode), hard)
+        soft = fedrouter_soft(nearest=2, temperature=10.0).route(state, clients, view, mode)
+        np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-6)
+        np.testing.assert_array_equal(soft.argmax(axis=1), hard.argmax(axis=1))
+        allowed = routing.candidates(state.table, clients, SLOTS, mode)
+        np.testing.assert_array_equal((soft > 0).sum(axis=1), np.minimum(allowed.sum(axis=1), 2))
+        assert not (soft[~allowed] > 0).any()
 
 
 def test_fedex_loses_nothing_of_the_mean_of_the_products(federation):

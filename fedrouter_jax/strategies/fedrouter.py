@@ -23,13 +23,13 @@ OWNERS = {"main": "cluster"}
 
 def fedrouter() -> Strategy:
     """One slot a global cluster. Averaged: A and B inside a cluster. Private: the client's rows and its row labels."""
+    return Strategy("fedrouter", OWNERS, *owned(OWNERS), nearest_slot, enrolling="clustering")
 
-    def route(state, clients, view, mode):
-        slots = len(state.memory.centroids)
-        if mode == "oracle":
-            return jax.nn.one_hot(view.task_slots, slots)
-        candidates = routing.candidates(state.table, clients, slots, mode)
-        nearest, _ = routing.nearest(state.memory, view.embeddings, candidates)
-        return jax.nn.one_hot(nearest, slots)
 
-    return Strategy("fedrouter", OWNERS, *owned(OWNERS), route, enrolling="clustering")
+def nearest_slot(state, clients, view, mode):
+    """The `route` of one adapter a task: that of the nearest centroid."""
+    slots = len(state.memory.centroids)
+    if mode == "oracle":
+        return jax.nn.one_hot(view.task_slots, slots)
+    candidates = routing.candidates(state.table, clients, slots, mode)
+    return jax.nn.one_hot(routing.nearest(state.memory, view.embeddings, candidates)[0], slots)

@@ -1,0 +1,51 @@
+"""FedRouter whose tasks help each other: three ways that could be better than the plain method.
+
+FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open.
+
+    fedrouter-a      one A for all tasks, a B for each: A averaged over everybody, as in FedSA-LoRA (arXiv 2410.01463)
+    fedrouter-sum    an adapter of all tasks plus one of the text's own, trained together as their sum
+    fedrouter-soft   trained as FedRouter; a text is answered by its two nearest adapters, mixed by their distances
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax import routing
+from fedrouter_jax.federation import owned
+from fedrouter_jax.strategies.fedrouter import fedrouter, nearest_slot
+from fedrouter_jax.types import LoRA, Phase, Strategy
+
+SHARED_A = {"main": LoRA(a="shared", b="cluster")}
+SUM = {"main": "cluster", "common": "shared"}
+
+
+def fedrouter_a() -> Strategy:
+    """One A, a B for every global cluster. Averaged: A over all, B inside a cluster. Private: rows and their labels."""
+    return Strategy("fedrouter-a", SHARED_A, *owned(SHARED_A), nearest_slot, enrolling="clustering")
+
+
+def fedrouter_sum() -> Strategy:
+    """One slot for every global cluster and a shared one. Averaged: both. Private: rows and their labels."""
+
+    def phases(round, rounds):
+        return (Phase(train={"common": True, "main": True}, weights={"common": 1.0, "main": 1.0}),)
+
+    def route(state, clients, view, mode):
+        own = nearest_slot(state, clients, view, mode)
+        return jnp.concatenate([own, jnp.ones((len(own), 1))], axis=1)
+
+    return Strategy("fedrouter-sum", SUM, *owned(SUM), route, enrolling="clustering", phases=phases)
+
+
+def fedrouter_soft(nearest: int = 2, temperature: float = 0.1) -> Strategy:
+    """FedRouter with gates: a softmax of minus the distance over `temperature`, among the `nearest` candidates."""
+
+    def route(state, clients, view, mode):
+        if mode == "oracle":
+            return nearest_slot(state, clients, view, mode)
+        allowed = routing.candidates(state.table, clients, len(state.memory.centroids), mode)
+        distances = jnp.where(allowed, routing.nearest(state.memory, view.embeddings)[1], jnp.inf)
+        last = jnp.sort(distances, axis=1)[:, min(nearest, distances.shape[1]) - 1]
+        return jax.nn.softmax(jnp.where(distances <= last[:, None], -distances / temperature, -jnp.inf), axis=1)
+
+    return fedrouter()._replace(name="fedrouter-soft", route=route)
