@@ -81,7 +81,7 @@ def serving(bank: Adapters) -> LoRA:
 
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
     """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
-    rank = ("fixed", "shared", "cluster", "client")
+    rank = ("fixed", "shared", "cluster", "public", "client")
     names = []
     for name, adapter in bank.items():
         finest = max(jax.tree.leaves(spread(owners, bank)[name]), key=rank.index)

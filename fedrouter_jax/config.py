@@ -68,6 +68,7 @@ class Config:
         "ffalora",
         "fedex",
         "ifca",
+        "fedalt",
         "fedrouter-a",
         "fedrouter-sum",
         "fedrouter-soft",

@@ -6,6 +6,7 @@ A PEFT folder stores `lora_A` as [rank, in] and `lora_B` as [out, rank], transpo
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import DecoderConfig, module_shapes
 from fedrouter_jax.routing import Router
-from fedrouter_jax.types import LoRA
+from fedrouter_jax.types import LoRA, PyTree
 
 BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
          "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}  # fmt: skip
@@ -38,6 +39,8 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
         for layer in range(stacked.shape[0])
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if lora.gate:  # nothing that PEFT knows
+        save_file({module: np.asarray(gate) for module, gate in lora.gate.items()}, folder / "gate.safetensors")
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -54,6 +57,17 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
         "inference_mode": True,
     }
     _write_json(folder / "adapter_config.json", description)
+
+
+def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[str]) -> None:
+    """What was added to frozen weights: `base_shift.safetensors`, [out, in] by the names of transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module in targets:
+        shift = np.asarray(after["blocks"][module]["kernel"]) - np.asarray(before["blocks"][module]["kernel"])
+        for layer, delta in enumerate(shift):
+            tensors[f"model.layers.{layer}.{BLOCK[module]}.{module}.weight"] = np.ascontiguousarray(delta.T)
+    save_file(tensors, folder / "base_shift.safetensors")
 
 
 def read_adapter(folder: Path, decoder: DecoderConfig) -> tuple[LoRA, LoRAConfig]:

@@ -221,8 +221,11 @@ def export(loaded: Loaded, to: Path) -> None:
     config, model = prepared.config, prepared.model
     bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(prepared.strategy.owners, state.bank)
     for slot, name in enumerate(names):
-        one = LoRA({m: a[slot] for m, a in bank.a.items()}, {m: b[slot] for m, b in bank.b.items()})
+        one = LoRA(*({module: leaf[slot] for module, leaf in part.items()} for part in bank))
         peft_io.write_adapter(to / "adapters" / name, one, config.lora, model.base_name)
+    if prepared.strategy.base is not None:
+        shifted = prepared.strategy.base(state, model.params)
+        peft_io.write_shift(to / "adapters", model.params, shifted, config.lora.targets)
     if prepared.strategy.enrolling == "clustering":
         recipe = routing.RECIPES[config.cluster.recipe]
         description = {

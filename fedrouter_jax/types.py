@@ -14,7 +14,8 @@ import jax
 
 Array = jax.Array
 PyTree = Any
-Owner = Literal["shared", "cluster", "client", "fixed"]  # "fixed": one slot that nobody trains and nobody sends
+# "client": a slot a client, never sent; "public": the same, but sent; "fixed": one slot, never trained, never sent
+Owner = Literal["shared", "cluster", "client", "public", "fixed"]
 Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters
 
@@ -22,11 +23,14 @@ Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client'
 class LoRA(NamedTuple):
     """One low-rank adapter, or a stack of them with extra leading axes (Hu et al., ICLR 2022, arXiv 2106.09685).
 
-    A module computes `x W + ((x a) * gate) b`, where the gate of a rank carries `alpha / r`.
+    A module computes `x W + ((x a) * gates) b`, where the gate of a rank carries `alpha / r`. Adapters with a `gate` of
+    their own compete for every token: the gates are then multiplied by the softmax, over the adapters that are open
+    (whose gates are not zero), of `x gate`.
     """
 
     a: dict[str, Array]  # {module: [layer, in, rank]}
     b: dict[str, Array]  # {module: [layer, rank, out]}
+    gate: dict[str, Array] = {}  # {module: [layer, in]}, of stacked adapters {module: [layer, in, slot]}; mostly empty
 
 
 Adapters = dict[str, LoRA]  # the named adapters of one lane, or the bank (each leaf with a leading slot axis)

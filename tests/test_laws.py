@@ -16,6 +16,7 @@ from fedrouter_jax.federation import make_round
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
+    fedalt,
     feddpa_f,
     feddpa_t,
     fedex,
@@ -259,6 +260,20 @@ def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federatio
         allowed = routing.candidates(state.table, clients, SLOTS, mode)
         np.testing.assert_array_equal((soft > 0).sum(axis=1), np.minimum(allowed.sum(axis=1), 2))
         assert not (soft[~allowed] > 0).any()
+
+
+def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):
+    """After a round: rest is the others' mean; own and both gates have moved, each client its own way."""
+    state, info = play(federation, fedalt(), federation.update, rounds=1)
+    own, rest = state.bank["own"], state.bank["rest"]
+    for side in ("a", "b"):
+        for leaf, mean in zip(getattr(own, side).values(), getattr(rest, side).values(), strict=True):
+            for c in range(CLIENTS):
+                others = jnp.stack([leaf[o] for o in range(CLIENTS) if o != c]).mean(axis=0)
+                np.testing.assert_allclose(mean[c], others, rtol=1e-5, atol=1e-6)
+    assert all(bool((leaf[0] != leaf[1]).any()) for leaf in jax.tree.leaves((own, rest.gate)))
+    together, _ = play(federation, fedalt(), federation.update, rounds=1, together=4)
+    assert_close(together, state, 5e-4)
 
 
 def test_fedex_loses_nothing_of_the_mean_of_the_products(federation):

@@ -98,13 +98,24 @@ def _dropout(keys: Array, rate: float, x: Array) -> Array:
 
 def _low_rank(x: Array, module: str, adapter: _Adapter, rate: float) -> Array:
     a, b = adapter.lora.a[module].astype(x.dtype), adapter.lora.b[module].astype(x.dtype)
+    gates = adapter.gates
+    if module in adapter.lora.gate:
+        gates = gates * _compete(x @ adapter.lora.gate[module].astype(x.dtype), gates)
     if adapter.keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(adapter.keys.ravel(), MODULES.index(module))
         x = _dropout(keys, rate, x)
     down = x @ a
-    if adapter.gates is not None:
-        down = down * adapter.gates.astype(x.dtype)
+    if gates is not None:
+        down = down * gates.astype(x.dtype)
     return down @ b
+
+
+def _compete(scores: Array, gates: Array) -> Array:
+    """The softmax of `scores` [*rows, slot] over open slots, for every rank of `gates` [..., slot * rank]."""
+    rank = gates.shape[-1] // scores.shape[-1]
+    open_slots = gates.reshape(*gates.shape[:-1], -1, rank)[..., 0] != 0
+    mix = nn.softmax(jnp.where(open_slots, scores.astype(jnp.float32), -1e30))
+    return jnp.repeat(mix, rank, axis=-1)
 
 
 @_recompute
@@ -285,7 +296,8 @@ def hidden_states(
     Positions restart with every segment.
 
     `lora` holds {module: [layer, in, rank]} and {module: [layer, rank, out]} for any of `MODULES`; a module computes
-    `x W + ((dropout(x) a) * gates) b`, with `gates` [batch, time, rank], [batch, rank] or [rank] (None is ones).
+    `x W + ((dropout(x) a) * gates) b`, with `gates` [batch, time, rank], [batch, rank] or [rank] (None is ones, where
+    adapters have no gate of their own).
     `dropout` (a Python float) acts on that branch only, and needs `keys` [batch, time]; without them there is none.
 
     `layers=n` runs the first n blocks; with `final_norm=False` that is `hidden_states[n]` of transformers.

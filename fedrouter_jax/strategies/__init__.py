@@ -3,6 +3,7 @@
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
 from fedrouter_jax.strategies.collaboration import fedrouter_a, fedrouter_soft, fedrouter_sum
+from fedrouter_jax.strategies.fedalt import fedalt
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedex import fedex
 from fedrouter_jax.strategies.fedit import fedit
@@ -24,6 +25,7 @@ STRATEGIES = {
     "ffalora": ffalora,
     "fedex": fedex,
     "ifca": ifca,
+    "fedalt": fedalt,
     "fedrouter-a": fedrouter_a,
     "fedrouter-sum": fedrouter_sum,
     "fedrouter-soft": fedrouter_soft,

@@ -56,6 +56,13 @@ def make_lora(config, modules=decoder.MODULES, seed=3):
     )
 
 
+def with_gates(config, lora, slots=2):
+    """The same adapter as several that compete."""
+    draw, shapes = np.random.default_rng(11), models.module_shapes(config)
+    size = lambda module: (config.layers, shapes[module][0], slots)  # noqa: E731
+    return lora._replace(gate={m: jnp.asarray(draw.normal(size=size(m)), jnp.float32) for m in lora.a})
+
+
 @partial(jax.jit, static_argnums=0, static_argnames=("dropout", "layers", "final_norm"))
 def run(config, params, tokens, positions=None, segments=None, lora=None, gates=None, **options):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
@@ -140,6 +147,8 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
         "shared": jnp.linspace(-1, 2, RANK),
         "per row": jnp.asarray(np.random.default_rng(5).normal(size=(3, RANK)), jnp.float32),
     }[gates]
+    if gates == "per row":
+        lora = with_gates(config, lora)
     full = run(config, params, tokens, None, None, lora, gate)
     lengths = np.array([8, 3, 1])
     prompts = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96)
@@ -180,6 +189,28 @@ def test_lora_equals_merged_weights(modules):
     ones = run(config, params, tokens, None, None, lora, jnp.ones(RANK))
     close(ones, run(config, params, tokens, None, None, lora))
     assert np.abs(ones - ours).max() > 1e-3
+
+
+def test_adapters_with_gates_compete_for_every_token():
+    """One module against the plain formula; then, in the model: equal scores are halves, and one alone has it all."""
+    rng = np.random.default_rng(0)
+    x, a, b, score = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 4), (4, 6), (6, 3), (4, 3)))
+    gates = np.array([[2, 2, 2, 2, 0, 0]] * 4 + [[0, 0, 2, 2, 2, 2]], np.float32)  # slots of rank 2, one closed
+    raw = np.exp(x @ score) * (gates[:, ::2] != 0)
+    mix = raw / raw.sum(axis=1, keepdims=True)
+    own = [x @ a[:, here] @ b[here] for here in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    expected = sum(gates[:, [2 * s]] * mix[:, [s]] * own[s] for s in range(3))
+    one = LoRA({"q_proj": jnp.asarray(a)}, {"q_proj": jnp.asarray(b)}, {"q_proj": jnp.asarray(score)})
+    found = decoder._low_rank(jnp.asarray(x), "q_proj", decoder._Adapter(one, jnp.asarray(gates), None), 0.0)
+    close(found, expected)
+    params, lora, tokens = make_params(BASE), make_lora(BASE), make_tokens(1, 9)
+    gated = with_gates(BASE, lora)
+    equal = lora._replace(gate=jax.tree.map(lambda gate: gate[..., :1].repeat(2, axis=-1), gated.gate))
+    ones, second = jnp.ones(RANK), jnp.asarray([0.0] * (RANK // 2) + [1.0] * (RANK // 2))
+    close(run(BASE, params, tokens, None, None, equal, ones), run(BASE, params, tokens, None, None, lora, ones / 2))
+    close(run(BASE, params, tokens, None, None, gated, second), run(BASE, params, tokens, None, None, lora, second))
+    mixed = run(BASE, params, tokens, None, None, gated, ones)
+    assert np.abs(mixed - run(BASE, params, tokens, None, None, lora, ones / 2)).max() > 1e-3
 
 
 def test_gates_belong_to_their_row():

@@ -1,0 +1,185 @@
+"""One choice at a time: what becomes of FedRouter and FedIT when clients, rounds, rows, cluster counts or tests change.
+
+    python -m experiments.studies clients --data ../shared/data/flan4      one study: runs what is missing, then draws
+    python -m experiments.studies --smoke                                  all studies, the tiny model, synthetic rows
+    python -m experiments.studies --redraw                                 from the committed summaries alone
+
+Every study starts from Table 1's Dual at its reduced budget and changes one thing (`STUDIES`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments import summaries, table1
+from experiments.sweep import sweep
+from fedrouter_jax import runs
+from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax.errors import UserError
+
+PARTS = ("personalised", "generalisation", "newcomers")
+
+
+class Study(NamedTuple):
+    """Values of one choice; `changes` maps a value to what it changes in the sections of the config."""
+
+    what: str
+    values: tuple
+    changes: Callable[[Any], dict[str, dict]]
+    methods: tuple[str, ...] = ("fedrouter", "fedit")
+
+
+STUDIES = {
+    "clients": Study("clients (Figure 6)", (4, 8, 16, 32, 64), lambda n: {"data": {"clients": n}}),
+    "rounds": Study("rounds", (2, 4, 8, 16), lambda n: {"rounds": {"rounds": n}}),
+    "rows": Study("training rows a client", (10, 20, 40, 80), lambda n: {"data": {"train_rows": n}}),
+    "local-clusters": Study(
+        "local clusters n_l, where two are right", (1, 2, 3, 4),
+        lambda n: {"cluster": {"local_clusters": n}}, ("fedrouter",),
+    ),
+    "global-clusters": Study(
+        "global clusters n_g, where four are right", (2, 3, 4, 6, 8),
+        lambda n: {"cluster": {"global_clusters": n}}, ("fedrouter",),
+    ),
+    "routing": Study(
+        "routing of a client's own texts", ("local", "global", "oracle"),
+        lambda mode: {"evaluation": {"personalised_routing": mode}}, ("fedrouter",),
+    ),
+    "recipe": Study(
+        "embedding recipe", ("paper", "standardised"), lambda name: {"cluster": {"recipe": name}}, ("fedrouter",)
+    ),
+    "mixture": Study(
+        "alpha of Dirichlet mixtures of tasks", (0.05, 0.5, 5.0),
+        lambda alpha: {"data": {"scenario": "dirichlet", "mixture_alpha": alpha}},
+    ),
+    "newcomers": Study(
+        "of six clients, those that join after training", (0, 1, 2), lambda n: {"data": {"clients": 6, "newcomers": n}}
+    ),
+    "shift": Study(
+        "places by which clients' tests are shifted, any adapter allowed", (0, 1, 2),
+        lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Studies:
+    """One choice at a time."""
+
+    study: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(STUDIES)
+    """Which studies; by default all."""
+    data: str = "flan4"
+    """Folder of the real rows."""
+    seeds: int = 2
+    """Seeds 0 .. N-1."""
+    out: Path | None = None
+    """Folder for summaries, tables and figures; by default docs/results/studies, or runs/smoke/studies."""
+    smoke: bool = False
+    """The tiny random model on synthetic rows, one seed, the first two values of a study."""
+    redraw: bool = False
+    """Only draw from the summaries in --out."""
+
+
+def main(options: Studies) -> None:
+    """Run what is missing of each study, then draw it."""
+    keep_programs()
+    console = Console()
+    out = options.out or Path("runs/smoke/studies" if options.smoke else "docs/results/studies")
+    unknown = sorted(set(options.study) - set(STUDIES))
+    if unknown:
+        raise UserError(f"no study is called {unknown[0]!r}; choose among {', '.join(STUDIES)}")
+    for name in options.study:
+        kept = out / name
+        if not options.redraw:
+            folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
+            sweep(configs(name, options), folder, console, kept)
+        found = summaries.load(kept)
+        if found:
+            runs.write(out / f"{name}.md", markdown(name, found))
+            figure(name, found).savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
+            console.print(Markdown((out / f"{name}.md").read_text(encoding="utf-8")))
+
+
+def configs(name: str, options: Studies) -> dict:
+    """`{"method-value-seed": config}` of a study."""
+    study, basis = STUDIES[name], table1.budget(table1.Table1(data=options.data, smoke=options.smoke), "dual")
+    seeds, values = (1, study.values[:2]) if options.smoke else (options.seeds, study.values)
+    made = {}
+    for seed in range(seeds):
+        for value in values:
+            parts = {part: replace(getattr(basis, part), **new) for part, new in study.changes(value).items()}
+            for method in study.methods:
+                made[f"{method}-{value}-{seed}"] = replace(basis, strategy=method, seed=seed, **parts)
+    return made
+
+
+def cells(study: Study, found: dict[str, dict]) -> dict[tuple[str, Any], list[dict]]:
+    """Summaries over seeds by (method, value), in the study's order."""
+    table: dict[tuple[str, Any], list[dict]] = {}
+    for method in study.methods:
+        for value in study.values:
+            same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{method}-{value}"]
+            if same:
+                table[method, value] = same
+    return table
+
+
+def markdown(name: str, found: dict[str, dict]) -> str:
+    """A row a (method, value): scores of every part, clustering and routing accuracy."""
+    study = STUDIES[name]
+    table = cells(study, found)
+    parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
+    basis = next(iter(table.values()))
+    first = {str(number): summary for number, summary in enumerate(basis)}
+    lines = [f"# Study: {study.what}", "", *table1.setting(first), ""]
+    lines += [f"| {name} | method | {' | '.join(parts)} | rows clustered right | own texts routed right |"]
+    lines += ["|---" * (len(parts) + 4) + "|"]
+    for (method, value), same in table.items():
+        scores = [[summaries.score(s, part) for s in same if part in s["scores"]] for part in parts]
+        row = [table1.text(values, False) if values else "" for values in scores]
+        clustered = [s["accuracy"]["global"] for s in same if s["accuracy"]]
+        routed = [s["scores"]["personalised"].get("routing_accuracy") for s in same]
+        shares = [values if values and None not in values else None for values in (clustered, routed)]
+        row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
+        lines.append(f"| {value} | {method} | {' | '.join(row)} |")
+    return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
+
+
+def figure(name: str, found: dict[str, dict]) -> Figure:
+    """A panel a part: a line a method over the study's values, a dot a seed."""
+    study = STUDIES[name]
+    table = cells(study, found)
+    parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
+    drawn = Figure((4.2 * len(parts), 3.4))
+    for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for method, colour in zip(study.methods, ("#d55e00", "#0072b2"), strict=False):
+            points = [
+                (study.values.index(value), [summaries.score(s, part) for s in same if part in s["scores"]])
+                for (who, value), same in table.items()
+                if who == method
+            ]
+            points = [(place, scores) for place, scores in points if scores]
+            axes.plot([p for p, _ in points], [np.mean(v) for _, v in points], "-o", color=colour, label=method)
+            for place, scores in points:
+                axes.plot([place] * len(scores), scores, ".", color=colour, alpha=0.5)
+        axes.set(xticks=range(len(study.values)), xticklabels=study.values, xlabel=study.what, title=part)
+        axes.grid(axis="y", color="0.9")
+    drawn.axes[0].set(ylabel="ROUGE-1")
+    drawn.axes[0].legend(frameon=False)
+    drawn.tight_layout()
+    return drawn
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Studies, prog="python -m experiments.studies")
+    sys.exit(guarded(lambda: main(arguments)))

@@ -1,0 +1,48 @@
+"""FedALT: an adapter of one's own beside a frozen one of the rest of the world, mixed for every token.
+
+Bian et al., "FedALT: Federated Fine-Tuning through Adaptive Local Training with Rest-of-World LoRA", AAAI 2026,
+arXiv 2503.11880.
+
+    client   h = W0 x + g(x) own(x) + (1 - g(x)) rest(x),  g a softmax of two learned scores of x, in every module;
+             trains own and the scores, never rest, and goes on from its own adapter of the round before
+    server   rest of client i = mean of the own adapters of all others, A and B separately
+
+The scores stay at home. An adapter goes up and another one comes down.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.federation import own_slot, owned
+from fedrouter_jax.types import LoRA, Phase, Strategy
+
+OWNERS = {"own": LoRA(a="public", b="public", gate="client"), "rest": LoRA(a="client", b="client", gate="client")}
+
+
+def fedalt() -> Strategy:
+    """Two slots a client. Averaged: everybody's own adapters, for the others. Private: the scores that mix."""
+    create, ask, write = owned(OWNERS)
+
+    def init(adapters, enrolment):
+        scores = {module: jnp.zeros(a.shape[:-1]) for module, a in adapters["own"].a.items()}
+        return create({name: adapter._replace(gate=scores) for name, adapter in adapters.items()}, enrolment)
+
+    def tell(state, work, adapters):
+        told = write(state, work, adapters)
+
+        def others(leaf):
+            return (leaf.sum(axis=0, keepdims=True) - leaf) / max(len(leaf) - 1, 1)
+
+        own, rest = told.bank["own"], told.bank["rest"]
+        rest = rest._replace(a=jax.tree.map(others, own.a), b=jax.tree.map(others, own.b))
+        return told._replace(bank={"own": own, "rest": rest})
+
+    def phases(round, rounds):
+        moves = {"own": True, "rest": LoRA(a=False, b=False, gate=True)}
+        return (Phase(train=moves, weights={"own": 1.0, "rest": 1.0}),)
+
+    def route(state, clients, view, mode):
+        here = own_slot(state, clients, view, mode)
+        return jnp.concatenate([here, here], axis=1)
+
+    return Strategy("fedalt", OWNERS, init, ask, tell, route, phases=phases)
