@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint results clean
 
 # FedRouter against FedIT on SmolLM2-135M and synthetic rows: a table, a report, adapters. Minutes on two cores.
 demo: .venv/demo
@@ -12,6 +12,12 @@ demo: .venv/demo
 # The whole test suite, real model included, and lint.
 test: .venv/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every table and figure of docs/results again, from the committed JSON. Seconds.
+results: .venv/demo
+	$(BIN)/python -m experiments.table1 --redraw
+	$(BIN)/python -m experiments.clustering --redraw
+	$(BIN)/python -m experiments.studies --redraw
 
 lint: .venv/dev
 	$(BIN)/ruff check .

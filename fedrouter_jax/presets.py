@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
 from fedrouter_jax.data.scenarios import Scenario
 from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.routing import ClusterConfig
 
 
 def smoke() -> Config:
@@ -41,6 +44,21 @@ def flan4(scenario: Scenario) -> Config:
     )
 
 
+def flan4_flower(scenario: Scenario) -> Config:
+    """`flan4` with the choices of the public code's Flower path: its recipe, weights by all rows of a client."""
+    rounds = RoundConfig(weighting="client")
+    return replace(flan4(scenario), rounds=rounds, cluster=ClusterConfig(recipe="paper"))
+
+
+def flan4_plain(scenario: Scenario) -> Config:
+    """`flan4` with those of its plain path: every local cluster in every round (n_l times the work), equal weights.
+
+    Not taken over from there: dropout in evaluation, and a learning rate that lags by one round.
+    """
+    rounds = RoundConfig(weighting="uniform", clusters_per_round=0)
+    return replace(flan4(scenario), rounds=rounds, cluster=ClusterConfig(recipe="paper"))
+
+
 def flan4_cpu(scenario: Scenario) -> Config:
     """`flan4` at a budget for two CPU cores: a quarter of an hour or so."""
     return Config(
@@ -58,5 +76,7 @@ PRESETS = {
     "smoke": smoke,
     "demo": demo,
     **{f"flan4-{name}": lambda name=name: flan4(name) for name in ("single", "dual", "all")},
+    **{f"flan4-{name}-flower": lambda name=name: flan4_flower(name) for name in ("single", "dual", "all")},
+    **{f"flan4-{name}-plain": lambda name=name: flan4_plain(name) for name in ("single", "dual", "all")},
     **{f"flan4-{name}-cpu": lambda name=name: flan4_cpu(name) for name in ("single", "dual", "all")},
 }

@@ -46,7 +46,7 @@ def test_tasks_are_found_and_test_rows_follow(recipe, chosen):
 
 def test_clients_may_hold_different_numbers_of_clusters():
     embeddings, _ = clients_of([[0, 1, 2], [2, 3]])
-    found = routing.enroll(KEY, embeddings, routing.RECIPES["standardised"], None, None)
+    found = routing.enroll(KEY, embeddings, routing.RECIPES["standardised"], None, None, max_clusters=5)
     assert (np.asarray(found.table) >= 0).sum(axis=1).tolist() == [3, 2]
     assert found.labels[1].max() == 1 and (found.labels[1] == -1).sum() == 20
 

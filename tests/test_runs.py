@@ -71,25 +71,25 @@ def test_a_run_directory_holds_what_it_promises(finished):
     assert (finished / "predictions.jsonl").read_text().count("\n") == sum(scores[part]["rows"] for part in scores)
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3])
-def test_killed_at_a_random_moment_and_resumed_ends_with_the_same_bytes(finished, tmp_path, moment):
-    """SIGKILL when the run has just made a file drawn at random; then resume in another process."""
-    out = tmp_path / "killed"
-    signs = {
-        1: ["config.json", "embeddings.npy", "clusters.json", "checkpoints/0"],
-        2: ["rounds.jsonl", "checkpoints/1", "checkpoints/2"],
-        3: ["checkpoints/3", "predictions.jsonl", "adapters/cluster_1"],
-    }[moment]
-    sign = out / random.choice(signs)
-    command = [sys.executable, "-m", "fedrouter_jax"]
-    with subprocess.Popen([*command, "run", "--preset", "smoke", "--out", str(out)], stderr=subprocess.DEVNULL) as run:
-        while not sign.exists() and run.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(0.005)
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL, f"the run ended before {sign.name} was seen"
-    (out / "rounds.jsonl").open("a").write('{"round": 9')  # what a kill in the middle of a line leaves
-    subprocess.run([*command, "resume", str(out)], check=True, capture_output=True)
+def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_bytes(finished, tmp_path):
+    """SIGKILL when a process has just made a file drawn at random, early, in the middle and late; each time resumed."""
+    out, command = tmp_path / "killed", [sys.executable, "-m", "fedrouter_jax"]
+    moments = (
+        ["config.json", "embeddings.npy", "clusters.json", "checkpoints/0"],
+        ["rounds.jsonl", "checkpoints/1", "checkpoints/2"],
+        ["checkpoints/3", "predictions.jsonl", "adapters/cluster_1"],
+    )
+    arguments = ["run", "--preset", "smoke", "--out", str(out)]
+    for sign in (out / random.choice(signs) for signs in moments):
+        with subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL) as run:
+            while not sign.exists() and run.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(0.005)
+            run.send_signal(signal.SIGKILL)
+        assert run.returncode == -signal.SIGKILL, f"the run ended before {sign.name} was seen"
+        (out / "rounds.jsonl").open("a").write('{"round": 9')  # what a kill in the middle of a line leaves
+        arguments = ["resume", str(out)]
+    subprocess.run([*command, *arguments], check=True, capture_output=True)
     assert result(out) == result(finished)
 
 
