@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time as clock
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -229,7 +230,7 @@ def export(arguments: list[str]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable]:
-    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, their final lines."""
+    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, lines (`logged`)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -239,6 +240,10 @@ def progress() -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield logged
+        return
     columns = (
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -248,7 +253,7 @@ def progress() -> Iterator[Callable]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=console) as bars:
 
         @contextmanager
         def track(what: str, total: int) -> Iterator[Callable[..., None]]:
@@ -256,3 +261,21 @@ def progress() -> Iterator[Callable]:
             yield lambda rows, note="": bars.update(bar, advance=rows, note=note)
 
         yield track
+
+
+@contextmanager
+def logged(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Progress as a line for every tenth, for logs."""
+    started, done, tenths = clock.monotonic(), 0, 0
+
+    def advance(rows: int, note: str = "") -> None:
+        nonlocal done, tenths
+        done += rows
+        if 10 * done // total > tenths:
+            tenths, spent = 10 * done // total, clock.monotonic() - started
+            left = spent * (total - done) / done
+            print(
+                f"{what} {done}/{total}, {spent:.0f} s, {left:.0f} s left {note}".strip(), file=sys.stderr, flush=True
+            )
+
+    yield advance

@@ -17,7 +17,7 @@ from rich.console import Console
 from experiments import summaries
 from experiments.sweep import sweep
 from fedrouter_jax import evaluate, runs
-from fedrouter_jax.cli import main
+from fedrouter_jax.cli import main, progress
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
@@ -91,6 +91,14 @@ def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_bytes(fin
         arguments = ["resume", str(out)]
     subprocess.run([*command, *arguments], check=True, capture_output=True)
     assert result(out) == result(finished)
+
+
+def test_without_a_terminal_progress_is_a_line_for_every_tenth(capsys):
+    with progress() as track, track("reading", 40) as advance:
+        for _ in range(40):
+            advance(1, "well")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and lines[0].startswith("reading 4/40, ") and lines[0].endswith(" s left well")
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
