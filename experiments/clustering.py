@@ -11,11 +11,13 @@ that could choose (Calinski and Harabasz 1974, Davies and Bouldin 1979) are draw
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from functools import cache, partial
+from itertools import islice, product
 from pathlib import Path
 
 import jax
@@ -27,10 +29,11 @@ from rich.markdown import Markdown
 from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
-from fedrouter_jax import embed, evaluate, plots, routing
+from fedrouter_jax import embed, evaluate, plots, routing, runs
 from fedrouter_jax.cli import guarded, keep_programs, progress
 from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Row
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 
 MOST = 13  # the largest k the silhouette may choose
@@ -75,41 +78,52 @@ def main(options: Clustering) -> None:
         options = replace(options, rows=24, clients=2, seeds=1)
     out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
     if not options.redraw:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "clustering.json").write_text(json.dumps(measure(options), indent=1) + "\n", encoding="utf-8")
+        measure(options, out / "clustering.json")
     draw(out)
     Console().print(Markdown((out / "clustering.md").read_text(encoding="utf-8")))
 
 
-def measure(options: Clustering) -> dict:
-    """All records, and what was run."""
+def measure(options: Clustering, to: Path) -> None:
+    """Add what is missing to the records in `to`; they are written after every one."""
     model = load_model("tiny" if options.smoke else "smollm2-135m")
-    by_task = rows_by_task(options)
-    sets = list(task_sets(sorted(by_task), options.seeds, options.smoke))
-    texts = [row.instruction for rows in by_task.values() for row in rows]
-    states = {depth: embedded(model, texts, depth) for depth in {recipe.depth for recipe in RECIPES.values()}}
-    ends = np.cumsum([0, *map(len, by_task.values())])
-    where = {task: slice(*span) for task, span in zip(by_task, pairwise(ends), strict=True)}
-    jobs = [(name, tasks, seed, recipe, None) for name, seed, tasks in sets for recipe in RECIPES]
-    jobs += [
-        (name, tasks, seed, recipe, few) for name, seed, tasks in sets for recipe in routing.RECIPES for few in FEW
-    ]
-    records = []
-    with progress() as track, track("clustering", len(jobs)) as advance:
-        for name, tasks, seed, recipe, few in jobs:
-            held = {task: states[RECIPES[recipe].depth][where[task]] for task in tasks}
-            found = cluster(held, seed, recipe, options.clients, few)
-            records.append({"set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few, **found})
-            advance(1, f"{name}, {recipe}")
-    return {
+    setting = {
         "model": model.base_name,
         "rows_a_task": options.rows,
         "clients": options.clients,
-        "seeds": options.seeds,
         "device": jax.devices()[0].device_kind,
         "synthetic": options.smoke,
-        "records": records,
     }
+    found = json.loads(to.read_text(encoding="utf-8")) if to.exists() else {**setting, "records": []}
+    if {key: value for key, value in found.items() if key != "records"} != setting:
+        raise UserError(f"{to} was measured with other options; choose another --out or remove it")
+    jobs = {
+        f"{name} {seed}, {recipe}, {few or 'all'} rows": (name, seed, tasks, recipe, few)
+        for name, seed, tasks in task_sets(sorted(rows_by_task(options)), options.seeds, options.smoke)
+        for recipe, few in [*((recipe, None) for recipe in RECIPES), *product(routing.RECIPES, FEW)]
+    }
+    known = {record["name"] for record in found["records"]}
+    states = cache(partial(embedded, model, rows_by_task(options), Path("runs/clustering")))
+    with progress() as track, track("clustering", len(jobs)) as advance:
+        before = None
+        for job, (name, seed, tasks, recipe, few) in jobs.items():
+            if job not in known:
+                if name != before:  # programs of other shapes are not needed again, and there are many
+                    jax.clear_caches()
+                before, by_task = name, states(RECIPES[recipe].depth)
+                record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few)
+                of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
+                found["records"].append({**of, **record})
+                runs.write(to, json.dumps(rounded(found), indent=None) + "\n")
+            advance(1, job)
+
+
+def rounded(value):
+    """Floats at five digits, through lists and dictionaries."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
@@ -126,23 +140,30 @@ def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
 def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, int, list[str]]]:
     """(name, seed, tasks): flan4, flan8, all of them, and six drawn anew for every seed."""
     flan4 = ["gigaword", "glue_qqp", "samsum", "web_nlg_en"]
-    named = {"synthetic": tasks} if smoke else {"flan4": flan4, "all ten": tasks}
-    if not smoke:
-        named["flan8"] = [task for task in tasks if task not in ("gigaword", "samsum")]
-    for seed in range(seeds):
-        for name, held in named.items():
+    flan8 = [task for task in tasks if task not in ("gigaword", "samsum")]
+    named = {"synthetic": tasks} if smoke else {"flan4": flan4, "flan8": flan8, "all ten": tasks}
+    for name, held in named.items():
+        for seed in range(seeds):
             yield name, seed, held
-        if not smoke:
-            yield "six of ten", seed, sorted(np.random.default_rng([seed, 6]).choice(tasks, 6, replace=False).tolist())
+    for seed in range(0 if smoke else seeds):
+        yield "six of ten", seed, sorted(np.random.default_rng([seed, 6]).choice(tasks, 6, replace=False).tolist())
 
 
-def embedded(model: Model, texts: list[str], depth: float | None) -> np.ndarray:
-    """Embeddings of texts by a share of the layers, with a progress bar."""
+def embedded(model: Model, rows: dict[str, list[Row]], folder: Path, depth: float | None) -> dict[str, np.ndarray]:
+    """Embeddings [row, width] of each task's rows by a share of the layers, kept in a file named by their content."""
+    texts = [row.instruction for held in rows.values() for row in held]
     ids = tokens.encode_texts(model.tokenizer, texts, 1024)
-    at_once = 1 if jax.default_backend() == "cpu" else 16
-    name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
-    with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
-        return embed.embed(model.config, model.params, ids, depth, at_once, advance)
+    content = hashlib.sha256(json.dumps([model.fingerprint, depth, ids]).encode()).hexdigest()
+    path = folder / f"{content[:24]}.npy"
+    if not path.exists():
+        at_once = 1 if jax.default_backend() == "cpu" else 16
+        name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
+        with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
+            found = embed.embed(model.config, model.params, ids, depth, at_once, advance)
+        with runs.replaced(path) as beside, beside.open("wb") as file:
+            np.save(file, found, allow_pickle=False)
+    ends = np.cumsum([len(held) for held in rows.values()])[:-1]
+    return dict(zip(rows, np.split(np.load(path, allow_pickle=False), ends), strict=True))
 
 
 def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int, few: int | None = None) -> dict:
@@ -224,12 +245,13 @@ def table(found: dict) -> str:
     for record in found["records"]:
         if record["few"] is None:
             groups.setdefault((record["set"], record["recipe"]), []).append(record)
+    seeds = len({record["seed"] for record in found["records"]})
     kind = "**synthetic** rows" if found["synthetic"] else "rows of flan4 and flan8"
     lines = [
         "# Clusters against tasks",
         "",
         f"{found['model']}, {kind}, at most {found['rows_a_task']} a task, {found['clients']} clients that hold all "
-        f"tasks; {found['seeds']} seeds, device {found['device']}. Accuracy: per cent of rows, mean and spread "
+        f"tasks; {seeds} seeds, device {found['device']}. Accuracy: per cent of rows, mean and spread "
         "over seeds, the counts given. Found: what the silhouette chose; n_l, how many of all clients chose the number "
         "of tasks; n_g, seed by seed.",
         "",

@@ -77,6 +77,7 @@ def fit(
     return _fit(key, x, weight, k, jnp.int32(k), restarts, max_iterations, tolerance)
 
 
+@jax.jit
 def nearest(x: Array, centers: Array, valid: Array | None = None) -> tuple[Array, Array]:
     """The nearest of `centers` [k, width] for each row of `x` [row, width]: labels int32 [row], distances [row, k].
 
