@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from experiments import summaries
@@ -44,6 +45,7 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
                 else:
                     runs.run(config, folder, track, shared)
             report.write([folder], folder)  # last: a folder with a report is a finished run
+            jax.clear_caches()  # a process may not hold the programs of fifty runs (the kernel limits its mappings)
         if kept:
             summaries.save(folder, kept / f"{name}.json")
     return folders
