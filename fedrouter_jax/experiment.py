@@ -197,7 +197,7 @@ def train_round(
     """One round: the new state (the old one is donated) and a JSON-ready record of what happened."""
     before = clock.perf_counter()
     key = jax.random.fold_in(jax.random.key(prepared.config.seed), 2)
-    table = np.asarray(state.table)  # the state is donated
+    table = np.array(state.table)  # a copy: the state is donated
     state, info = prepared.round(state, prepared.model.params, work, batch, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
