@@ -1,0 +1,137 @@
+"""What `clustering.py` measured, drawn: clustering.md, silhouette.png, other_scores.png and embedding.png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedrouter_jax import plots, routing
+
+FEW = (2, 4, 8)  # training rows of a task on each client, beside all there are
+
+
+def draw(out: Path) -> None:
+    """clustering.md, silhouette.png and embedding.png from clustering.json."""
+    found = json.loads((out / "clustering.json").read_text(encoding="utf-8"))
+    (out / "clustering.md").write_text(table(found), encoding="utf-8")
+    silhouettes(found).savefig(out / "silhouette.png", dpi=100, bbox_inches="tight")
+    others(found).savefig(out / "other_scores.png", dpi=100, bbox_inches="tight")
+    pictures(found).savefig(out / "embedding.png", dpi=100, bbox_inches="tight")
+
+
+def table(found: dict) -> str:
+    """Markdown: a row a (set of tasks, recipe), mean and standard deviation over seeds."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for record in found["records"]:
+        if record["few"] is None:
+            groups.setdefault((record["set"], record["recipe"]), []).append(record)
+    seeds = len({record["seed"] for record in found["records"]})
+    kind = "**synthetic** rows" if found["synthetic"] else "rows of flan4 and flan8"
+    lines = [
+        "# Clusters against tasks",
+        "",
+        f"{found['model']}, {kind}, at most {found['rows_a_task']} a task, {found['clients']} clients that hold all "
+        f"tasks; {seeds} seeds, device {found['device']}. Accuracy: per cent of rows, mean and spread "
+        "over seeds, the counts given. Found: what the silhouette chose; n_l, how many of all clients chose the number "
+        "of tasks; n_g, seed by seed.",
+        "",
+        "| tasks | recipe | local accuracy | global accuracy | found n_l right | found n_g | accuracy with found |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, recipe), records in sorted(groups.items()):
+        count = len(records[0]["tasks"])
+        cells = [spread([100 * record[part] for record in records]) for part in ("local", "global")]
+        if "found_global" in records[0]:
+            chosen = [k for record in records for k in record["found_local"]]
+            cells.append(f"{sum(k == count for k in chosen)} of {len(chosen)}")
+            cells.append(", ".join(str(record["found_global"]) for record in records))
+            cells.append(spread([100 * record["found_accuracy"] for record in records]))
+        else:
+            cells += [""] * 3
+        lines.append(f"| {name} ({count}) | {recipe} | {' | '.join(cells)} |")
+    lines += ["", "Global accuracy with few rows of each task on each client, the counts given:", ""]
+    lines += [
+        "| tasks | recipe | " + " | ".join(f"{few} rows" for few in FEW) + " | all |",
+        "|---" * (len(FEW) + 3) + "|",
+    ]
+    for name in dict.fromkeys(record["set"] for record in found["records"]):
+        for recipe in routing.RECIPES:
+            same = [r for r in found["records"] if (r["set"], r["recipe"]) == (name, recipe)]
+            cells = [spread([100 * r["global"] for r in same if r["few"] == few]) for few in (*FEW, None)]
+            lines.append(f"| {name} ({len(same[0]['tasks'])}) | {recipe} | {' | '.join(cells)} |")
+    figures = ("silhouette", "other_scores", "embedding")
+    return "\n".join([*lines, *(text for name in figures for text in ("", f"![{name}]({name}.png)")), ""])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def silhouettes(found: dict) -> Figure:
+    """Silhouette against k, locally (mean over clients and seeds) and globally, for every set of tasks."""
+    named = dict.fromkeys(record["set"] for record in found["records"] if record["set"] != "six of ten")
+    figure = Figure((4 * len(named), 6.5))
+    panels = figure.subplots(2, len(named), squeeze=False)
+    for column, name in enumerate(named):
+        for recipe in routing.RECIPES:
+            records = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (name, recipe, None)]
+            parts = {"local": lambda key: key != "global", "global": lambda key: key == "global"}
+            for axes, (part, wanted) in zip(panels[:, column], parts.items(), strict=True):
+                curves = [curve for r in records for key, curve in r["silhouettes"].items() if wanted(key)]
+                ks = sorted({int(k) for curve in curves for k in curve})
+                means = [np.mean([curve[str(k)] for curve in curves if str(k) in curve]) for k in ks]
+                (line,) = axes.plot(ks, means, marker=".", label=recipe)
+                best = int(np.argmax(means))
+                axes.plot(ks[best], means[best], "o", markersize=10, fillstyle="none", color=line.get_color())
+                axes.axvline(len(records[0]["tasks"]), color="0.7", linestyle=":", zorder=0)
+                axes.set(title=f"{name}, {part}", xlabel="k", ylabel="silhouette" if column == 0 else "")
+        panels[0, 0].legend(frameon=False)
+    figure.suptitle("Mean silhouette; ring: its maximum; dotted: the number of tasks")
+    figure.tight_layout()
+    return figure
+
+
+def others(found: dict) -> Figure:
+    """The two other scores against k (mean over seeds, share of the maximum), of the standardised recipe."""
+    records = [
+        r for r in found["records"] if "others" in r and r["recipe"] == "standardised" and r["set"] != "six of ten"
+    ]
+    figure = Figure((10, 6.5))
+    panels = figure.subplots(2, 2)
+    for row, (score, best) in enumerate((("Calinski-Harabasz", np.argmax), ("Davies-Bouldin", np.argmin))):
+        for column, part in enumerate(("local", "global")):
+            axes = panels[row, column]
+            for name in dict.fromkeys(record["set"] for record in records):
+                curves = [r["others"][part][score] for r in records if r["set"] == name]
+                ks = sorted(set.intersection(*(set(map(int, curve)) for curve in curves)))
+                means = np.array([np.mean([curve[str(k)] for curve in curves]) for k in ks])
+                means /= means.max()
+                tasks = next(len(r["tasks"]) for r in records if r["set"] == name)
+                (line,) = axes.plot(ks, means, marker=".", label=f"{name} ({tasks} tasks)")
+                axes.plot(
+                    ks[best(means)], means[best(means)], "o", markersize=10, fillstyle="none", color=line.get_color()
+                )
+            axes.set(title=f"{score}, {part}", xlabel="k", ylabel="share of the maximum" if column == 0 else "")
+    panels[0, 0].legend(frameon=False)
+    figure.suptitle("Ring: what the score would choose (its maximum, of Davies-Bouldin its minimum)")
+    figure.tight_layout()
+    return figure
+
+
+def pictures(found: dict) -> Figure:
+    """Embeddings in two dimensions: true tasks beside global clusters, for every set of tasks."""
+    records = [record for record in found["records"] if "picture" in record and record["set"] != "six of ten"]
+    figure = Figure((10, 4.6 * len(records)))
+    for axes, record in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
+        points, tasks = np.array(record["picture"]["points"]), record["tasks"]
+        plots.scatter(axes[0], points, np.array([tasks[i] for i in record["picture"]["task"]]), tasks)
+        slots = np.array(record["picture"]["slot"])
+        plots.scatter(axes[1], points, slots, sorted(set(slots.tolist())))
+        for panel, what in zip(axes, ("true task", "global cluster"), strict=True):
+            panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
+    figure.tight_layout()
+    return figure
