@@ -28,7 +28,7 @@ from rich.markdown import Markdown
 from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
-from experiments import clustering_figures
+from experiments.clustering_figures import FEW, draw
 from fedrouter_jax import embed, evaluate, plots, routing, runs
 from fedrouter_jax.cli import guarded, keep_programs, progress
 from fedrouter_jax.data import sources, synthetic, tokens
@@ -37,17 +37,15 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 
 MOST = 13  # the largest k the silhouette may choose
+DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
 RECIPES = {
     "paper": routing.RECIPES["paper"],
     "paper, 20 starts": routing.RECIPES["paper"]._replace(restarts=20),
-    "standardised": routing.RECIPES["standardised"],
-    "standardised, 1 start": routing.RECIPES["standardised"]._replace(restarts=1),
-    "standardised, last layer": routing.Recipe(depth=None, standardise=True, restarts=20),
-    **{
-        f"standardised, {name} of the layers": routing.Recipe(depth=depth, standardise=True, restarts=20)
-        for name, depth in (("1/6", 1 / 6), ("1/3", 1 / 3), ("1/2", 1 / 2), ("2/3", 2 / 3))
-    },
+    "shallow": routing.RECIPES["shallow"],
+    "shallow, 1 start": routing.RECIPES["shallow"]._replace(restarts=1),
+    **{f"depth {name}": routing.RECIPES["shallow"]._replace(depth=depth) for name, depth in DEPTHS.items()},
 }
+SEARCHED = ("paper", "shallow")  # recipes that also find k, and are tried on few rows
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def main(options: Clustering) -> None:
     out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
     if not options.redraw:
         measure(options, out / "clustering.json")
-    clustering_figures.draw(out)
+    draw(out)
     Console().print(Markdown((out / "clustering.md").read_text(encoding="utf-8")))
 
 
@@ -98,7 +96,7 @@ def measure(options: Clustering, to: Path) -> None:
     jobs = {
         f"{name} {seed}, {recipe}, {few or 'all'} rows": (name, seed, tasks, recipe, few)
         for name, seed, tasks in task_sets(sorted(rows_by_task(options)), options.seeds, options.smoke)
-        for recipe, few in [*((recipe, None) for recipe in RECIPES), *product(routing.RECIPES, clustering_figures.FEW)]
+        for recipe, few in [*product(RECIPES, [None]), *(product(SEARCHED, FEW) if "five" not in name else ())]
     }
     known = {record["name"] for record in found["records"]}
     states = cache(partial(embedded, model, rows_by_task(options), Path("runs/clustering")))
@@ -109,7 +107,8 @@ def measure(options: Clustering, to: Path) -> None:
                 if name != before:  # programs of other shapes are not needed again, and there are many
                     jax.clear_caches()
                 before, by_task = name, states(RECIPES[recipe].depth)
-                record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few)
+                find = recipe in SEARCHED and few is None and "five" not in name
+                record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few, find)
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
                 found["records"].append({**of, **record})
                 runs.write(to, json.dumps(rounded(found), indent=None) + "\n")
@@ -137,7 +136,7 @@ def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
 
 
 def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, int, list[str]]]:
-    """(name, seed, tasks): flan4, flan8, all of them, and six drawn anew for every seed."""
+    """(name, seed, tasks): flan4, flan8, all of them, and five drawn anew for every seed, with the five left out."""
     flan4 = ["gigaword", "glue_qqp", "samsum", "web_nlg_en"]
     flan8 = [task for task in tasks if task not in ("gigaword", "samsum")]
     named = {"synthetic": tasks} if smoke else {"flan4": flan4, "flan8": flan8, "all ten": tasks}
@@ -145,7 +144,9 @@ def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, 
         for seed in range(seeds):
             yield name, seed, held
     for seed in range(0 if smoke else seeds):
-        yield "six of ten", seed, sorted(np.random.default_rng([seed, 6]).choice(tasks, 6, replace=False).tolist())
+        five = set(np.random.default_rng([seed, 5]).choice(tasks, 5, replace=False).tolist())
+        yield "five drawn", seed, sorted(five)
+        yield "the other five", seed, sorted(set(tasks) - five)
 
 
 def embedded(model: Model, rows: dict[str, list[Row]], folder: Path, depth: float | None) -> dict[str, np.ndarray]:
@@ -165,8 +166,10 @@ def embedded(model: Model, rows: dict[str, list[Row]], folder: Path, depth: floa
     return dict(zip(rows, np.split(np.load(path, allow_pickle=False), ends), strict=True))
 
 
-def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int, few: int | None = None) -> dict:
-    """One enrolment with the counts given, and for the two named recipes one where the silhouette finds them.
+def cluster(
+    states: dict[str, np.ndarray], seed: int, recipe: str, clients: int, few: int | None = None, find: bool = False
+) -> dict:
+    """One enrolment with the counts given, and with `find` another where the silhouette finds them.
 
     `states` holds the embeddings [row, width] of each task; with `few`, a client gets so many rows of each.
     """
@@ -178,7 +181,7 @@ def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int,
     given = routing.enroll(key, points, RECIPES[recipe], tasks, tasks)
     local, total = accuracy(given, labels, tasks)
     record = {"local": local, "global": total}
-    if recipe in routing.RECIPES and few is None:
+    if find:
         found = routing.enroll(key, points, RECIPES[recipe], None, None, MOST)
         record |= {
             "found_local": [int(row.max()) + 1 for row in found.labels],
@@ -187,7 +190,7 @@ def cluster(states: dict[str, np.ndarray], seed: int, recipe: str, clients: int,
             "silhouettes": found.silhouettes,
             "others": other_scores(given.router, points, given.labels),
         }
-        if seed == 0 and recipe == "standardised":
+        if seed == 0 and recipe == "shallow":
             flat = np.concatenate(points)
             router = given.router._replace(centroids=given.router.centroids[:0])
             picture, method = plots.project(np.asarray(routing.prepare(router, flat)))

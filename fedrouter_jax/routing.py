@@ -21,7 +21,7 @@ from fedrouter_jax import kmeans
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array
 
-RecipeName = Literal["standardised", "paper"]
+RecipeName = Literal["shallow", "standardised", "paper"]
 Mode = Literal["local", "global", "oracle"]
 
 
@@ -36,6 +36,7 @@ class Recipe(NamedTuple):
 RECIPES: dict[RecipeName, Recipe] = {
     "paper": Recipe(depth=None, standardise=False, restarts=1),
     "standardised": Recipe(depth=5 / 6, standardise=True, restarts=20),
+    "shallow": Recipe(depth=1 / 6, standardise=True, restarts=20),
 }
 
 
