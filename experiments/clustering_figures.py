@@ -70,13 +70,9 @@ def table(found: dict) -> str:
 def left_out(found: dict) -> list[str]:
     """The depth that is best on five tasks, tried on the other five: a recipe that was not tuned to its tasks."""
     scores = {(r["set"], r["seed"], r["recipe"]): r for r in found["records"] if "five" in r["set"]}
-    depths = [recipe for recipe in dict.fromkeys(key[2] for key in scores) if recipe.split()[0] in ("shallow", "depth")]
-    depths = [recipe for recipe in depths if "start" not in recipe]
-    lines = [
-        "",
-        "The depth chosen by accuracy on five drawn tasks (of equals the shallower), on the five left out:",
-        "",
-    ]
+    recipes = dict.fromkeys(key[2] for key in scores)
+    depths = [recipe for recipe in recipes if recipe == "shallow" or recipe.startswith("depth")]
+    lines = ["", "The depth chosen on five drawn tasks (by accuracy, of equals the shallower), on those left out:", ""]
     lines += ["| seed | left out | depth chosen | accuracy there | the best of all depths there | paper there |"]
     lines += ["|---|---|---|---|---|---|"]
     for seed in dict.fromkeys(key[1] for key in scores):
