@@ -38,14 +38,17 @@ from fedrouter_jax.models import Model, load_model
 
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
+SHALLOW = routing.Recipe(depth=1 / 6, standardise=True, restarts=20)
 RECIPES = {
     "paper": routing.RECIPES["paper"],
     "paper, 20 starts": routing.RECIPES["paper"]._replace(restarts=20),
-    "shallow": routing.RECIPES["shallow"],
-    "shallow, 1 start": routing.RECIPES["shallow"]._replace(restarts=1),
-    **{f"depth {name}": routing.RECIPES["shallow"]._replace(depth=depth) for name, depth in DEPTHS.items()},
+    "shallow": SHALLOW,
+    "shallow, 1 start": SHALLOW._replace(restarts=1),
+    **{f"depth {name}": SHALLOW._replace(depth=depth) for name, depth in DEPTHS.items()},
+    "refined": routing.RECIPES["refined"],
+    "refined, 5/6 of the layers": routing.RECIPES["refined"]._replace(depth=5 / 6),
 }
-SEARCHED = ("paper", "shallow")  # recipes that also find k, and are tried on few rows
+SEARCHED = ("paper", "shallow", "refined")  # recipes that also find k, and are tried on few rows
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,17 @@ def choose_k(
     distinct = _first_equal(x, weight)[1]
 
     def score(k):
-        labels = _fit(key, x, weight, max(candidates), k, restarts, 300, 1e-4).labels
+        labels = fit_masked(key, x, weight, max(candidates), k, restarts).labels
         return jnp.where((k >= 2) & (k < distinct), silhouette(x, labels, max(candidates), weight)[0], -jnp.inf)
 
     scores = lax.map(score, ks)
     best = jnp.argmin(jnp.where(scores == jnp.max(scores), ks, max(candidates) + 1))
     return scores, best.astype(jnp.int32)
+
+
+def fit_masked(key: Array, x: Array, weight: Array, most: int, k: Array, restarts: int) -> KMeans:
+    """`fit` with room for `most` clusters of which the first `k` (int32 [], may be traced) are used."""
+    return _fit(key, x, weight, most, k, restarts, 300, 1e-4)
 
 
 def _checked(x, weight):

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import kmeans
+from fedrouter_jax import kmeans, refine
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array
 
-RecipeName = Literal["shallow", "standardised", "paper"]
+RecipeName = Literal["refined", "standardised", "paper"]
 Mode = Literal["local", "global", "oracle"]
 
 
@@ -31,12 +31,13 @@ class Recipe(NamedTuple):
     depth: float | None  # share of the blocks to run; None: all of them and the final norm
     standardise: bool  # every dimension over all rows of the federation, then rows to unit length
     restarts: int  # K-Means starts
+    lloyd: int = 0  # federated Lloyd steps after the server's K-Means; local clusters then follow global centroids
 
 
 RECIPES: dict[RecipeName, Recipe] = {
     "paper": Recipe(depth=None, standardise=False, restarts=1),
     "standardised": Recipe(depth=5 / 6, standardise=True, restarts=20),
-    "shallow": Recipe(depth=1 / 6, standardise=True, restarts=20),
+    "refined": Recipe(depth=1 / 6, standardise=True, restarts=20, lloyd=10),
 }
 
 
@@ -45,7 +46,8 @@ class ClusterConfig:
     """Local clustering on clients, global clustering on the server."""
 
     recipe: RecipeName = "standardised"
-    """How texts are embedded: "paper" (last layer, raw, one K-Means start) or "standardised" (see docs/design.md)."""
+    """How texts are embedded and clustered: "paper" (last layer, raw, one K-Means start), "standardised" or "refined"
+    (see docs/design.md)."""
     local_clusters: int | None = None
     """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0: by silhouette."""
     global_clusters: int | None = None
@@ -168,7 +170,14 @@ def enroll(
     here = filled & (jnp.arange(len(filled)) < founders)[:, None]
     flat, weight = centres.reshape(-1, centres.shape[-1]), here.reshape(-1).astype(jnp.float32)
     available = int(weight.sum())
-    if total is None:
+    founding = present & (jnp.arange(len(present)) < founders)[:, None]
+    if total is None and recipe.lloyd:
+        ks = tuple(range(2, min(max_clusters, available - 1) + 1))
+        found = refine.choose_k(global_choice, flat, weight, points, founding, ks, recipe.restarts, recipe.lloyd)
+        scores = np.asarray(found)
+        silhouettes["global"] = {k: float(score) for k, score in zip(ks, scores, strict=True)}
+        total = ks[int(scores.argmax())]
+    elif total is None:
         total = int(
             _choose(
                 silhouettes, "global", global_choice[None], flat[None], weight[None] > 0, max_clusters,
@@ -181,6 +190,10 @@ def enroll(
             "lower --global-clusters, or raise --local-clusters or --clients"
         )
     fit = kmeans.fit(global_key, flat, total, weight=weight, restarts=recipe.restarts)
+    if recipe.lloyd:
+        centroids = refine.lloyd(points, founding, fit.centers, recipe.lloyd)
+        table, labels = refine.follow(points, present, centroids, local)
+        return Enrolment(jnp.asarray(table), total, router._replace(centroids=centroids), labels, silhouettes)
     slots = jnp.where(weight > 0, fit.labels, kmeans.nearest(flat, fit.centers)[0])
     table = jnp.where(filled, slots.reshape(filled.shape), -1)
     return Enrolment(

@@ -199,6 +199,10 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
     width, size = prepared.model.config.width, 4
     standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
     statistics = len(clients) * (2 * width + 1) * size if clustered and standardised else 0
+    if clustered:  # counts and sums of every slot tried, in every step and once for the score
+        steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd
+        tried = sum(map(int, enrolment.silhouettes.get("global", [enrolment.clusters])))
+        statistics += len(clients) * steps * tried * (width + 2) * size
     return {
         "tasks": tasks,
         "clustered": clustered,

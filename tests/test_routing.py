@@ -106,12 +106,13 @@ def test_packed_embeddings_are_those_of_single_texts(tiny, depth):
         np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_newcomers_move_no_centroid_and_belong_to_the_nearest():
+@pytest.mark.parametrize("name", ["standardised", "refined"])
+def test_newcomers_move_no_centroid_and_belong_to_the_nearest(name):
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, 6)) * 20
     rows = [centres[[c % 3, (c + 1) % 3]].repeat(8, axis=0) + rng.normal(size=(16, 6)) for c in range(4)]
     clients = [held.astype(np.float32) for held in rows]
-    key, recipe = jax.random.key(0), routing.RECIPES["standardised"]
+    key, recipe = jax.random.key(0), routing.RECIPES[name]
     found = routing.enroll(key, clients, recipe, 2, 3, newcomers=1)
     same = found._replace(table=found.table[:3])
     moved = [*clients[:3], clients[3] + 100]  # whatever they bring
