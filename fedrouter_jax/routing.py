@@ -45,9 +45,9 @@ RECIPES: dict[RecipeName, Recipe] = {
 class ClusterConfig:
     """Local clustering on clients, global clustering on the server."""
 
-    recipe: RecipeName = "standardised"
-    """How texts are embedded and clustered: "paper" (last layer, raw, one K-Means start), "standardised" or "refined"
-    (see docs/design.md)."""
+    recipe: RecipeName = "refined"
+    """How texts are embedded and clustered: "paper" (last layer, raw, one K-Means start), "standardised", or "refined"
+    by Lloyd steps over all clients (see docs/design.md)."""
     local_clusters: int | None = None
     """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0: by silhouette."""
     global_clusters: int | None = None
@@ -172,7 +172,7 @@ def enroll(
     available = int(weight.sum())
     founding = present & (jnp.arange(len(present)) < founders)[:, None]
     if total is None and recipe.lloyd:
-        ks = tuple(range(2, min(max_clusters, available - 1) + 1))
+        ks = _candidates("global", available, max_clusters)
         found = refine.choose_k(global_choice, flat, weight, points, founding, ks, recipe.restarts, recipe.lloyd)
         scores = np.asarray(found)
         silhouettes["global"] = {k: float(score) for k, score in zip(ks, scores, strict=True)}
@@ -268,16 +268,19 @@ def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tu
 
 def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
     """The k of highest silhouette for each client (leading axis); scores go to `record`."""
-    few = int(jnp.min(jnp.sum(present, axis=1)))
-    ks = tuple(range(2, min(most, few - 1) + 1))
-    if not ks:
-        raise UserError(f"the silhouette needs at least 3 {name} points to choose from, found {few}; give the count")
-
+    ks = _candidates(name, int(jnp.min(jnp.sum(present, axis=1))), most)
     scores, best = _score_each(keys, points, present, ks, restarts)
     for number, row in enumerate(np.asarray(scores)):
         label = name if name == "global" else f"{name} {number}"
         record[label] = {k: float(score) for k, score in zip(ks, row, strict=True)}
     return np.asarray(ks)[np.asarray(best)]
+
+
+def _candidates(name: str, points: int, most: int) -> tuple[int, ...]:
+    """The cluster counts that a silhouette of so many points may choose."""
+    if points < 3:
+        raise UserError(f"the silhouette needs at least 3 {name} points to choose from, found {points}; give the count")
+    return tuple(range(2, min(most, points - 1) + 1))
 
 
 def _pad(rows: Array, to: int) -> Array:

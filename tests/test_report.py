@@ -196,7 +196,7 @@ def test_markdown_of_one_run(tmp_path):
     path = make_run(tmp_path / "my run", taken_at=(1,))
     report.write([path], path)
     text = (path / "report.md").read_text(encoding="utf-8")
-    assert "synthetic data" in text and "model tiny" in text and "recipe standardised" in text
+    assert "synthetic data" in text and "model tiny" in text and "recipe refined" in text
     assert "routing local (personalised), global (generalisation)" in text and "3 rounds x 10 steps x batch 16" in text
     assert "- answer: (empty)" in text and r"- reference: yes \| no" in text and r"Say \<b\>" in text
     assert len(re.findall(r"instruction: (.*)", text)[0]) < 170

@@ -23,7 +23,7 @@ def clients_of(tasks_per_client, rows=20, width=8, seed=0):
     return [(centres[t] + rng.normal(size=(len(t), width))).astype(np.float32) for t in tasks], tasks
 
 
-@pytest.mark.parametrize("recipe", ["paper", "standardised"])
+@pytest.mark.parametrize("recipe", ["paper", "standardised", "refined"])
 @pytest.mark.parametrize("chosen", [False, True])
 def test_tasks_are_found_and_test_rows_follow(recipe, chosen):
     """Given the counts or left to the silhouette, every row lands in the slot of its task."""
@@ -77,7 +77,7 @@ def test_local_mode_stays_among_the_clients_own_slots_and_distances_are_to_all()
 
 def test_counts_that_rows_cannot_fill_are_bad_input():
     embeddings, _ = clients_of([[0, 1], [2]], rows=3)
-    config = routing.RECIPES["standardised"]
+    config = routing.RECIPES["refined"]
     with pytest.raises(UserError, match="client 1 has 3 rows but 5 local clusters"):
         routing.enroll(KEY, embeddings, config, 5, 4)
     with pytest.raises(UserError, match="5 global clusters .* have 4 centres"):
