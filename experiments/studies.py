@@ -56,7 +56,8 @@ STUDIES = {
         lambda mode: {"evaluation": {"personalised_routing": mode}}, ("fedrouter",),
     ),
     "recipe": Study(
-        "embedding recipe", ("paper", "standardised", "refined"), lambda name: {"cluster": {"recipe": name}}, ("fedrouter",)
+        "embedding recipe", ("paper", "standardised", "refined"),
+        lambda name: {"cluster": {"recipe": name}}, ("fedrouter",),
     ),
     "mixture": Study(
         "alpha of Dirichlet mixtures of tasks", (0.05, 0.5, 5.0),
