@@ -116,9 +116,7 @@ def silhouettes(found: dict) -> Figure:
 
 def others(found: dict) -> Figure:
     """The two other scores against k (mean over seeds, share of the maximum), of the shallow recipe."""
-    records = [
-        r for r in found["records"] if "others" in r and r["recipe"] == "standardised" and r["set"] != "six of ten"
-    ]
+    records = [r for r in found["records"] if "others" in r and r["recipe"] == "shallow"]
     figure = Figure((10, 6.5))
     panels = figure.subplots(2, 2)
     for row, (score, best) in enumerate((("Calinski-Harabasz", np.argmax), ("Davies-Bouldin", np.argmin))):
@@ -144,7 +142,7 @@ def others(found: dict) -> Figure:
 def pictures(found: dict) -> Figure:
     """Embeddings in two dimensions: true tasks beside global clusters, for every set of tasks."""
     records = [record for record in found["records"] if "picture" in record]
-    figure = Figure((10, 4.6 * len(records)))
+    figure = Figure((10, 4.2 * len(records)))
     for axes, record in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
         plots.scatter(axes[0], points, np.array([tasks[i] for i in record["picture"]["task"]]), tasks)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import clustering, summaries, table1
+from experiments import clustering, clustering_figures, summaries, table1
 from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.presets import smoke
@@ -91,6 +91,22 @@ def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
         error = np.std(differences, ddof=1) / np.sqrt(count)
         assert f".{round(1000 * np.mean(differences)):03d}" in results
         assert said.format(round(1000 * error)) in results
+
+
+def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
+    """What `make results` writes, and the numbers that docs/results.md takes from it."""
+    results = ROOT / "docs" / "results"
+    found = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
+    assert clustering_figures.table(found) == (results / "clustering" / "clustering.md").read_text(encoding="utf-8")
+    said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for recipe in ("paper", "refined"):
+        cells, ks = [], []
+        for tasks in ("flan4", "flan8", "all ten"):
+            same = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (tasks, recipe, None)]
+            cells.append(clustering_figures.spread([100 * r["global"] for r in same]))
+            ks.append(", ".join(str(r["found_global"]) for r in same))
+        assert f"`{recipe}`: accuracy, n_g given | {' | '.join(cells)} |" in said
+        assert f"`{recipe}`: n_g found, seed by seed | {' | '.join(ks)} |" in said
 
 
 def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
