@@ -46,7 +46,7 @@ def cost(x, weight, labels, centers):
     return float(np.sum(weight * np.sum((x.astype(float) - np.asarray(centers, float)[labels]) ** 2, axis=1)))
 
 
-@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (200, 4, 16), (300, 3, 10), (600, 32, 4)])
+@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (120, 4, 16), (150, 3, 10), (300, 32, 4)])
 def test_never_worse_than_scikit_learn(row, width, k):
     rng = np.random.default_rng(row + k)
     x, weight = (np.stack(part) for part in zip(*(problem(rng, i % 5, row, width, k) for i in range(50)), strict=True))
