@@ -14,8 +14,8 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.errors import UserError
 
-PARTS = ("personalised", "generalisation")
-BASE_PARTS = ("base", "base_generalisation")
+PARTS = ("personalised", "generalisation", "newcomers")  # the last only where clients joined after training
+BASE_PARTS = ("base", "base_generalisation", "base_newcomers")
 
 
 class Run(NamedTuple):
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     label: str
     runs: list[Run]
-    parts: tuple[str, str]  # names of its personalised and its generalisation part in the scores
+    parts: tuple[str, ...]  # names of its parts in the scores, as in `PARTS`
 
     @property
     def base(self) -> bool:
@@ -141,7 +141,7 @@ def latest(run: Run) -> tuple[dict, int]:
 
 
 def scores(row: Row, part: int, *path: str) -> list[float]:
-    """A score of each run that has it; `part` is 0 (personalised) or 1; `path` such as "rouge1", "mean"."""
+    """A score of each run that has it; `part` is a place in `PARTS`; `path` such as "rouge1", "mean"."""
     found: list[Any] = [latest(run)[0].get(row.parts[part]) for run in row.runs]
     for key in path:
         found = [entry.get(key) if isinstance(entry, dict) else None for entry in found]

@@ -41,10 +41,12 @@ from fedrouter_jax.records import (
 
 FILES = ("config.json", "rounds.jsonl", "clusters.json", "scores.json", "predictions.jsonl", "timings.json", "adapters")
 CSV = ("run", "strategy", "model", "data", "scenario", "seed", "finished", "round", "part", "metric", "level", "name")
+SHORT = ("pers.", "gen.", "new.")  # of records.PARTS
 NOTE = (
     "pers.: personalised, each client's own tasks. gen.: generalisation, the mix of all tasks. ROUGE: F1 of greedy "
     "answers, mean over a client's rows, then over clients. Sent: all clients and rounds, enrolment included."
 )
+NEW = " new.: clients that joined after training, their own tasks."
 SEEDS = " Several seeds: mean ± standard deviation (n - 1) over the runs; of costs, the mean."
 
 
@@ -100,13 +102,14 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
     quality = [
         Column(f"{short} {title}", lambda row, part=part, metric=metric: scores(row, part, metric, "mean"))
-        for part, short in enumerate(("pers.", "gen."))
+        for part, short in enumerate(SHORT)
         for metric, title in (("rouge1", "ROUGE-1"), ("rougeL", "ROUGE-L"))
+        if part < 2 or any(scores(row, part, metric, "mean") for row in rows)
     ]
     share, size = "{:.1%}".format, lambda count: decimal(round(count))
     right = [Column("rows in right cluster", of(accuracy, "global"), share)] + [
         Column(f"{short} rows routed right", lambda row, part=part: scores(row, part, "routing_accuracy"), share)
-        for part, short in enumerate(("pers.", "gen."))
+        for part, short in enumerate(SHORT[:2])
     ]
     spent = [
         Column("steps per client and round", of(cost, "optimiser_steps_per_client"), "{:.3g}".format, False),
@@ -162,7 +165,8 @@ def spread(found: Sequence[float], column: Column) -> str:
 
 def note(rows: Sequence[Row]) -> str:
     """What the columns mean."""
-    return NOTE + (SEEDS if any(len(row.runs) > 1 for row in rows) else "")
+    joined = any(scores(row, 2, "rouge1", "mean") for row in rows)
+    return NOTE + (NEW if joined else "") + (SEEDS if any(len(row.runs) > 1 for row in rows) else "")
 
 
 def setups(rows: Sequence[Row]) -> list[str]:

@@ -136,9 +136,10 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
     table = table_of([path], "Scores")
     assert list(table) == ["base model", "fedrouter"]
     for row, parts in (("base model", records.BASE_PARTS), ("fedrouter", records.PARTS)):
-        for short, part in zip(("pers.", "gen."), parts, strict=True):
+        for short, part in zip(report.SHORT, parts, strict=True):
             assert table[row][f"{short} ROUGE-1"] == f"{scores[part]['rouge1']['mean']:.3f}"
             assert table[row][f"{short} ROUGE-L"] == f"{scores[part]['rougeL']['mean']:.3f}"
+    assert "joined after training" in report.note(records.rows_of(records.read_all([path])))
     accuracy = table_of([path], "Clustering")
     assert list(accuracy) == ["fedrouter"]
     assert accuracy["fedrouter"]["rows in right cluster"] == "75.0%"
@@ -155,6 +156,13 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
         by_task = table_of([path], f"ROUGE-1 of each task, {part}")["fedrouter"]
         expected = {task: f"{value:.3f}" for task, value in scores[part]["rouge1"]["per_task"].items()}
         assert {task: by_task[task] for task in TASKS} == expected
+
+
+def test_newcomers_have_columns_only_where_there_are_any(tmp_path):
+    path = make_run(tmp_path / "one")
+    write_json(path / "scores.json", {k: v for k, v in scores_of(path).items() if "newcomers" not in k})
+    assert not any("new." in column for column in table_of([path], "Scores")["fedrouter"])
+    assert "joined after training" not in report.note(records.rows_of(records.read_all([path])))
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
@@ -204,7 +212,7 @@ def test_markdown_of_one_run(tmp_path):
     assert {"scores.json", "plots/loss.png", "plots/embedding.png"} <= set(links)
     assert all((path / target).exists() for target in links)
     rows = [line for line in text.split("\n") if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", line)) in (5, 7, 8) for line in rows)  # `sort|odd` makes no column
+    assert all(len(re.findall(r"(?<!\\)\|", line)) in (5, 7, 10) for line in rows)  # `sort|odd` makes no column
 
     elsewhere = report.to_markdown(records.read_all([path]), [], tmp_path / "else where")
     assert "](../my%20run/scores.json)" in elsewhere
