@@ -86,7 +86,7 @@ class Studies:
     out: Path | None = None
     """Folder for summaries, tables and figures; by default docs/results/studies, or runs/smoke/studies."""
     smoke: bool = False
-    """The tiny random model on synthetic rows, one seed, the first two values of a study."""
+    """The tiny random model on synthetic rows: fedrouter alone, one seed, the first two values of a study."""
     redraw: bool = False
     """Only draw from the summaries in --out."""
 
@@ -114,12 +114,14 @@ def main(options: Studies) -> None:
 def configs(name: str, options: Studies) -> dict:
     """`{"method-value-seed": config}` of a study."""
     study, basis = STUDIES[name], table1.budget(table1.Table1(data=options.data, smoke=options.smoke), "dual")
-    seeds, values = (1, study.values[:2]) if options.smoke else (options.seeds, study.values)
+    seeds, values, methods = options.seeds, study.values, study.methods
+    if options.smoke:
+        seeds, values, methods = 1, values[:2], methods[:1]
     made = {}
     for seed in range(seeds):
         for value in values:
             parts = {part: replace(getattr(basis, part), **new) for part, new in study.changes(value).items()}
-            for method in study.methods:
+            for method in methods:
                 made[f"{method}-{value}-{seed}"] = replace(basis, strategy=method, seed=seed, **parts)
     return made
 
