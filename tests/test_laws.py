@@ -16,7 +16,6 @@ from fedrouter_jax.federation import make_round
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
-    fedalt,
     feddpa_f,
     feddpa_t,
     fedex,
@@ -32,6 +31,7 @@ from fedrouter_jax.types import FederationState, LoRA, Losses, View
 KEY = jax.random.key(7)
 # The rounds of these are FedRouter's and FedIT's, function for function: only routes and what they are given differ.
 OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised", "fedrouter-soft")]
+BY_NAME = {strategy.name: strategy for strategy in OTHERS}
 every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
 
 
@@ -60,9 +60,17 @@ def begin(federation, strategy):
     return strategy.init(dict.fromkeys(strategy.owners, federation.adapters["main"]), federation.enrolment)
 
 
+def round_of(strategy, update, at_once, kept={}):  # noqa: B006
+    """A jitted round, compiled once for all tests that play the same one."""
+    key = (id(strategy), id(update), at_once)
+    if key not in kept:  # the objects are kept too, so that their ids stay theirs
+        kept[key] = (make_round(strategy, update, rate, 5, at_once, loss=fit), strategy, update)
+    return kept[key][0]
+
+
 def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
     """The state after some of five rounds, and the last info."""
-    run = make_round(strategy, update, rate, 5, at_once, loss=fit)
+    run = round_of(strategy, update, at_once)
     state = begin(federation, strategy)
     for t in range(1, rounds + 1):
         work, batch = change(*inputs(federation, t, **lanes))
@@ -81,10 +89,10 @@ def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
 
 
 def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
-    expected, info = play(federation, fedrouter(), federation.update, None)
+    expected, info = play(federation, BY_NAME["fedrouter"], federation.update, None)
     assert np.isfinite(info.loss).all() and info.loss.shape == (CLIENTS, LOCAL.steps)
-    for at_once, together in ((3, 1), (1, 3), (1, 4)):
-        found, other = play(federation, fedrouter(), federation.update, at_once, together=together)
+    for at_once, together in ((3, 1), (1, 4)):
+        found, other = play(federation, BY_NAME["fedrouter"], federation.update, at_once, together=together)
         # Adam divides by the gradient's size: where that is nearly zero, the last digit becomes visible.
         assert_close(found, expected, 5e-4)
         assert_close(other, info)
@@ -191,8 +199,8 @@ def test_client_owned_leaves_never_travel(federation, strategy):
 def test_fedrouter_with_one_cluster_is_fedit(federation):
     one = federation.enrolment._replace(table=jnp.zeros_like(federation.enrolment.table), clusters=1)
     alone = federation._replace(enrolment=one)
-    found = play(alone, fedrouter(), nudge)[0].bank
-    assert_close(found, play(alone, fedit(), nudge)[0].bank)
+    found = play(alone, BY_NAME["fedrouter"], nudge)[0].bank
+    assert_close(found, play(alone, BY_NAME["fedit"], nudge)[0].bank)
 
 
 def test_leaves_of_one_adapter_may_have_different_owners(federation):
@@ -213,7 +221,7 @@ def test_leaves_of_one_adapter_may_have_different_owners(federation):
 def test_one_cluster_of_clients_is_fedit_and_one_each_is_local_after_the_first_round(federation):
     """Clustered, in its two extremes."""
     pooled = federation._replace(enrolment=federation.enrolment._replace(clusters=1))
-    assert_close(play(pooled, clustered(), nudge)[0].bank, play(federation, fedit(), nudge)[0].bank)
+    assert_close(play(pooled, clustered(), nudge)[0].bank, play(federation, BY_NAME["fedit"], nudge)[0].bank)
     each = federation._replace(enrolment=federation.enrolment._replace(clusters=CLIENTS))
     state = play(each, clustered(), nudge, rounds=1)[0]
     state = clustered().regroup(state._replace(memory=jnp.eye(CLIENTS)))
@@ -233,7 +241,7 @@ def test_clients_that_move_alike_are_one_cluster():
 def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
     """Three of five rounds are shared; then the global adapter stays, and the local ones start from it."""
     strategy = feddpa_f(private=0.4)
-    shared = play(federation, fedit(), federation.update, rounds=3)[0].bank["main"]
+    shared = play(federation, BY_NAME["fedit"], federation.update, rounds=3)[0].bank["main"]
     bank = play(federation, strategy, federation.update, rounds=3)[0].bank
     assert_close(bank["global"], shared, 5e-4)
     for leaf, source in zip(*map(jax.tree.leaves, (bank["local"], bank["global"])), strict=True):
@@ -248,7 +256,7 @@ def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federatio
     """One cluster with a shared A is FedIT; the softest gates of one nearest adapter are hard ones."""
     one = federation.enrolment._replace(table=jnp.zeros((CLIENTS, CLUSTERS), jnp.int32), clusters=1)
     found = play(federation._replace(enrolment=one), fedrouter_a(), nudge)[0].bank
-    assert_close(found, play(federation, fedit(), nudge)[0].bank)
+    assert_close(found, play(federation, BY_NAME["fedit"], nudge)[0].bank)
     state, clients = begin(federation, fedrouter()), jnp.array([0, 1, 2, 3])
     view = View(jax.random.normal(KEY, (CLIENTS, federation.model.config.width)))
     for mode in ("local", "global"):
@@ -264,7 +272,7 @@ def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federatio
 
 def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):
     """After a round: rest is the others' mean; own and both gates have moved, each client its own way."""
-    state, info = play(federation, fedalt(), federation.update, rounds=1)
+    state, info = play(federation, BY_NAME["fedalt"], federation.update, rounds=1)
     own, rest = state.bank["own"], state.bank["rest"]
     for side in ("a", "b"):
         for leaf, mean in zip(getattr(own, side).values(), getattr(rest, side).values(), strict=True):
@@ -272,7 +280,7 @@ def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):
                 others = jnp.stack([leaf[o] for o in range(CLIENTS) if o != c]).mean(axis=0)
                 np.testing.assert_allclose(mean[c], others, rtol=1e-5, atol=1e-6)
     assert all(bool((leaf[0] != leaf[1]).any()) for leaf in jax.tree.leaves((own, rest.gate)))
-    together, _ = play(federation, fedalt(), federation.update, rounds=1, together=4)
+    together, _ = play(federation, BY_NAME["fedalt"], federation.update, rounds=1, together=4)
     assert_close(together, state, 5e-4)
 
 
@@ -299,14 +307,15 @@ def test_fedex_with_one_client_is_fedit(federation):
         return work._replace(weight=work.weight * (work.client == 2)), batch
 
     found = play(federation, fedex(LORA.scale), federation.update, change=alone)[0]
-    assert_close(found.bank, play(federation, fedit(), federation.update, change=alone)[0].bank, 5e-4)
+    assert_close(found.bank, play(federation, BY_NAME["fedit"], federation.update, change=alone)[0].bank, 5e-4)
     assert max(float(jnp.abs(delta).max()) for delta in found.memory.values()) < 1e-6
 
 
 def test_ifca_with_one_cluster_is_fedit_and_with_more_takes_the_slot_of_least_loss(federation):
     one = federation.enrolment._replace(table=jnp.zeros((CLIENTS, CLUSTERS), jnp.int32), clusters=1)
     assert_close(
-        play(federation._replace(enrolment=one), ifca(), nudge)[0].bank, play(federation, fedit(), nudge)[0].bank
+        play(federation._replace(enrolment=one), ifca(), nudge)[0].bank,
+        play(federation, BY_NAME["fedit"], nudge)[0].bank,
     )
     state = begin(federation, ifca())._replace(round=jnp.ones((), jnp.int32))
     work, _ = inputs(federation, 1)
