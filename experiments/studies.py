@@ -26,9 +26,7 @@ from experiments.sweep import sweep
 from fedrouter_jax import runs
 from fedrouter_jax.cli import guarded, keep_programs
 from fedrouter_jax.errors import UserError
-
-PARTS = ("personalised", "generalisation", "newcomers")
-
+from fedrouter_jax.records import PARTS
 
 class Study(NamedTuple):
     """Values of one choice; `changes` maps a value to what it changes in the sections of the config."""
