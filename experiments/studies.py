@@ -28,6 +28,7 @@ from fedrouter_jax.cli import guarded, keep_programs
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
 
+
 class Study(NamedTuple):
     """Values of one choice; `changes` maps a value to what it changes in the sections of the config."""
 

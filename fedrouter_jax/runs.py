@@ -199,10 +199,10 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
     width, size = prepared.model.config.width, 4
     standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
     statistics = len(clients) * (2 * width + 1) * size if clustered and standardised else 0
-    if clustered:  # counts and sums of every slot tried, in every step and once for the score
-        steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd
-        tried = sum(map(int, enrolment.silhouettes.get("global", [enrolment.clusters])))
-        statistics += len(clients) * steps * tried * (width + 2) * size
+    # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step.
+    steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd if clustered else 0
+    tried = steps * sum(map(int, enrolment.silhouettes.get("global", [enrolment.clusters])))
+    statistics += len(clients) * tried * (width + 2) * size
     return {
         "tasks": tasks,
         "clustered": clustered,
@@ -214,7 +214,7 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         "never_trained": schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
         "silhouettes": enrolment.silhouettes,
         "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
-        "bytes_down": len(clients) * (enrolment.clusters + 2 * standardised) * width * size if clustered else 0,
+        "bytes_down": len(clients) * (enrolment.clusters + tried + 2 * standardised) * width * size if clustered else 0,
         "clients": clients,
     }
 
