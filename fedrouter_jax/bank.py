@@ -39,7 +39,7 @@ def scatter_mean(owners: PyTree, bank: Adapters, slots: Slots, lanes: Adapters, 
     """
 
     def mean(owner, old, new):
-        if owner == "fixed":
+        if owner in ("fixed", "copied"):
             return old
         total = jax.ops.segment_sum(weight, slots[owner], old.shape[0])
         # Normalise first: a slot with one lane then receives exactly that lane.
@@ -56,9 +56,9 @@ def expand(values: Array, like: Array) -> Array:
 
 
 def wire_bytes(owners: PyTree, bank: Adapters) -> int:
-    """Bytes one lane sends (and receives) in a round: client-owned and fixed leaves never travel."""
+    """Bytes one lane sends (and receives) in a round: client-owned, fixed and copied leaves never travel."""
     sizes = jax.tree.map(
-        lambda owner, leaf: 0 if owner in ("client", "fixed") else leaf[0].size * leaf.dtype.itemsize,
+        lambda owner, leaf: 0 if owner in ("client", "fixed", "copied") else leaf[0].size * leaf.dtype.itemsize,
         spread(owners, bank),
         bank,
     )
@@ -81,7 +81,7 @@ def serving(bank: Adapters) -> LoRA:
 
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
     """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
-    rank = ("fixed", "shared", "cluster", "public", "client")
+    rank = ("fixed", "shared", "copied", "cluster", "public", "client")
     names = []
     for name, adapter in bank.items():
         finest = max(jax.tree.leaves(spread(owners, bank)[name]), key=rank.index)

@@ -69,6 +69,7 @@ class Config:
         "fedex",
         "ifca",
         "fedalt",
+        "fedlease",
         "fedrouter-a",
         "fedrouter-sum",
         "fedrouter-soft",

@@ -69,7 +69,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
-    strategy = strategy or STRATEGIES[config.strategy](**options(config))
+    strategy = strategy or STRATEGIES[config.strategy](**options(config, split))
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:
         raise UserError(
@@ -88,12 +88,16 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
 
 
-def options(config: Config) -> dict:
+def options(config: Config, split: Partition) -> dict:
     """What the config sets of its strategy."""
     weight_on = {"weight_on": config.evaluation.instance_weight}
-    return {"feddpa-t": weight_on, "feddpa-f": weight_on, "fedex": {"scale": config.lora.scale}}.get(
-        config.strategy, {}
-    )
+    experts = cluster_counts(config, split)[1] or config.cluster.max_clusters
+    return {
+        "feddpa-t": weight_on,
+        "feddpa-f": weight_on,
+        "fedex": {"scale": config.lora.scale},
+        "fedlease": {"experts": experts},
+    }.get(config.strategy, {})
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:

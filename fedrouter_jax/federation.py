@@ -32,9 +32,11 @@ from fedrouter_jax.types import (
 
 def slots(state: FederationState, work: Work) -> bank_lib.Slots:
     """The slot each lane reads and writes, by owner."""
+    cluster = jnp.maximum(state.table[work.client, work.cluster], 0)
     return {
         "shared": jnp.zeros_like(work.client),
-        "cluster": jnp.maximum(state.table[work.client, work.cluster], 0),
+        "cluster": cluster,
+        "copied": cluster,
         "client": work.client,
         "public": work.client,
         "fixed": jnp.zeros_like(work.client),
@@ -47,7 +49,7 @@ def owned(owners: PyTree) -> tuple[Callable, Callable, Callable]:
     def init(adapters: Adapters, enrolment: Any) -> FederationState:
         table = enrolment.table
         sizes = {"shared": 1, "cluster": enrolment.clusters, "client": table.shape[0], "fixed": 1}
-        sizes["public"] = sizes["client"]
+        sizes |= {"public": sizes["client"], "copied": sizes["cluster"]}
         # Nothing may be shared with the arguments: rounds donate the state, and with it all its buffers.
         table, memory = jax.tree.map(jnp.copy, (table, enrolment.router))
         return FederationState(jnp.zeros((), jnp.int32), bank_lib.create(owners, adapters, sizes), table, memory)

@@ -53,7 +53,7 @@ def concatenate(slots: LoRA) -> LoRA:
     return LoRA(
         a={m: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1) for m, a in slots.a.items()},
         b={m: jnp.moveaxis(b, 0, -3).reshape(b.shape[1], -1, b.shape[-1]) for m, b in slots.b.items()},
-        gate={m: jnp.moveaxis(gate, 0, -1) for m, gate in slots.gate.items()},
+        gate={m: jnp.moveaxis(gate, 0, -2) for m, gate in slots.gate.items()},
     )
 
 

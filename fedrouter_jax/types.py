@@ -14,8 +14,9 @@ import jax
 
 Array = jax.Array
 PyTree = Any
-# "client": a slot a client, never sent; "public": the same, but sent; "fixed": one slot, never trained, never sent
-Owner = Literal["shared", "cluster", "client", "public", "fixed"]
+# "client": a slot a client, never sent; "public": the same, but sent; "fixed": one slot, never trained, never sent;
+# "copied": a slot a cluster that only `tell` writes, never sent
+Owner = Literal["shared", "cluster", "client", "public", "fixed", "copied"]
 Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters
 
@@ -24,13 +25,14 @@ class LoRA(NamedTuple):
     """One low-rank adapter, or a stack of them with extra leading axes (Hu et al., ICLR 2022, arXiv 2106.09685).
 
     A module computes `x W + ((x a) * gates) b`, where the gate of a rank carries `alpha / r`. Adapters with a `gate` of
-    their own compete for every token: the gates are then multiplied by the softmax, over the adapters that are open
-    (whose gates are not zero), of `x gate`.
+    their own compete for every token, each with a score `x gate` a seat. Among the adapters that are open (whose gates
+    are not zero) as many of the highest scores count as there are such adapters; the gates are multiplied by an
+    adapter's part of their softmax. Where an adapter has several seats, one whose weights are all zero is none.
     """
 
     a: dict[str, Array]  # {module: [layer, in, rank]}
     b: dict[str, Array]  # {module: [layer, rank, out]}
-    gate: dict[str, Array] = {}  # {module: [layer, in]}, of stacked adapters {module: [layer, in, slot]}; mostly empty
+    gate: dict[str, Array] = {}  # {module: [layer, in, seat]}, concatenated [layer, in, slot, seat]; mostly empty
 
 
 Adapters = dict[str, LoRA]  # the named adapters of one lane, or the bank (each leaf with a leading slot axis)

@@ -187,7 +187,7 @@ def test_client_owned_leaves_never_travel(federation, strategy):
     work, _ = inputs(federation, 1)
     sent = strategy.ask(state._replace(bank=poisoned), work)
     sizes = jax.tree.map(
-        lambda owner, leaf: 0 if owner in ("client", "fixed") else leaf[0].nbytes,
+        lambda owner, leaf: 0 if owner in ("client", "fixed", "copied") else leaf[0].nbytes,
         bank.spread(strategy.owners, sent),
         sent,
     )

@@ -41,12 +41,18 @@ class DataConfig:
     """Test rows a client, at most (personalised evaluation)."""
     mix_rows: int = 300
     """Test rows of the mix of all tasks, at most (generalisation)."""
+    balanced: bool = False
+    """Test rows of a task that is answered by labels: as many of each label. One answer to all then scores the same
+    whichever it is."""
     template: Literal["alpaca", "short"] = "alpaca"
     """Prompt template; "short" saves 25 tokens a row."""
     max_length: int = 1024
     """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
     max_response: int = 128
     """Longest response in tokens, EOS included; also the longest generated answer."""
+
+
+LABELS = 8  # a task with no more different answers than this is answered by labels
 
 
 class Client(NamedTuple):
@@ -70,14 +76,24 @@ def tasks_of(client: int, tasks: Sequence[str], scenario: Scenario) -> list[str]
     return [tasks[(client + i) % len(tasks)] for i in range(held)]
 
 
-def deal(rows: Sequence[Row], holders: dict[str, list[int]], cap: int, clients: int, rng) -> list[list[int]]:
-    """Deal each task's shuffled rows round robin to its holders; a client takes at most `cap` rows in equal shares."""
+def deal(
+    rows: Sequence[Row], holders: dict[str, list[int]], cap: int, clients: int, rng, balanced: bool = False
+) -> list[list[int]]:
+    """Deal each task's shuffled rows round robin to its holders; a client takes at most `cap` rows in equal shares.
+
+    `balanced`: the rows of a task that is answered by labels label by label, as many of each.
+    """
     hands: list[list[int]] = [[] for _ in range(clients)]
     held = {client: sum(client in of for of in holders.values()) for client in range(clients)}
     for task, clients_of in holders.items():
-        indices = rng.permutation([i for i, row in enumerate(rows) if row.task == task])
+        indices = [i for i, row in enumerate(rows) if row.task == task]
+        found = sorted({rows[i].output for i in indices})
+        labels = [{label} for label in found] if balanced and len(found) <= LABELS else [set(found)]
+        piles = [rng.permutation([i for i in indices if rows[i].output in label]) for label in labels]
+        least = min(map(len, piles))
         for seat, client in enumerate(clients_of):
-            hands[client].extend(int(i) for i in indices[seat :: len(clients_of)][: max(1, cap // held[client])])
+            share = max(1, cap // held[client] // len(piles))
+            hands[client].extend(int(i) for pile in piles for i in pile[:least][seat :: len(clients_of)][:share])
     return [sorted(hand) for hand in hands]
 
 
@@ -134,7 +150,7 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                 f"raise --clients to at least {len(tasks)}"
             )
         train = deal(dataset.train, holders, config.train_rows, clients, rng)
-        test = deal(dataset.test, holders, config.test_rows, clients, rng)
+        test = deal(dataset.test, holders, config.test_rows, clients, rng, config.balanced)
     for split, hands in (("training", train), ("test", test)):
         empty = next((client for client, hand in enumerate(hands) if not hand), None)
         if empty is not None:
@@ -142,6 +158,6 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                 f"client {empty} gets no {split} row: {dataset.name} has too few rows for {clients} clients; "
                 "lower --clients or bring more rows"
             )
-    mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng)[0]
+    mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
     test = [test[(client + config.shift) % clients] for client in range(clients)]
     return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks)

@@ -100,7 +100,7 @@ def _low_rank(x: Array, module: str, adapter: _Adapter, rate: float) -> Array:
     a, b = adapter.lora.a[module].astype(x.dtype), adapter.lora.b[module].astype(x.dtype)
     gates = adapter.gates
     if module in adapter.lora.gate:
-        gates = gates * _compete(x @ adapter.lora.gate[module].astype(x.dtype), gates)
+        gates = gates * _compete(x, adapter.lora.gate[module].astype(x.dtype), gates)
     if adapter.keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(adapter.keys.ravel(), MODULES.index(module))
         x = _dropout(keys, rate, x)
@@ -110,11 +110,24 @@ def _low_rank(x: Array, module: str, adapter: _Adapter, rate: float) -> Array:
     return down @ b
 
 
-def _compete(scores: Array, gates: Array) -> Array:
-    """The softmax of `scores` [*rows, slot] over open slots, for every rank of `gates` [..., slot * rank]."""
-    rank = gates.shape[-1] // scores.shape[-1]
-    open_slots = gates.reshape(*gates.shape[:-1], -1, rank)[..., 0] != 0
-    mix = nn.softmax(jnp.where(open_slots, scores.astype(jnp.float32), -1e30))
+def _compete(x: Array, gate: Array, gates: Array) -> Array:
+    """What each rank of `gates` [..., slot * rank] gets of tokens `x` [*rows, in]; `gate` is [in, slot, seat].
+
+    The softmax of the highest scores, as many as there are open slots with a seat; a slot gets what its seats get.
+    """
+    slots, seats = gate.shape[1:]
+    rank = gates.shape[-1] // slots
+    taken = (gates.reshape(*gates.shape[:-1], slots, rank)[..., 0] != 0)[..., None]
+    if seats > 1:
+        taken = taken & jnp.any(gate != 0, axis=0)
+    scores = jnp.tensordot(x, gate, 1).astype(jnp.float32)
+    scores = jnp.where(taken, scores, -1e30)
+    if seats > 1:  # with one seat a slot, all that are taken count
+        flat = scores.reshape(*scores.shape[:-2], slots * seats)
+        place = jnp.argsort(jnp.argsort(-flat)).reshape(scores.shape)
+        counted = taken.any(-1).sum(-1)[..., None, None]
+        scores = jnp.where(place < counted, scores, -1e30)
+    mix = nn.softmax(scores, axis=(-2, -1)).sum(-1)
     return jnp.repeat(mix, rank, axis=-1)
 
 

@@ -7,6 +7,7 @@ from fedrouter_jax.strategies.fedalt import fedalt
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedex import fedex
 from fedrouter_jax.strategies.fedit import fedit
+from fedrouter_jax.strategies.fedlease import fedlease
 from fedrouter_jax.strategies.fedrouter import fedrouter
 from fedrouter_jax.strategies.fedsa import fedsa
 from fedrouter_jax.strategies.ffalora import ffalora
@@ -26,6 +27,7 @@ STRATEGIES = {
     "fedex": fedex,
     "ifca": ifca,
     "fedalt": fedalt,
+    "fedlease": fedlease,
     "fedrouter-a": fedrouter_a,
     "fedrouter-sum": fedrouter_sum,
     "fedrouter-soft": fedrouter_soft,

@@ -24,7 +24,7 @@ def fedalt() -> Strategy:
     create, ask, write = owned(OWNERS)
 
     def init(adapters, enrolment):
-        scores = {module: jnp.zeros(a.shape[:-1]) for module, a in adapters["own"].a.items()}
+        scores = {module: jnp.zeros((*a.shape[:-1], 1)) for module, a in adapters["own"].a.items()}
         return create({name: adapter._replace(gate=scores) for name, adapter in adapters.items()}, enrolment)
 
     def tell(state, work, adapters):

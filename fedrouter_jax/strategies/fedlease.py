@@ -1,0 +1,134 @@
+"""FedLEASE: one expert for each cluster of alike clients, and for every token a choice among all experts.
+
+Wang et al., "Adaptive LoRA Experts Allocation and Selection for Federated Fine-Tuning", NeurIPS 2025, arXiv 2509.15087.
+
+    round 1   client: trains an adapter alone
+              server: d(i, j) = mean over layers of 1 - cos(B_i, B_j); average-linkage clusters, their number M by
+                      silhouette; expert m = mean of the adapters of its clients
+    then      client: h = W0 x + sum over the M highest of 2M - 1 scores g(x) of softmax(g) B A x; of the scores M belong
+                      to its own expert and one to every other, so it may use one to M experts; trains its own expert
+                      and the scores
+              server: per cluster, average the own experts and the scores
+
+An adapter goes up, and all experts come down.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import silhouette_score
+
+from fedrouter_jax.federation import owned
+from fedrouter_jax.types import LoRA, Phase, Strategy
+
+
+def fedlease(experts: int = 4) -> Strategy:
+    """A slot an expert, at most `experts`. Averaged: experts and scores inside a cluster. Private: nothing."""
+    others = [f"other_{step}" for step in range(1, experts)]  # of cluster m: expert m + step, modulo M
+    owners = {"own": "cluster", **dict.fromkeys(others, LoRA(a="copied", b="copied", gate="cluster"))}
+    create, ask, write = owned(owners)
+
+    def init(adapters, enrolment):
+        # Scores start as A does: uniform, bounded by 1 / sqrt(in). Two columns are never the same.
+        fresh = adapters["own"].a
+        columns = {
+            module: jnp.stack([jnp.roll(a[..., c % a.shape[-1]], c, axis=1) for c in range(2 * experts - 1)], axis=-1)
+            for module, a in fresh.items()
+        }
+        seats = {"own": {module: scores[..., :experts] for module, scores in columns.items()}}
+        for number, name in enumerate(others, experts):
+            first = {module: scores[..., number : number + 1] for module, scores in columns.items()}
+            seats[name] = {module: jnp.pad(one, [(0, 0)] * 2 + [(0, experts - 1)]) for module, one in first.items()}
+        given = {name: adapter._replace(gate=seats[name]) for name, adapter in adapters.items()}
+        state = create(given, enrolment._replace(clusters=experts))
+        trained = {"a": fresh, "b": adapters["own"].b}
+        warm = jax.tree.map(lambda leaf: jnp.zeros((len(state.table), *leaf.shape), leaf.dtype), trained)
+        return state._replace(table=jnp.zeros_like(state.table), memory=warm)
+
+    def tell(state, work, adapters):
+        told = write(state, work, adapters)
+        sent = {"a": adapters["own"].a, "b": adapters["own"].b}
+        takes = (state.round == 0) & (work.weight > 0)
+
+        def noted(kept, new):
+            mask = takes.reshape(-1, *(1,) * (new.ndim - 1))
+            return kept.at[work.client].set(jnp.where(mask, new, kept[work.client]))
+
+        return copied(told._replace(memory=jax.tree.map(noted, state.memory, sent)))
+
+    def copied(state):
+        """The others' slots hold what the experts have become."""
+        own, count = state.bank["own"], state.table.max() + 1
+        bank = {"own": own}
+        for step, name in enumerate(others, 1):
+            whose = (jnp.arange(experts) + step) % count
+            taken = jax.tree.map(lambda leaf, whose=whose: leaf[whose], own)
+            bank[name] = state.bank[name]._replace(a=taken.a, b=taken.b)
+        return state._replace(bank=bank)
+
+    def regroup(state):
+        if int(state.round) != 1:
+            return state
+        labels = alike(state.memory["b"], experts)
+        count = labels.max() + 1
+        present = np.any([np.abs(b).max(axis=(1, 2, 3)) > 0 for b in map(np.asarray, state.memory["b"].values())], 0)
+
+        def mean(name):
+            def of_leaf(leaf, warm):
+                found = np.array(leaf)
+                for expert in range(count):
+                    members = (labels == expert) & present
+                    if members.any():
+                        found[expert] = np.asarray(warm)[members].mean(axis=0)
+                return jnp.asarray(found)
+
+            return jax.tree.map(of_leaf, getattr(state.bank["own"], name), state.memory[name])
+
+        def seated(gate, seats):
+            """A column without weights is no seat."""
+            return {module: scores * (jnp.arange(experts) < seats) for module, scores in gate.items()}
+
+        own = LoRA(mean("a"), mean("b"), seated(state.bank["own"].gate, count))
+        bank = {"own": own}
+        for step, name in enumerate(others, 1):
+            bank[name] = state.bank[name]._replace(gate=seated(state.bank[name].gate, int(step < count)))
+        table = jnp.broadcast_to(jnp.asarray(labels, state.table.dtype)[:, None], state.table.shape)
+        return copied(state._replace(bank=bank, table=table))
+
+    def phases(round, rounds):
+        later = jnp.asarray(round > 1)
+        moves = {"own": LoRA(True, True, later), **dict.fromkeys(others, LoRA(False, False, later))}
+        return (Phase(train=moves, weights={"own": 1.0, **dict.fromkeys(others, jnp.where(later, 1.0, 0.0))}),)
+
+    def route(state, clients, view, mode):
+        return jnp.tile(jax.nn.one_hot(state.table[clients, 0], experts), (1, experts))
+
+    return Strategy(
+        "fedlease", owners, init, ask, tell, route, phases=phases, regroup=regroup,
+        received=lambda lanes, slots: slots,
+    )  # fmt: skip
+
+
+def alike(b: dict, most: int) -> np.ndarray:
+    """The cluster of each client, int [client], numbered as clients meet them; `b` has leaves [client, layer, ...].
+
+    Two to `most` clusters, of highest silhouette. A client without an update is alike to nobody.
+    """
+    clients = len(next(iter(b.values())))
+    if clients < 3 or most < 2:
+        return np.arange(clients) % most
+    distances = []
+    for leaf in map(np.asarray, b.values()):
+        flat = leaf.astype(np.float64).reshape(clients, leaf.shape[1], -1)
+        unit = flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
+        distances.append(1 - np.einsum("ild,jld->ij", unit, unit) / leaf.shape[1])
+    distance = np.clip(np.mean(distances, axis=0), 0, 2)
+    np.fill_diagonal(distance, 0)
+    found = {
+        count: AgglomerativeClustering(count, metric="precomputed", linkage="average").fit_predict(distance)
+        for count in range(2, min(most, clients - 1) + 1)
+    }
+    best = max(found, key=lambda count: silhouette_score(distance, found[count], metric="precomputed"))
+    first = list(dict.fromkeys(found[best].tolist()))
+    return np.array([first.index(label) for label in found[best].tolist()])
