@@ -114,6 +114,7 @@ def measure(options: Clustering, to: Path) -> None:
                 record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few, find)
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
                 found["records"].append({**of, **record})
+                found["records"].sort(key=lambda record: list(jobs).index(record["name"]))
                 runs.write(to, json.dumps(rounded(found), indent=None) + "\n")
             advance(1, job)
 
@@ -203,6 +204,7 @@ def cluster(
                 "points": np.round(picture.astype(float), 1).tolist(),
                 "task": np.concatenate(labels).tolist(),
                 "slot": slots,
+                "first client": [int(k) for k in given.labels[0][: len(labels[0])]],  # local clusters of the first rows
             }
     return record
 

@@ -140,15 +140,17 @@ def others(found: dict) -> Figure:
 
 
 def pictures(found: dict) -> Figure:
-    """Embeddings in two dimensions: true tasks beside global clusters, for every set of tasks."""
+    """Embeddings in two dimensions by true task, by one client's local clusters, by global cluster."""
     records = [record for record in found["records"] if "picture" in record]
-    figure = Figure((10, 4.2 * len(records)))
-    for axes, record in zip(figure.subplots(len(records), 2, squeeze=False), records, strict=True):
+    figure = Figure((15, 5.2 * len(records)))
+    for axes, record in zip(figure.subplots(len(records), 3, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
         plots.scatter(axes[0], points, np.array([tasks[i] for i in record["picture"]["task"]]), tasks)
-        slots = np.array(record["picture"]["slot"])
-        plots.scatter(axes[1], points, slots, sorted(set(slots.tolist())))
-        for panel, what in zip(axes, ("true task", "global cluster"), strict=True):
+        for panel, name in zip(axes[1:], ("first client", "slot"), strict=True):
+            labels = np.array(record["picture"][name])
+            panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
+            plots.scatter(panel, points[: len(labels)], labels, sorted(set(labels.tolist())))
+        for panel, what in zip(axes, ("true task", "local clusters of one client", "global cluster"), strict=True):
             panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
     figure.tight_layout()
     return figure

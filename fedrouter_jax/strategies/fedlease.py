@@ -5,8 +5,8 @@ Wang et al., "Adaptive LoRA Experts Allocation and Selection for Federated Fine-
     round 1   client: trains an adapter alone
               server: d(i, j) = mean over layers of 1 - cos(B_i, B_j); average-linkage clusters, their number M by
                       silhouette; expert m = mean of the adapters of its clients
-    then      client: h = W0 x + sum over the M highest of 2M - 1 scores g(x) of softmax(g) B A x; of the scores M belong
-                      to its own expert and one to every other, so it may use one to M experts; trains its own expert
+    then      client: h = W0 x + sum over the M highest of 2M - 1 scores g(x) of softmax(g) B A x; M scores belong to
+                      its own expert and one to every other, so it may use one to M experts; trains its own expert
                       and the scores
               server: per cluster, average the own experts and the scores
 
