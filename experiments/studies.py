@@ -30,12 +30,13 @@ from fedrouter_jax.records import PARTS
 
 
 class Study(NamedTuple):
-    """Values of one choice; `changes` maps a value to what it changes in the sections of the config."""
+    """Values of one choice; `changes` maps a value to what it changes in the config and its sections."""
 
     what: str
     values: tuple
-    changes: Callable[[Any], dict[str, dict]]
+    changes: Callable[[Any], dict[str, Any]]
     methods: tuple[str, ...] = ("fedrouter", "fedit")
+    smoke: tuple = ()  # values of the smoke run, where they are not the first two
 
 
 STUDIES = {
@@ -68,6 +69,11 @@ STUDIES = {
     "shift": Study(
         "places by which clients' tests are shifted, any adapter allowed", (0, 1, 2),
         lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
+    ),
+    "model": Study(
+        "base model (Figure 5; the larger ones come from the hub)",
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+        lambda name: {"model": name}, smoke=("tiny",),
     ),
 }  # fmt: skip
 
@@ -115,22 +121,30 @@ def configs(name: str, options: Studies) -> dict:
     study, basis = STUDIES[name], table1.budget(table1.Table1(data=options.data, smoke=options.smoke), "dual")
     seeds, values, methods = options.seeds, study.values, study.methods
     if options.smoke:
-        seeds, values, methods = 1, values[:2], methods[:1]
+        seeds, values, methods = 1, study.smoke or values[:2], methods[:1]
     made = {}
     for seed in range(seeds):
         for value in values:
-            parts = {part: replace(getattr(basis, part), **new) for part, new in study.changes(value).items()}
+            parts = {
+                part: replace(getattr(basis, part), **new) if isinstance(new, dict) else new
+                for part, new in study.changes(value).items()
+            }
             for method in methods:
-                made[f"{method}-{value}-{seed}"] = replace(basis, strategy=method, seed=seed, **parts)
+                made[f"{method}-{label(value)}-{seed}"] = replace(basis, strategy=method, seed=seed, **parts)
     return made
+
+
+def label(value: Any) -> str:
+    """A value in file names and figures."""
+    return str(value).rpartition("/")[2]
 
 
 def cells(study: Study, found: dict[str, dict]) -> dict[tuple[str, Any], list[dict]]:
     """Summaries over seeds by (method, value), in the study's order."""
     table: dict[tuple[str, Any], list[dict]] = {}
     for method in study.methods:
-        for value in study.values:
-            same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{method}-{value}"]
+        for value in (*study.values, *study.smoke):
+            same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{method}-{label(value)}"]
             if same:
                 table[method, value] = same
     return table
@@ -162,11 +176,12 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     study = STUDIES[name]
     table = cells(study, found)
     parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
+    shown = [value for value in (*study.values, *study.smoke) if any(value == key[1] for key in table)]
     drawn = Figure((4.2 * len(parts), 3.4))
     for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         for method, colour in zip(study.methods, ("#d55e00", "#0072b2"), strict=False):
             points = [
-                (study.values.index(value), [summaries.score(s, part) for s in same if part in s["scores"]])
+                (shown.index(value), [summaries.score(s, part) for s in same if part in s["scores"]])
                 for (who, value), same in table.items()
                 if who == method
             ]
@@ -174,7 +189,7 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
             axes.plot([p for p, _ in points], [np.mean(v) for _, v in points], "-o", color=colour, label=method)
             for place, scores in points:
                 axes.plot([place] * len(scores), scores, ".", color=colour, alpha=0.5)
-        axes.set(xticks=range(len(study.values)), xticklabels=study.values, xlabel=study.what, title=part)
+        axes.set(xticks=range(len(shown)), xticklabels=map(label, shown), xlabel=study.what, title=part)
         axes.grid(axis="y", color="0.9")
     drawn.axes[0].set(ylabel="ROUGE-1")
     drawn.axes[0].legend(frameon=False)

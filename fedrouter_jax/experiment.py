@@ -24,7 +24,7 @@ from fedrouter_jax.data import packing, schedule, sources, tokens
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.federation import make_round
+from fedrouter_jax.federation import make_round, map_groups
 from fedrouter_jax.models import Model, load_model, module_shapes
 from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import FederationState, Strategy, Work
@@ -181,6 +181,24 @@ def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[
         [[row for row, label in zip(rows, enrolment.labels[c], strict=False) if label == k] for k in clusters]
         for c, rows in enumerate(training)
     ]
+
+
+def settle(prepared: Prepared, state: FederationState) -> FederationState:
+    """The state when newcomers join after training: a strategy that chooses slots by losses lets them choose theirs.
+
+    They look at as many of their rows as a round has.
+    """
+    config, choose = prepared.config, prepared.strategy.choose
+    new = config.data.newcomers
+    if not new or choose is None:
+        return state
+    who = np.arange(config.data.clients - new, config.data.clients, dtype=np.int32)
+    work = Work(who, np.zeros(new, np.int32), np.ones(new, np.float32))
+    local, rows = config.local, [[held] for held in prepared.train]
+    together = config.compute.lanes_together
+    batch = schedule.batches(work, rows, 1, local.steps, local.batch, *prepared.pack, config.seed, together)
+    loss = partial(client.make_client_loss(prepared.model.config, config.lora), prepared.model.params)
+    return choose(state, work, jax.jit(lambda adapters: map_groups(lambda group: loss(*group), adapters, batch, 1)))
 
 
 def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:

@@ -91,7 +91,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         resumed = int(loaded.state.round) > 0
-        loaded = loaded._replace(state=train(out, loaded, track))
+        loaded = loaded._replace(state=experiment.settle(loaded.prepared, train(out, loaded, track)))
         if not (out / "scores.json").exists():
             with timed(timings, "evaluate"):
                 known = _base_answers(shared, loaded.prepared.config)

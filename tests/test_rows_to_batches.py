@@ -106,6 +106,25 @@ def test_mixtures_deal_without_overlap_and_follow_alpha(alpha, most):
         assert {data.test[i].task for i in client.test} <= set(tasks)
 
 
+@pytest.mark.parametrize("scenario", ["single", "dual", "all"])
+def test_balanced_tests_hold_every_label_equally_often(scenario):
+    """A task answered by one of two labels, one of them rare: as many of each, and other tasks as before."""
+    data = synthetic.make(train_per_task=40, test_per_task=32)
+    task = data.train[0].task
+    labelled = [
+        row._replace(output="no" if i % 4 else "yes") if row.task == task else row for i, row in enumerate(data.test)
+    ]
+    data = data._replace(test=labelled)
+    plain, even = (scenarios.partition(data, dealt_as(scenario, 4, balanced=way), 0) for way in (False, True))
+    assert [client.train for client in even.clients] == [client.train for client in plain.clients]
+    for held in [client.test for client in even.clients] + [even.mix]:
+        answers = Counter(data.test[i].output for i in held if data.test[i].task == task)
+        assert answers["yes"] == answers["no"] and set(answers) <= {"yes", "no"}
+        assert len(held) == len(set(held))
+    assert sum(data.test[i].task == task for i in even.mix) == 2  # of twelve, four tasks, an even number
+    assert Counter(data.test[i].task for i in plain.mix)[task] == 3
+
+
 def test_unseen_tasks_are_asked_for_in_the_mix_alone():
     data = synthetic.make(train_per_task=40, test_per_task=20)
     gone = data.train[0].task

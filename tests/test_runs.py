@@ -10,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import evaluate, runs
+from fedrouter_jax import evaluate, experiment, runs
 from fedrouter_jax.cli import main, progress
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
@@ -90,7 +92,9 @@ def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_bytes(fin
         (out / "rounds.jsonl").open("a").write('{"round": 9')  # what a kill in the middle of a line leaves
         arguments = ["resume", str(out)]
     subprocess.run([*command, *arguments], check=True, capture_output=True)
-    assert result(out) == result(finished)
+    found, expected = result(out), result(finished)
+    assert not [name for name in found | expected if found.get(name) != expected.get(name)]
+    assert found == expected
 
 
 def test_without_a_terminal_progress_is_a_line_for_every_tenth(capsys):
@@ -223,3 +227,21 @@ def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path)
         assert ("headline" in scores[part]["rouge1"]["per_task"]) == (part == "generalisation")
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text())
     assert len(clusters["table"]) == 5 and clusters["never_trained"] == []
+
+
+def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():
+    """Two slots, one spoilt: whoever joins takes the other, whatever was drawn for it."""
+    config = smoke()
+    config = dataclasses.replace(
+        config,
+        strategy="ifca",
+        data=dataclasses.replace(config.data, newcomers=2),
+        cluster=dataclasses.replace(config.cluster, global_clusters=2),
+    )
+    prepared = experiment.prepare(config)
+    state = experiment.start(prepared, experiment.enroll(prepared, None))
+    for good in (0, 1):
+        spoilt = jax.tree.map(lambda leaf, bad=1 - good: leaf.at[bad].set(1.0), state.bank)
+        drawn = jnp.full_like(state.table, 1 - good)
+        found = experiment.settle(prepared, state._replace(bank=spoilt, table=drawn, round=jnp.ones((), jnp.int32)))
+        assert found.table[:, 0].tolist() == [1 - good] * 2 + [good] * 2  # of four clients the last two

@@ -7,7 +7,8 @@ adapters in place of models.
               server:    per slot, average the adapters that came back
 
 With B = 0 all K adapters are the base model: in the first round clients are dealt to slots at random. A round costs K
-forward passes over its rows beside the training, and K adapters on the way down.
+forward passes over its rows beside the training, and K adapters on the way down. A client that joins later takes the
+slot of least loss, too.
 """
 
 import jax
