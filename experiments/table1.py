@@ -32,8 +32,8 @@ from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = ("oracle", "centralised")  # not rivals
-OURS = ("fedrouter", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # not baselines
-FIRST = ("fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")
+OURS = ("fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # not baselines
+FIRST = ("fedrouter", "fedrouter-warm", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     **{name: (name, {}) for name in STRATEGIES},
@@ -145,7 +145,55 @@ def markdown(found: dict[str, dict]) -> str:
             row.append(text(values, method == best) if values else "")
         lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {' | '.join(row)} |")
     lines.append(f"| **fedrouter, gain over the best baseline** | {' | '.join(gain(table, c) for c in columns)} |")
-    return "\n".join([*lines, "", "![scores](table1.png)", ""])
+    return "\n".join([*lines, "", "![scores](table1.png)", "", *by_task(found), "", *costs(found), ""])
+
+
+def by_task(found: dict[str, dict]) -> list[str]:
+    """A row a (scenario, method): personalised / generalisation ROUGE-1 of each task, mean over seeds."""
+    groups = grouped(found)
+    tasks = sorted({task for s in found.values() for task in s["scores"]["generalisation"]["rouge1"]["per_task"]})
+    lines = ["## Task by task", "", "ROUGE-1 of clients' own rows / of the mix, mean over seeds.", ""]
+    lines += [f"| scenario | method | seeds | {' | '.join(tasks)} |", "|---" * (len(tasks) + 3) + "|"]
+    for (scenario, method), same in groups.items():
+        cells = []
+        for task in tasks:
+            both = [
+                [s["scores"][part]["rouge1"]["per_task"].get(task, np.nan) for s in same]
+                for part in ("personalised", "generalisation")
+            ]
+            cells.append(" / ".join(f"{np.mean(values):.3f}" for values in both))
+        lines.append(f"| {scenario} | {method} | {len(same)} | {' | '.join(cells)} |")
+    return lines
+
+
+def costs(found: dict[str, dict]) -> list[str]:
+    """A row a method: what it took in one scenario, mean over its runs there."""
+    groups = grouped(found)
+    scenario = next(s for s in SCENARIOS if any(key[0] == s for key in groups))
+    lines = [f"## Cost ({scenario})", "", "Adapters, and clusters' centres where there are any, in all rounds.", ""]
+    lines += [
+        "| method | optimiser steps a client | training tokens | MB up | MB down | training, s |",
+        "|---" * 6 + "|",
+    ]
+    for (where, method), same in groups.items():
+        if where == scenario:
+            mean = {key: np.mean([s["cost"][key] for s in same]) for key in same[0]["cost"]}
+            lines.append(
+                f"| {method} | {mean['optimiser_steps_per_client']:.0f} | {mean['tokens']:.0f} | "
+                f"{mean['bytes_up'] / 1e6:.1f} | {mean['bytes_down'] / 1e6:.1f} | {mean['seconds_training']:.0f} |"
+            )
+    return lines
+
+
+def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
+    """Summaries over seeds by (scenario, method), in the order of both."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for scenario in SCENARIOS:
+        for method in METHODS:
+            same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{scenario}-{method}"]
+            if same:
+                groups[scenario, method] = same
+    return groups
 
 
 def gain(table: dict[tuple[str, str, str], dict[int, float]], column: tuple[str, str]) -> str:

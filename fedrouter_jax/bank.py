@@ -79,6 +79,11 @@ def serving(bank: Adapters) -> LoRA:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(whole(adapter) for adapter in bank.values()))
 
 
+def weights(bank: Adapters, by_name: dict[str, Array]) -> Array:
+    """Weights [row, slot] over `serving`, from those over the slots of each named adapter."""
+    return jnp.concatenate([by_name[name] for name in bank], axis=1)
+
+
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
     """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
     rank = ("fixed", "shared", "copied", "cluster", "public", "client")

@@ -70,6 +70,7 @@ class Config:
         "ifca",
         "fedalt",
         "fedlease",
+        "fedrouter-warm",
         "fedrouter-a",
         "fedrouter-sum",
         "fedrouter-soft",

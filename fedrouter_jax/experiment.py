@@ -97,6 +97,7 @@ def options(config: Config, split: Partition) -> dict:
         "feddpa-f": weight_on,
         "fedex": {"scale": config.lora.scale},
         "fedlease": {"experts": experts},
+        "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }.get(config.strategy, {})
 
 

@@ -23,6 +23,7 @@ from fedrouter_jax.strategies import (
     fedrouter,
     fedrouter_a,
     fedrouter_soft,
+    fedrouter_warm,
     ffalora,
     ifca,
 )
@@ -253,10 +254,14 @@ def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
 
 
 def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federation):
-    """One cluster with a shared A is FedIT; the softest gates of one nearest adapter are hard ones."""
+    """One cluster with a shared A is FedIT, as is a start that never ends; gates of one nearest adapter are hard."""
     one = federation.enrolment._replace(table=jnp.zeros((CLIENTS, CLUSTERS), jnp.int32), clusters=1)
     found = play(federation._replace(enrolment=one), fedrouter_a(), nudge)[0].bank
     assert_close(found, play(federation, BY_NAME["fedit"], nudge)[0].bank)
+    warm = play(federation, fedrouter_warm(together=2), nudge)[0].bank
+    alike = jax.tree.map(lambda leaf: jnp.repeat(leaf, SLOTS, axis=0), found)
+    assert_close(warm, alike)
+    assert_close(play(federation, fedrouter_warm(together=0), nudge)[0], play(federation, fedrouter(), nudge)[0])
     state, clients = begin(federation, fedrouter()), jnp.array([0, 1, 2, 3])
     view = View(jax.random.normal(KEY, (CLIENTS, federation.model.config.width)))
     for mode in ("local", "global"):
@@ -268,6 +273,25 @@ def test_collaborating_tasks_in_their_extremes_are_fedrouter_and_fedit(federatio
         allowed = routing.candidates(state.table, clients, SLOTS, mode)
         np.testing.assert_array_equal((soft > 0).sum(axis=1), np.minimum(allowed.sum(axis=1), 2))
         assert not (soft[~allowed] > 0).any()
+
+
+@pytest.mark.parametrize("name, own", [("fedrouter-sum", "main"), ("fedalt", "own"), ("fedlease", "own")])
+def test_weights_of_several_named_adapters_are_in_the_order_they_serve_in(federation, name, own):
+    """The adapters that a route opens, by name, are those that answer: after a round, which sorts dicts anew."""
+    strategy = BY_NAME[name]
+    state, _ = play(federation, strategy, nudge, rounds=1)
+    view = View(jax.random.normal(KEY, (CLIENTS, federation.model.config.width)))
+    clients = jnp.arange(CLIENTS)
+    weights = np.asarray(strategy.route(state, clients, view, "global"))
+    if name == "fedrouter-sum":
+        slots = routing.nearest(state.memory, view.embeddings)[0]
+    else:
+        slots = clients if name == "fedalt" else state.table[:, 0]
+    others = {"fedrouter-sum": {"common_0"}, "fedalt": {"rest_{}"}}.get(name) or {f"other_{k}_{{}}" for k in (1, 2, 3)}
+    names = bank.serving_names(strategy.owners, state.bank)
+    for row, slot in zip(weights, np.asarray(slots).tolist(), strict=True):
+        opened = {names[i] for i in np.flatnonzero(row)}
+        assert opened == {f"{own}_{slot}"} | {other.format(slot) for other in others}
 
 
 def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):

@@ -2,7 +2,7 @@
 
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
-from fedrouter_jax.strategies.collaboration import fedrouter_a, fedrouter_soft, fedrouter_sum
+from fedrouter_jax.strategies.collaboration import fedrouter_a, fedrouter_soft, fedrouter_sum, fedrouter_warm
 from fedrouter_jax.strategies.fedalt import fedalt
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedex import fedex
@@ -28,6 +28,7 @@ STRATEGIES = {
     "ifca": ifca,
     "fedalt": fedalt,
     "fedlease": fedlease,
+    "fedrouter-warm": fedrouter_warm,
     "fedrouter-a": fedrouter_a,
     "fedrouter-sum": fedrouter_sum,
     "fedrouter-soft": fedrouter_soft,

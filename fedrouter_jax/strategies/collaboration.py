@@ -1,7 +1,8 @@
-"""FedRouter whose tasks help each other: three ways that could be better than the plain method.
+"""FedRouter whose tasks help each other: four ways that could be better than the plain method.
 
 FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open.
 
+    fedrouter-warm   the first rounds average over everybody, so all tasks start from one adapter that has seen them all
     fedrouter-a      one A for all tasks, a B for each: A averaged over everybody, as in FedSA-LoRA (arXiv 2410.01463)
     fedrouter-sum    an adapter of all tasks plus one of the text's own, trained together as their sum
     fedrouter-soft   trained as FedRouter; a text is answered by its two nearest adapters, mixed by their distances
@@ -10,13 +11,27 @@ FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open.
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax import routing
+from fedrouter_jax import bank, routing
 from fedrouter_jax.federation import owned
-from fedrouter_jax.strategies.fedrouter import fedrouter, nearest_slot
+from fedrouter_jax.strategies.fedrouter import OWNERS, fedrouter, nearest_slot
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
 SHARED_A = {"main": LoRA(a="shared", b="cluster")}
 SUM = {"main": "cluster", "common": "shared"}
+
+
+def fedrouter_warm(together: int = 2) -> Strategy:
+    """FedRouter whose slots are one until round `together` is over. Averaged: A and B, over all, then in a cluster."""
+    _, _, average = owned(OWNERS)
+
+    def tell(state, work, adapters):
+        apart = average(state, work, adapters)
+        everybody = {"cluster": jnp.zeros_like(work.client)}
+        mean = bank.scatter_mean(OWNERS, state.bank, everybody, adapters, work.weight)
+        first = state.round < together
+        return apart._replace(bank=jax.tree.map(lambda own, all: jnp.where(first, all[:1], own), apart.bank, mean))
+
+    return fedrouter()._replace(name="fedrouter-warm", tell=tell)
 
 
 def fedrouter_a() -> Strategy:
@@ -32,7 +47,7 @@ def fedrouter_sum() -> Strategy:
 
     def route(state, clients, view, mode):
         own = nearest_slot(state, clients, view, mode)
-        return jnp.concatenate([own, jnp.ones((len(own), 1))], axis=1)
+        return bank.weights(state.bank, {"main": own, "common": jnp.ones((len(own), 1))})
 
     return Strategy("fedrouter-sum", SUM, *owned(SUM), route, enrolling="clustering", phases=phases)
 

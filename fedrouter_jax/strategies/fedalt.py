@@ -13,6 +13,7 @@ The scores stay at home. An adapter goes up and another one comes down.
 import jax
 import jax.numpy as jnp
 
+from fedrouter_jax import bank
 from fedrouter_jax.federation import own_slot, owned
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
@@ -43,6 +44,6 @@ def fedalt() -> Strategy:
 
     def route(state, clients, view, mode):
         here = own_slot(state, clients, view, mode)
-        return jnp.concatenate([here, here], axis=1)
+        return bank.weights(state.bank, {"own": here, "rest": here})
 
     return Strategy("fedalt", OWNERS, init, ask, tell, route, phases=phases)

@@ -19,6 +19,7 @@ import numpy as np
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import silhouette_score
 
+from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.federation import owned
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
@@ -102,7 +103,8 @@ def fedlease(experts: int = 4) -> Strategy:
         return (Phase(train=moves, weights={"own": 1.0, **dict.fromkeys(others, jnp.where(later, 1.0, 0.0))}),)
 
     def route(state, clients, view, mode):
-        return jnp.tile(jax.nn.one_hot(state.table[clients, 0], experts), (1, experts))
+        here = jax.nn.one_hot(state.table[clients, 0], experts)
+        return bank_lib.weights(state.bank, dict.fromkeys(state.bank, here))
 
     return Strategy(
         "fedlease", owners, init, ask, tell, route, phases=phases, regroup=regroup,
