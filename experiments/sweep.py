@@ -36,8 +36,9 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
             continue
         if not (folder / "report.md").exists():
             console.rule(f"run {number} of {len(configs)}: {name}")
-            if loaded != (config.model, config.dtype):
-                loaded, model = (config.model, config.dtype), load_model(config.model, config.dtype)
+            wanted = (config.model, config.dtype, config.quantise)
+            if loaded != wanted:
+                loaded, model = wanted, load_model(*wanted)
             shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
             with progress() as track:
                 if (folder / "config.json").exists():

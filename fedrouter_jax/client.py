@@ -55,6 +55,7 @@ def response_losses(
     weights: dict[str, Any],
     pack: Rows,
     keys: Array,
+    remat: bool = False,
 ) -> Array:
     """Summed cross-entropy of each lane's response tokens in one pack (float32 [lane]).
 
@@ -77,6 +78,7 @@ def response_losses(
         lora_lib.gates(own, lora)[None],
         dropout=lora.dropout,
         keys=token_keys(keys, pack)[None] if lora.dropout > 0 else None,
+        remat=remat,
     )[0]
     scores = logits(decoder, base, hidden[pack.where])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(pack.labels, 0))
@@ -95,7 +97,9 @@ def token_keys(keys: Array, pack: Rows) -> Array:
     return fold(fold(keys[pack.lane], pack.row), pack.packs.positions)
 
 
-def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local: LocalConfig) -> ClientUpdate:
+def make_client_update(
+    decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local: LocalConfig, remat: bool = False
+) -> ClientUpdate:
     """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, losses)`.
 
     The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. A lane's loss of
@@ -120,7 +124,7 @@ def make_client_update(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local:
         moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
 
         def summed(adapters, pack, counts, step_keys):
-            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys) / counts
+            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys, remat) / counts
             return jnp.sum(losses), losses  # a lane's loss depends on its own adapters only
 
         gradient = jax.grad(summed, has_aux=True)

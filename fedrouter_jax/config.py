@@ -18,6 +18,7 @@ from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
@@ -49,6 +50,8 @@ class ComputeConfig:
     """Rows that generate together."""
     packs_at_once: int | None = None
     """Packs embedded together; by default 1 on a CPU, else 16."""
+    remat: bool = False
+    """Gradients compute every block again: a fifth of the memory for activations, a third more work."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; the two latest are kept."""
 
@@ -84,6 +87,8 @@ class Config:
     """Seed of everything: who holds what, adapters, clusters, batches, dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen base model's weights and compute; adapters are always float32."""
+    quantise: Quantise = "none"
+    """How the frozen linear layers are stored: as they are, in 8 bits, or in 4 (NF4, as in QLoRA)."""
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     rounds: RoundConfig = field(default_factory=RoundConfig)

@@ -54,7 +54,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
     split = partition(dataset, data, config.seed)
-    model = model or load_model(config.model, config.dtype)
+    model = model or load_model(config.model, config.dtype, config.quantise)
     unknown = sorted(set(config.lora.targets) - set(module_shapes(model.config)))
     if unknown:
         known = ", ".join(module_shapes(model.config))
@@ -70,6 +70,11 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     strategy = strategy or STRATEGIES[config.strategy](**options(config, split))
+    if strategy.base is not None and config.quantise != "none":
+        raise UserError(
+            f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
+            "follow; use --quantise none"
+        )
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:
         raise UserError(
@@ -77,7 +82,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         )
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
-    update = client.make_client_update(model.config, config.lora, config.local)
+    update = client.make_client_update(model.config, config.lora, config.local, config.compute.remat)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     at_once = config.compute.groups_at_once or (1 if jax.default_backend() == "cpu" else None)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)

@@ -105,7 +105,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 def setting(run: Run) -> tuple:
     """Scores compare within a setting: the same model and the same rows on the same clients."""
-    return run.config.model, run.config.dtype, run.config.data
+    return run.config.model, run.config.dtype, run.config.quantise, run.config.data
 
 
 def _choices(run: Run) -> dict[str, Any]:

@@ -175,8 +175,9 @@ def setups(rows: Sequence[Row]) -> list[str]:
     for row in [row for row in rows if not row.base]:
         run, config = row.runs[0], row.runs[0].config
         data, local, lora, rounds = config.data, config.local, config.lora, config.rounds
+        quantised = "" if config.quantise == "none" else f", linear layers in {config.quantise}"
         said = [
-            f"model {brief(config.model)} ({config.dtype})",
+            f"model {brief(config.model)} ({config.dtype}{quantised})",
             "synthetic data" if data.data == "synthetic" else f"data {brief(data.data)}",
             f"{data.clients} clients, {data.scenario}, at most {data.train_rows} training rows each",
             f"{rounds.rounds} rounds x {local.steps} steps x batch {local.batch}",

@@ -236,6 +236,7 @@ def export(loaded: Loaded, to: Path) -> None:
             "base_model": model.base_name,
             "base_fingerprint": model.fingerprint,
             "dtype": config.dtype,
+            "quantise": config.quantise,
             "recipe": config.cluster.recipe,
             "layers": model.config.layers if recipe.depth is None else round(recipe.depth * model.config.layers),
             "final_norm": recipe.depth is None,
@@ -253,7 +254,9 @@ def alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
     """The runs of a sweep that asked the same model about the same rows, and (`recipe`) embedded them alike."""
     for path in shared.runs:
         other = config_lib.load(path / "config.json")
-        same = all(getattr(other, name) == getattr(config, name) for name in ("data", "model", "dtype", "seed"))
+        same = all(
+            getattr(other, name) == getattr(config, name) for name in ("data", "model", "dtype", "quantise", "seed")
+        )
         if same and (other.cluster.recipe == config.cluster.recipe or not recipe):
             yield path
 

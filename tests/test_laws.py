@@ -99,6 +99,13 @@ def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
         assert_close(other, info)
 
 
+def test_what_gradients_compute_again_changes_nothing(federation):
+    strategy = BY_NAME["fedrouter"]
+    update = client.make_client_update(federation.model.config, LORA, LOCAL, remat=True)
+    expected, _ = play(federation, strategy, federation.update, rounds=1, together=4)
+    assert_close(play(federation, strategy, update, rounds=1, together=4)[0], expected, 5e-4)
+
+
 @pytest.mark.parametrize("strategy", [fedrouter(), feddpa_t()], ids=lambda s: s.name)  # one phase, and two
 def test_a_jitted_round_is_its_plain_loop(federation, strategy):
     """The law the round is built on: tell(state, work, [update(lane) for lane in ask(state, work)])."""

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import gguf, hf, tiny
 from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.models.quantise import Quantise
+from fedrouter_jax.models.quantise import quantise as quantise_params
 from fedrouter_jax.types import PyTree
 
 DEFAULT = "smollm2-135m"
@@ -90,14 +92,20 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept))
 
 
-def load_model(name: str = DEFAULT, dtype: str = "float32") -> Model:
+def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise = "none") -> Model:
     """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
 
-    `dtype` ("float32" or "bfloat16") is that of the parameters. Raises `UserError` for anything not found, not
+    `dtype` ("float32" or "bfloat16") is that of the parameters; `quantise` stores the linear layers in fewer bits.
+    Raises `UserError` for anything not found, not
     whole or not supported.
     """
     if dtype not in DTYPES:
         raise UserError(f"asked for the parameter dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    model = _load(name, dtype)
+    return model._replace(params=quantise_params(model.params, quantise))
+
+
+def _load(name: str, dtype: str) -> Model:
     if name == "tiny":
         fingerprint = hashlib.sha256(repr((tiny.CONFIG, tiny.SEED)).encode()).hexdigest()
         return Model(name, fingerprint, tiny.CONFIG, tiny.tiny_params(dtype), tiny.tiny_tokenizer(), "tiny")

@@ -1,0 +1,95 @@
+"""The frozen base in 8 and 4 bits: codes against qwix, the model against itself with the dequantised kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from helpers import assert_close, inputs
+
+from fedrouter_jax import experiment
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import MODULES, hidden_states, load_model
+from fedrouter_jax.models.quantise import LEVELS, kernel, quantise
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.strategies import fedrouter
+
+WAYS = ("int8", "nf4")
+
+
+def plain(params):
+    """The same parameters with the kernels that the codes stand for."""
+
+    def module(leaf):
+        if not isinstance(leaf, dict):
+            return leaf
+        rest = {name: value for name, value in leaf.items() if name not in ("codes", "scales")}
+        layers = [
+            kernel({"codes": c, "scales": s}, jnp.float32) for c, s in zip(leaf["codes"], leaf["scales"], strict=True)
+        ]
+        return rest | {"kernel": jnp.stack(layers)}
+
+    return {**params, "blocks": {name: module(leaf) for name, leaf in params["blocks"].items()}}
+
+
+@pytest.mark.parametrize("how, rule", [("int8", {}), ("nf4", {"tiled_axes": {0: 64}})])
+def test_codes_stand_for_what_qwix_dequantises(how, rule):
+    w = jax.random.normal(jax.random.key(0), (2, 192, 24)) * 0.1
+    stored = quantise({"blocks": {"q_proj": {"kernel": w}}}, how)["blocks"]["q_proj"]
+    for layer in range(2):
+        expected = qwix.dequantize(
+            qwix.quantize(w[layer], {"int8": jnp.int8}.get(how, how), channelwise_axes=(1,), **rule)
+        )
+        found = kernel(jax.tree.map(lambda leaf, at=layer: leaf[at], stored), jnp.float32)
+        # Scales of nf4 are kept in bfloat16: eight bits of them.
+        np.testing.assert_allclose(found, expected, rtol=1e-6 if how == "int8" else 2**-8, atol=1e-6)
+    bits = 8 * sum(leaf.on_device_size_in_bytes() for leaf in stored.values()) / w.size
+    assert bits == pytest.approx({"int8": 8 + 32 / 192, "nf4": 4.25}[how])
+
+
+def test_levels_of_nf4_are_quantiles_of_a_normal_distribution():
+    """QLoRA's construction: evenly spaced quantiles of either side, eight levels above zero and seven below."""
+    from scipy.stats import norm
+
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    above, below = (norm.ppf(np.linspace(offset, 0.5, count + 1)[:-1]) for count in (8, 7))
+    levels = np.sort(np.concatenate([above, [0], -below]))
+    np.testing.assert_allclose(LEVELS, levels / levels.max(), atol=1e-6)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_quantised_model_is_the_model_of_its_kernels(tiny, how):
+    params = quantise(tiny.params, how)
+    assert all("kernel" not in params["blocks"][module] for module in MODULES)
+    assert params["embedding"] is tiny.params["embedding"]
+    tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 256)
+    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
+    found, expected, exact = (
+        hidden_states(tiny.config, p, tokens, positions) for p in (params, plain(params), tiny.params)
+    )
+    assert_close(found, expected, 1e-4)
+    error = float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+    assert 1e-4 < error < {"int8": 0.02, "nf4": 0.3}[how]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_training_on_a_quantised_base_is_training_on_its_kernels(federation, how):
+    params = quantise(federation.model.params, how)
+    strategy = fedrouter()
+    state = strategy.init(dict.fromkeys(strategy.owners, federation.adapters["main"]), federation.enrolment)
+    work, batch = inputs(federation, 1, together=4)
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(work.client)))
+    group = jax.tree.map(lambda leaf: leaf[0], batch)
+    found, expected = (
+        federation.update(p, strategy.ask(state, work), group, 1e-2, keys, strategy.phases(1, 5))
+        for p in (params, plain(params))
+    )
+    assert_close(found, expected, 5e-4)
+
+
+def test_weights_that_a_method_shifts_cannot_be_codes():
+    assert "codes" in load_model("tiny", "bfloat16", "nf4").params["blocks"]["up_proj"]
+    with pytest.raises(UserError, match="--quantise is nf4, but fedex shifts the frozen weights"):
+        experiment.prepare(dataclasses.replace(smoke(), strategy="fedex", quantise="nf4"))
