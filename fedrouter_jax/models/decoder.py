@@ -132,6 +132,11 @@ def _compete(x: Array, gate: Array, gates: Array) -> Array:
     return jnp.repeat(mix, rank, axis=-1)
 
 
+@_recompute  # or the backward pass would keep the kernels of all layers
+def _product(x: Array, codes: Array, scales: Array) -> Array:
+    return x @ quantise.kernel({"codes": codes, "scales": scales}, x.dtype)
+
+
 @_recompute
 def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
@@ -196,10 +201,9 @@ class _Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array, adapter: _Adapter | None) -> Array:
         if self.has_variable("params", "codes"):
-            kernel = quantise.kernel(self.variables["params"], x.dtype)
+            y = _product(x, *(self.variables["params"][name] for name in ("codes", "scales")))
         else:
-            kernel = self.param("kernel", _INIT, (x.shape[-1], self.width), x.dtype)
-        y = x @ kernel
+            y = x @ self.param("kernel", _INIT, (x.shape[-1], self.width), x.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.width,), x.dtype)
         if adapter is not None and self.name in adapter.lora.a:
