@@ -7,6 +7,8 @@ Owners are a prefix tree of the adapters, as optax.partition labels are: {"main"
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -58,7 +60,9 @@ def expand(values: Array, like: Array) -> Array:
 def wire_bytes(owners: PyTree, bank: Adapters) -> int:
     """Bytes one lane sends (and receives) in a round: client-owned, fixed and copied leaves never travel."""
     sizes = jax.tree.map(
-        lambda owner, leaf: 0 if owner in ("client", "fixed", "copied") else leaf[0].size * leaf.dtype.itemsize,
+        lambda owner, leaf: (
+            0 if owner in ("client", "fixed", "copied") else math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+        ),
         spread(owners, bank),
         bank,
     )

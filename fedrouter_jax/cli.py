@@ -30,6 +30,7 @@ Federated fine-tuning of language models with one LoRA adapter per task.
   report   tables and plots of runs       fedrouter report runs/*
   route    which adapter answers a text   fedrouter route runs/smoke-fedrouter-0 "Summarise: ..."
   export   PEFT adapters and the router   fedrouter export runs/smoke-fedrouter-0 --to adapters/
+  plan     what a run would take          fedrouter plan --preset flan4-dual --model llama-3.1-8b --memory 80
 
 fedrouter COMMAND --help shows what a command takes.
 """
@@ -86,10 +87,29 @@ class Export:
     """Folder to write to."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take, before anything is loaded: memory on a device, bytes on the wire, time."""
+
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
+    devices: int = 1
+    """Devices that share the lanes of a round."""
+    memory: float | None = None
+    """Memory of a device, GiB: as many groups of lanes run at once as fit."""
+    rate: float | None = None
+    """TFLOP/s that training reaches on a device: about 0.1 on two CPU cores."""
+    row_tokens: int = 128
+    """Tokens of a row on average, prompt and response."""
+    response_tokens: int = 24
+    """Those of its response."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": run, "resume": resume, "report": report, "route": route, "export": export}
+    commands = {"run": run, "resume": resume, "report": report, "route": route, "export": export, "plan": plan}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -226,6 +246,32 @@ def export(arguments: list[str]) -> None:
     with progress() as track:
         runs.export(runs.load(parsed.run, track), parsed.to)
     print(f"written: {parsed.to}/adapters and, for fedrouter, {parsed.to}/router")
+
+
+def plan(arguments: list[str]) -> None:
+    """`fedrouter plan`."""
+    from fedrouter_jax import plan as plan_lib
+
+    preset, arguments = take_preset(arguments)
+    parsed = tyro.cli(
+        Plan,
+        prog="fedrouter plan",
+        args=arguments,
+        default=Plan(PRESETS[preset]() if preset else Config()),
+        description=f"What a run would take, from shapes alone. --model takes {', '.join(plan_lib.SHAPES)} too, "
+        "whether they are at hand or not.",
+    )
+    for name in ("devices", "memory", "rate", "row_tokens", "response_tokens"):
+        value = getattr(parsed, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    limit, rate = (None if v is None else v * unit for v, unit in ((parsed.memory, 2**30), (parsed.rate, 1e12)))
+    found = plan_lib.of_config(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
+    if parsed.json:
+        record = found._asdict() | {"memory": found.memory._asdict() | {"total": found.memory.total}}
+        print(json.dumps(record))
+        return
+    plan_lib.show(found, Console(), limit)
 
 
 @contextmanager

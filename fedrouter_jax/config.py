@@ -45,7 +45,7 @@ class ComputeConfig:
     lanes_together: int = 8
     """Lanes whose rows share packs, one stream of tokens for all of them; 1: every lane has its own."""
     groups_at_once: int | None = None
-    """Such groups of lanes vmapped at a time; by default one on a CPU, else all."""
+    """Such groups of lanes vmapped at a time; by default one on a CPU, else as many as fit in the device's memory."""
     rows_at_once: int = 32
     """Rows that generate together."""
     packs_at_once: int | None = None

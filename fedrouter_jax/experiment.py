@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import client, embed, lora, routing
+from fedrouter_jax import client, embed, lora, plan, routing
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
@@ -84,13 +84,26 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     update = client.make_client_update(model.config, config.lora, config.local, config.compute.remat)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    at_once = config.compute.groups_at_once or (1 if jax.default_backend() == "cpu" else None)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
+    at_once = config.compute.groups_at_once or groups_at_once(config, model, strategy, pack)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora)
     round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
+
+
+def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> int | None:
+    """How many groups of lanes to vmap: one on a CPU, which gains nothing by more; else what fits (None: all)."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if jax.default_backend() == "cpu" or limit is None:
+        return 1 if jax.default_backend() == "cpu" else None
+    lanes = config.data.clients * max(1, config.rounds.clusters_per_round)
+    together = min(lanes, config.compute.lanes_together)
+    shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together)
+    state = plan.begun(model.config, config, strategy, config.data.clients, config.cluster.max_clusters)
+    groups = -(-lanes // together)
+    return plan.groups_that_fit(model.config, config, strategy, state, shape, groups, 0.85 * limit)
 
 
 def options(config: Config, split: Partition) -> dict:

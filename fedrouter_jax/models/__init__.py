@@ -11,7 +11,7 @@ from fedrouter_jax.models.decoder import (
     module_shapes,
     prefill,
 )
-from fedrouter_jax.models.load import Model, load_model
+from fedrouter_jax.models.load import Model, load_model, model_config
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "init_params",
     "load_model",
     "logits",
+    "model_config",
     "module_shapes",
     "prefill",
     "tiny_params",

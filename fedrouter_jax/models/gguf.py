@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
@@ -61,13 +62,7 @@ def _open(path: Path) -> GGUFReader:
         raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
 
 
-def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
-    """Configuration and parameters of a GGUF file of the llama, qwen2 or qwen3 architecture.
-
-    Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
-    """
-    reader = _open(path)
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+def _metadata(reader: GGUFReader) -> dict[str, Any]:
     keep = ("general.", "tokenizer.ggml.tokens")
     name = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     metadata = {
@@ -75,7 +70,23 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
         for key, field in reader.fields.items()
         if key.startswith((keep[0], f"{name}.", keep[1]))
     }
-    config = from_gguf({**metadata, "tensors": {tensor.name for tensor in reader.tensors}})
+    return {**metadata, "tensors": {tensor.name for tensor in reader.tensors}}
+
+
+def gguf_config(path: Path) -> DecoderConfig:
+    """The configuration alone; errors as `load_gguf`."""
+    return from_gguf(_metadata(_open(path)))
+
+
+def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
+    """Configuration and parameters of a GGUF file of the llama, qwen2 or qwen3 architecture.
+
+    Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
+    """
+    reader = _open(path)
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    metadata = _metadata(reader)
+    config = from_gguf(metadata)
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
     """Configuration and parameters of a Hugging Face folder; floats of any width become `dtype`."""
-    config = from_hf(_json(folder / "config.json"))
+    config = folder_config(folder)
     where = {}
     for path in weight_files(folder):
         try:
@@ -135,10 +135,15 @@ def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
     return config, assemble(config, dtype, set(where), read)
 
 
-def download(name: str) -> Path:
+def folder_config(folder: Path) -> DecoderConfig:
+    """The configuration alone."""
+    return from_hf(_json(folder / "config.json"))
+
+
+def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
     """The folder of a hub id, fetched into (or found in) the Hugging Face cache. Never fetches pickled weights."""
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS, ignore_patterns=["consolidated*", "*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["consolidated*", "*/*"]))
     except Exception as error:  # the hub's HTTP library changes between versions, and each has errors of its own
         reason = " ".join(str(error).split())[:200]
         what = {HFValidationError: "is no valid hub id", LocalEntryNotFoundError: "is not cached, nor the hub reached"}

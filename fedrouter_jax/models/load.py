@@ -92,6 +92,15 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept))
 
 
+def model_config(name: str) -> DecoderConfig:
+    """The configuration of a model named as for `load_model`, without its weights."""
+    if name == "tiny":
+        return tiny.CONFIG
+    if name == DEFAULT or name.endswith(".gguf"):
+        return gguf.gguf_config(smollm2_path() if name == DEFAULT else Path(name))
+    return hf.folder_config(Path(name) if Path(name).is_dir() else hf.download(name, ["config.json"]))
+
+
 def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise = "none") -> Model:
     """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
 

@@ -1,0 +1,290 @@
+"""What a federation will take, from shapes alone: nothing is loaded, nothing is compiled.
+
+Memory is what one device needs for its share of the lanes. The activations that gradients keep are not a formula of
+ours: JAX is asked, by tracing the loss of one pack on abstract arrays (`jax.eval_shape` of `jax.vjp`), so the plan
+follows every change of the model and of a strategy by itself. `tests/test_plan.py` holds the sum against the memory of
+compiled rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from fedrouter_jax import bank, client, lora
+from fedrouter_jax import config as config_lib
+from fedrouter_jax.config import Config
+from fedrouter_jax.data.packing import Packs, Rows
+from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.quantise import stored_shapes
+from fedrouter_jax.routing import Enrolment, Router
+from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
+
+# Shapes of models that may not be at hand, from their published configurations.
+SHAPES = {
+    "smollm2-135m": DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5),
+    "smollm2-360m": DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, rope_theta=1e5),
+    "smollm2-1.7b": DecoderConfig(49152, 2048, 24, 32, 32, 64, 8192, rope_theta=1.3e5),
+    "llama-3.2-1b": DecoderConfig(128256, 2048, 16, 32, 8, 64, 8192, rope_theta=5e5),
+    "llama-3.2-3b": DecoderConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_theta=5e5),
+    "llama-3.1-8b": DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, rope_theta=5e5, tied=False),
+    "llama-3.1-70b": DecoderConfig(128256, 8192, 80, 64, 8, 128, 28672, rope_theta=5e5, tied=False),
+}
+
+
+class Pack(NamedTuple):
+    """The static shape of what a group of lanes trains on."""
+
+    tokens: int  # of one pack
+    predicted: int  # response tokens of one pack that reach the output head
+    rows: int  # a step's, of all lanes of the group: as many packs are reserved
+    lanes: int  # that share packs
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    base: int  # frozen weights
+    bank: int  # every adapter of the federation, and the round's copy of it
+    batches: int  # tokens of a round
+    lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
+    activations: int  # what the backward pass keeps of one pack, of the groups that run at once
+    working: int  # the largest intermediate results beside those
+
+    @property
+    def total(self) -> int:
+        """All of it, bytes."""
+        return sum(self)
+
+
+class Plan(NamedTuple):
+    """What a run takes."""
+
+    parameters: int
+    adapter_parameters: int  # of one adapter, all its leaves
+    slots: int
+    lanes: int  # a round
+    groups: int  # of lanes that share packs, a round
+    groups_at_once: int  # on each device
+    memory: Memory
+    bytes_up: int  # a round, of all clients
+    bytes_down: int
+    tokens: int  # trained a round
+    flops: float  # a round
+    seconds: float | None  # a round, at the rate given
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def adapter_shapes(decoder: DecoderConfig, config: lora.LoRAConfig) -> LoRA:
+    """One adapter, abstract."""
+    shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.targets}
+    return jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, decoder.layers, config.rank))
+
+
+def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> Pack:
+    """What `packing.shape` comes to for rows of so many tokens on average, the longest as long as the config allows."""
+    time = max(512, -(-min(config.data.max_length, 4 * row_tokens) // 64) * 64)
+    share = 1.5 * response_tokens / row_tokens
+    predicted = max(min(config.data.max_response, time), -(-int(share * time) // 16) * 16)
+    lanes = config.compute.lanes_together
+    return Pack(time, predicted, lanes * config.local.batch, lanes)
+
+
+def pack_rows(pack: Pack) -> Rows:
+    """One pack, abstract."""
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    time = ints(pack.tokens)
+    return Rows(Packs(time, time, time), time, time, ints(pack.predicted), ints(pack.predicted))
+
+
+def kept(decoder: DecoderConfig, config: Config, base: PyTree, adapters: Adapters, pack: Pack) -> int:
+    """Bytes of activations that the gradient of one pack keeps; `adapters` has leaves `[lane, ...]`, abstract."""
+
+    def residuals(adapters, base, rows, keys):
+        weights = dict.fromkeys(adapters, 1.0)
+
+        def loss(adapters):
+            return client.response_losses(
+                decoder, config.lora, base, adapters, weights, rows, keys, config.compute.remat
+            ).sum()
+
+        return jax.vjp(loss, adapters)[1]
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pack.lanes))
+    found = jax.tree.leaves(jax.eval_shape(residuals, adapters, base, pack_rows(pack), keys))
+    # Weights that the backward pass reads are among them, but are not kept twice.
+    given = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((base, adapters)))
+    extra = Counter((leaf.shape, leaf.dtype) for leaf in found) - given
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in extra.items())
+
+
+def begun(decoder: DecoderConfig, config: Config, strategy: Strategy, clients: int, clusters: int) -> FederationState:
+    """The state of a federation before its first round, abstract."""
+    width = decoder.width
+
+    def start(adapter, table, router):
+        enrolment = Enrolment(table, clusters, router if strategy.enrolling == "clustering" else (), (), {})
+        return strategy.init(dict.fromkeys(strategy.owners, adapter), enrolment)
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    router = Router(floats(clusters, width), floats(width), floats(width), jax.ShapeDtypeStruct((), bool))
+    table = jax.ShapeDtypeStruct((clients, clusters if strategy.enrolling == "clustering" else 1), jnp.int32)
+    return jax.eval_shape(start, adapter_shapes(decoder, config.lora), table, router)
+
+
+def asked(strategy: Strategy, state: FederationState, lanes: int) -> Adapters:
+    """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
+    ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)
+    return jax.eval_shape(strategy.ask, state, Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32)))
+
+
+def memory(
+    decoder: DecoderConfig,
+    config: Config,
+    strategy: Strategy,
+    state: FederationState,
+    pack: Pack,
+    groups: int,
+    at_once: int,
+) -> Memory:
+    """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `state` is abstract."""
+    base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
+    lanes = asked(strategy, state, pack.lanes)
+    width = jnp.dtype(config.dtype).itemsize
+    # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel.
+    head = pack.predicted * decoder.vocab_size * 4 * 2
+    block = pack.tokens * decoder.mlp_width * width * 4
+    kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
+    return Memory(
+        base=nbytes(base),
+        bank=2 * nbytes(state.bank),
+        batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
+        # Asked for and sent back by all; received, trained, two gradients (a pack's, their sum), two moments at once.
+        lanes=nbytes(lanes) * (2 * groups + 5 * at_once),
+        activations=kept(decoder, config, base, lanes, pack) * at_once,
+        working=(max(head, block) + kernel) * at_once,
+    )
+
+
+def groups_that_fit(
+    decoder: DecoderConfig,
+    config: Config,
+    strategy: Strategy,
+    state: FederationState,
+    pack: Pack,
+    groups: int,
+    limit: float,
+) -> int:
+    """The most groups of lanes that may run at once in `limit` bytes; 1 where not even that fits."""
+    fits = (n for n in range(groups, 0, -1) if memory(decoder, config, strategy, state, pack, groups, n).total <= limit)
+    return next(fits, 1)
+
+
+def plan(
+    decoder: DecoderConfig,
+    config: Config,
+    strategy: Strategy,
+    clusters: int,
+    row_tokens: int,
+    response_tokens: int,
+    devices: int = 1,
+    limit: float | None = None,
+    rate: float | None = None,
+) -> Plan:
+    """What one round of `config` takes on `devices` devices of `limit` bytes and `rate` FLOP/s each.
+
+    As many groups of lanes run at once as the limit allows (without one: one group). Training takes four
+    floating-point operations a parameter and token: forward, and backward through frozen weights.
+    """
+    rounds, clients = config.rounds, config.data.clients
+    each = (rounds.clusters_per_round or clusters) if strategy.enrolling in ("clustering", "tasks") else 1
+    lanes = max(1, int(rounds.participation * (clients - config.data.newcomers) + 0.5)) * each
+    lanes = 1 if strategy.pooled else lanes
+    state = begun(decoder, config, strategy, clients, clusters)
+    pack = pack_shape(config, row_tokens, response_tokens)
+    pack = pack._replace(lanes=min(pack.lanes, lanes))
+    groups = -(-lanes // pack.lanes)
+    here = -(-groups // devices)
+    at_once = config.compute.groups_at_once or 1
+    if limit is not None and config.compute.groups_at_once is None:
+        at_once = groups_that_fit(decoder, config, strategy, state, pack, here, limit)
+    shapes = param_shapes(decoder)
+    blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
+    tokens = lanes * config.local.steps * config.local.batch * row_tokens
+    head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
+    size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, state.bank)
+    flops = 4.0 * (blocks + head) * tokens
+    return Plan(
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(asked(strategy, state, 1))),
+        slots=max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank)),
+        lanes=lanes,
+        groups=groups,
+        groups_at_once=at_once,
+        memory=memory(decoder, config, strategy, state, pack, here, at_once),
+        bytes_up=lanes * size,
+        bytes_down=lanes * strategy.received(lanes, clusters) * size,
+        tokens=tokens,
+        flops=flops,
+        seconds=None if rate is None else flops / (rate * devices),
+    )
+
+
+def of_config(
+    config: Config,
+    row_tokens: int,
+    response_tokens: int,
+    devices: int = 1,
+    limit: float | None = None,
+    rate: float | None = None,
+) -> Plan:
+    """`plan` of a config whose data nobody has read: four tasks where it does not say how many clusters."""
+    config_lib.check(config)
+    decoder = SHAPES[config.model] if config.model in SHAPES else model_config(config.model)
+    clusters = config.cluster.global_clusters or 4
+    make = STRATEGIES[config.strategy]
+    strategy = make(experts=clusters) if config.strategy == "fedlease" else make()
+    return plan(decoder, config, strategy, clusters, row_tokens, response_tokens, devices, limit, rate)
+
+
+def show(found: Plan, console: Console, limit: float | None = None) -> None:
+    """A table of a plan."""
+
+    def size(count: float) -> str:
+        unit = next((u for u in (("GiB", 2**30), ("MiB", 2**20)) if count >= u[1]), ("kiB", 2**10))
+        return f"{count / unit[1]:.1f} {unit[0]}"
+
+    rows = [
+        ("parameters", f"{found.parameters / 1e6:,.1f} million, frozen"),
+        ("an adapter", f"{found.adapter_parameters / 1e6:,.2f} million; {found.slots} slots"),
+        ("a round", f"{found.lanes} lanes in {found.groups} groups; {found.groups_at_once} at once on a device"),
+        ("sent up, down", f"{size(found.bytes_up)}, {size(found.bytes_down)} a round"),
+        ("trained", f"{found.tokens:,} tokens, {found.flops / 1e12:,.1f} TFLOP a round"),
+        *((f"memory: {name}", size(count)) for name, count in found.memory._asdict().items()),
+        ("memory of a device", size(found.memory.total)),
+    ]
+    if found.seconds is not None:
+        rows.append(("time", f"{found.seconds:,.1f} s a round"))
+    if limit is not None and found.memory.total > limit:
+        rows.append(("does not fit", f"{size(limit)} given; try --remat, --quantise nf4 or a smaller --lanes-together"))
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,114 @@
+"""The plan against compiled rounds: bytes within 15 per cent, over shapes, lanes, storage and recomputation."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrouter_jax import bank, client, experiment, plan
+from fedrouter_jax.cli import main
+from fedrouter_jax.client import LocalConfig
+from fedrouter_jax.config import Config
+from fedrouter_jax.data.packing import Batch
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.models import model_config
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.quantise import stored_shapes
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.strategies import STRATEGIES, fedrouter
+from fedrouter_jax.types import Work
+
+SMOLLM = plan.SHAPES["smollm2-135m"]
+
+
+def compiled(decoder, config, pack, groups, at_once, clients):
+    """Bytes of a compiled round: arguments, results that are no arguments, and temporary room."""
+    strategy = fedrouter()
+    update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
+    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once)
+    state = plan.begun(decoder, config, strategy, clients, 4)
+    lanes = groups * pack.lanes
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    lead = (groups, config.local.steps)
+    rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
+    work = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32))
+    base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = run.lower(state, base, work, Batch(rows, ints(*lead)), key).compile().memory_analysis()
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh
+
+
+CASES = {
+    "135m": (SMOLLM, {}, 1, 1),
+    "135m, two of four groups": (SMOLLM, {}, 4, 2),
+    "135m, recomputed": (SMOLLM, {"remat": True}, 1, 1),
+    "135m, nf4": (SMOLLM, {"quantise": "nf4"}, 1, 1),
+    "wide": (dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6), {}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_memory_is_that_of_the_compiled_round(name):
+    decoder, changes, groups, at_once = CASES[name]
+    config = Config(local=LocalConfig(steps=4, batch=2), quantise=changes.get("quantise", "none"))
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=changes.get("remat", False)))
+    pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
+    clients = groups * pack.lanes
+    state = plan.begun(decoder, config, fedrouter(), clients, 4)
+    found = plan.memory(decoder, config, fedrouter(), state, pack, groups, at_once)
+    exact = compiled(decoder, config, pack, groups, at_once, clients)
+    print(
+        name,
+        {k: round(v / 1e6) for k, v in found._asdict().items()},
+        round(found.total / 1e6),
+        round(exact / 1e6),
+        found.total / exact,
+    )
+    assert found.total == pytest.approx(exact, rel=0.15)
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+    published = {"smollm2-135m": 134.5, "smollm2-360m": 361.8, "smollm2-1.7b": 1711.4, "llama-3.2-1b": 1235.8,
+                 "llama-3.2-3b": 3212.7, "llama-3.1-8b": 8030.3, "llama-3.1-70b": 70553.7}  # fmt: skip
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(param_shapes(shape))) for name, shape in plan.SHAPES.items()
+    }
+    assert {name: round(count / 1e6, 1) for name, count in counts.items()} == published
+    file = model_config("smollm2-135m")
+    assert file == dataclasses.replace(SMOLLM, max_positions=8192, norm_eps=file.norm_eps)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_planned_with_the_state_it_starts_from(name):
+    config = dataclasses.replace(smoke(), strategy=name)
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, global_clusters=4))
+    prepared = experiment.prepare(config)
+    rows = sum(len(held.train) for held in prepared.partition.clients)
+    enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
+    state = experiment.start(prepared, enrolment)
+    found = plan.begun(prepared.model.config, config, prepared.strategy, config.data.clients, 4)
+    assert jax.tree.map(jnp.shape, found.bank) == jax.tree.map(jnp.shape, state.bank)
+    work, _ = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    made = plan.of_config(config, 60, 12)
+    assert made.lanes == len(work.client)
+    wire = 0 if prepared.strategy.pooled else bank.wire_bytes(prepared.strategy.owners, state.bank)
+    assert made.bytes_up == len(work.client) * wire
+
+
+def test_more_groups_at_once_where_there_is_more_memory(capsys):
+    sizes = []
+    for gib in (2, 4, 64):
+        arguments = f"plan --model smollm2-135m --clients 64 --memory {gib} --rate 1 --json".split()
+        assert main(arguments) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["memory"]["total"] <= gib * 2**30 and found["lanes"] == 64
+        sizes.append(found["groups_at_once"])
+    assert 1 <= sizes[0] < sizes[1] < sizes[2] == 8
+    assert main(["plan", "--model", "llama-3.1-70b", "--memory", "8"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["plan", "--memory", "0"]) == 2
+    assert "--memory is 0.0; it must be above 0" in capsys.readouterr().err
