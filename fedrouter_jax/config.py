@@ -46,6 +46,8 @@ class ComputeConfig:
     """Lanes whose rows share packs, one stream of tokens for all of them; 1: every lane has its own."""
     groups_at_once: int | None = None
     """Such groups of lanes vmapped at a time; by default one on a CPU, else as many as fit in the device's memory."""
+    model_parallel: int = 1
+    """Where there are several devices: how many share one copy of the base; rows of so many share the lanes."""
     rows_at_once: int = 32
     """Rows that generate together."""
     packs_at_once: int | None = None
@@ -112,6 +114,7 @@ def check(config: Config) -> None:
         "--max-response": config.data.max_response,
         "--rows-at-once": config.compute.rows_at_once,
         "--checkpoint-every": config.compute.checkpoint_every,
+        "--model-parallel": config.compute.model_parallel,
         "--lanes-together": config.compute.lanes_together,
         "--groups-at-once": config.compute.groups_at_once or 1,
         "--packs-at-once": config.compute.packs_at_once or 1,

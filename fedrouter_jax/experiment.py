@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import client, embed, lora, plan, routing
+from fedrouter_jax import client, embed, lora, mesh, plan, routing
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
@@ -44,6 +45,7 @@ class Prepared(NamedTuple):
     strategy: Strategy
     pack: tuple[int, int]  # tokens and response tokens of a training pack
     round: Callable  # the jitted round
+    mesh: Mesh | None  # where there are several devices
 
 
 def prepare(config: Config, model: Model | None = None, strategy: Strategy | None = None) -> Prepared:
@@ -89,8 +91,11 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora)
-    round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss)
-    return Prepared(config, model, dataset, split, train, test, strategy, pack, round)
+    on = mesh.make(config.compute.model_parallel) if jax.device_count() > 1 else None
+    if on is not None:
+        model = model._replace(params=mesh.place_base(on, model.params))
+    round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss, on)
+    return Prepared(config, model, dataset, split, train, test, strategy, pack, round, on)
 
 
 def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> int | None:
@@ -184,7 +189,12 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     fresh = lora.init(jax.random.key(config.seed), shapes, decoder.layers, config.lora.rank)
     state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    return state._replace(server=server_lib.init(server, state.bank))
+    return placed(prepared, state._replace(server=server_lib.init(server, state.bank)))
+
+
+def placed(prepared: Prepared, state: FederationState) -> FederationState:
+    """The state on the mesh, where there is one."""
+    return state if prepared.mesh is None else mesh.place_state(prepared.mesh, prepared.strategy, state)
 
 
 def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[tokens.Tokens]]]:
@@ -216,8 +226,8 @@ def settle(prepared: Prepared, state: FederationState) -> FederationState:
     local, rows = config.local, [[held] for held in prepared.train]
     together = config.compute.lanes_together
     batch = schedule.batches(work, rows, 1, local.steps, local.batch, *prepared.pack, config.seed, together)
-    loss = partial(client.make_client_loss(prepared.model.config, config.lora), prepared.model.params)
-    return choose(state, work, jax.jit(lambda adapters: map_groups(lambda group: loss(*group), adapters, batch, 1)))
+    loss, params = client.make_client_loss(prepared.model.config, config.lora), prepared.model.params
+    return choose(state, work, jax.jit(lambda adapters: map_groups(loss, params, adapters, batch, 1)))
 
 
 def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:
@@ -228,7 +238,8 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     local, together = config.local, config.compute.lanes_together
     clients = config.data.clients - config.data.newcomers
     steps = local.steps * (clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
-    batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together)
+    over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
+    batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch
 
 
@@ -239,7 +250,8 @@ def train_round(
     before = clock.perf_counter()
     key = jax.random.fold_in(jax.random.key(prepared.config.seed), 2)
     table = np.array(state.table)  # a copy: the state is donated
-    state, info = prepared.round(state, prepared.model.params, work, batch, key)
+    spread = batch if prepared.mesh is None else mesh.place_batches(prepared.mesh, batch)
+    state, info = prepared.round(state, prepared.model.params, work, spread, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
     size = 0 if prepared.strategy.pooled else bank_lib.wire_bytes(prepared.strategy.owners, state.bank)
@@ -256,7 +268,7 @@ def train_round(
     ]
     clients = len(set(work.client[trained].tolist()))
     if prepared.strategy.regroup is not None:
-        state = prepared.strategy.regroup(state)
+        state = placed(prepared, prepared.strategy.regroup(state))
     regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
     slots = max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank))
     down = prepared.strategy.received(len(lanes), slots)

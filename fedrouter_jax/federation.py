@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fedrouter_jax import bank as bank_lib
+from fedrouter_jax import mesh as mesh_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.types import (
     Adapters,
@@ -88,6 +91,7 @@ def make_round(
     groups_at_once: int | None = None,
     server: optax.GradientTransformation | None = None,
     loss: ClientLoss | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[FederationState, RoundInfo]]:
     """One federated round as a jitted function `(state, base, work, batches, key) -> (state, info)`.
 
@@ -95,8 +99,8 @@ def make_round(
     the lanes, in order, fill the groups evenly. `groups_at_once` groups are vmapped at a time (None: all of them; 1:
     one by one). A lane's key comes from (round, client, cluster), never from its position, so permuting, grouping or
     chunking lanes changes nothing. A lane whose result is not finite is left out of the averages. `server` is the
-    server's optimiser (None: plain averages); `loss` serves strategies that choose by it. The state is donated: use the
-    one that is returned.
+    server's optimiser (None: plain averages); `loss` serves strategies that choose by it. On a `mesh` (`mesh.make`)
+    each row of devices trains its own groups, whose number its rows divide. The state is donated: use the one returned.
     """
 
     def run(state: FederationState, base: PyTree, work: Work, batches: Any, key: Array):
@@ -111,26 +115,37 @@ def make_round(
         if strategy.choose is not None:
 
             def losses(adapters):
-                return map_groups(lambda inputs: loss(base, *inputs), adapters, batches, groups_at_once)
+                return map_groups(loss, base, adapters, batches, groups_at_once, mesh)
 
             state = strategy.choose(state, work, losses)
 
-        def group(inputs):
-            (adapters, keys), batch = inputs
-            return update(base, adapters, batch, rate, keys, phases)
+        def group(given, lanes, batch):
+            base, rate, phases = given
+            return update(base, lanes[0], batch, rate, lanes[1], phases)
 
-        adapters, losses = map_groups(group, (strategy.ask(state, work), keys), batches, groups_at_once)
+        given = (base, rate, phases)
+        adapters, losses = map_groups(group, given, (strategy.ask(state, work), keys), batches, groups_at_once, mesh)
         finite = finite_lanes(adapters)
         adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
         told = strategy.tell(state, work._replace(weight=work.weight * finite), adapters)
         bank, states = server_lib.step(server, strategy.owners, state.bank, told.bank, state.server)
-        return told._replace(bank=bank, server=states), RoundInfo(losses.loss, rate, ~finite)
+        told = told._replace(bank=bank, server=states)
+        if mesh is not None:  # where it was, or the next round would be another program
+            told = jax.lax.with_sharding_constraint(told, mesh_lib.state_shardings(mesh, strategy, told))
+        return told, RoundInfo(losses.loss, rate, ~finite)
 
     return jax.jit(run, donate_argnums=0)
 
 
-def map_groups(group: Callable[[Any], PyTree], lanes: PyTree, batches: Any, at_once: int | None) -> PyTree:
-    """Apply `group` to every entry of `batches` and its lanes: all at once, `at_once` at a time, or one by one.
+def map_groups(
+    group: Callable[..., PyTree],
+    given: PyTree,
+    lanes: PyTree,
+    batches: Any,
+    at_once: int | None,
+    mesh: Mesh | None = None,
+) -> PyTree:
+    """`group(given, lanes, batch)` for every entry of `batches` and its lanes: all at once, some at a time, one by one.
 
     `lanes` has leaves `[lane, ...]`, and so has the result. Where the lanes do not fill the last group, it is given
     the last lane again, and what comes of that is dropped.
@@ -139,8 +154,20 @@ def map_groups(group: Callable[[Any], PyTree], lanes: PyTree, batches: Any, at_o
     each = -(-count // groups)
     index = jnp.minimum(jnp.arange(groups * each), count - 1).reshape(groups, each)
     inputs = (jax.tree.map(lambda leaf: leaf[index], lanes), batches)
-    if at_once is None or at_once >= groups:
-        found = jax.vmap(group)(inputs)
-    else:
-        found = jax.lax.map(group, inputs, batch_size=None if at_once == 1 else at_once)
+
+    def run(given, inputs):
+        def one(inputs):
+            return group(given, *inputs)
+
+        if at_once is None or at_once >= jax.tree.leaves(inputs)[0].shape[0]:
+            return jax.vmap(one)(inputs)
+        return jax.lax.map(one, inputs, batch_size=None if at_once == 1 else at_once)
+
+    if mesh is None:
+        found = run(given, inputs)
+    else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
+        spec = P("clients")
+        found = jax.shard_map(
+            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names={"clients"}, check_vma=False
+        )(given, inputs)
     return jax.tree.map(lambda leaf: leaf.reshape(groups * each, *leaf.shape[2:])[:count], found)

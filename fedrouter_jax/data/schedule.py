@@ -84,11 +84,13 @@ def batches(
     predicted: int,
     seed: int,
     together: int = 1,
+    rows_of_devices: int = 1,
 ) -> packing.Batch:
     """The rows of a round, leaves `[group, step, pack, ...]` (numpy). `members[client][cluster]` are encoded rows.
 
     A step takes `size` rows of each lane; packs hold `time` tokens and `predicted` response tokens. At most `together`
-    lanes, in order, are a group and share its packs. A lane of weight 0 gets no rows.
+    lanes, in order, are a group and share its packs; there are as many groups on each of `rows_of_devices`. A lane of
+    weight 0 gets no rows, and a group that only fills up has none.
     """
 
     def lane(client: int, cluster: int, weight: float) -> list[list[Tokens]]:
@@ -97,13 +99,14 @@ def batches(
         return [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
 
     drawn = [lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)]
-    groups = -(-len(drawn) // together)
+    groups = -(-len(drawn) // (together * rows_of_devices)) * rows_of_devices
     each = -(-len(drawn) // groups)  # as even as can be; `federation.make_round` counts the same way
 
     def group(lanes: list[list[list[Tokens]]]) -> packing.Batch:
-        return stack([packing.batch(step, each * size, time, predicted) for step in zip(*lanes, strict=True)])
+        taken = ([lane[step] for lane in lanes] for step in range(steps))
+        return stack([packing.batch(rows, each * size, time, predicted) for rows in taken])
 
-    return stack([group(drawn[start : start + each]) for start in range(0, len(drawn), each)])
+    return stack([group(drawn[number * each : (number + 1) * each]) for number in range(groups)])
 
 
 def stack(trees: Sequence[packing.Batch]) -> packing.Batch:

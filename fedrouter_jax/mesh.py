@@ -1,0 +1,82 @@
+"""Many devices: lanes over one axis of a mesh, the frozen weights over the other.
+
+    clients   groups of lanes: every device trains its own, with no word to the others until they are averaged
+    model     the base's matrices (Megatron-LM, arXiv 1909.08053): the products into a block by their outputs, those out
+              of it by their inputs, embedding and head by the vocabulary; what does not divide evenly is everywhere
+
+What clients own lies with the lanes, slot by slot; all other adapters are everywhere. The round itself is the same
+program: JAX's partitioner moves what has to move.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedrouter_jax import bank
+from fedrouter_jax.data.packing import Batch
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.types import FederationState, PyTree, Strategy
+
+CLIENTS, MODEL = "clients", "model"
+_INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
+    """The mesh of all devices, `model_parallel` of which share one copy of the base."""
+    devices = jax.devices() if devices is None else devices
+    if len(devices) % model_parallel:
+        raise UserError(
+            f"--model-parallel is {model_parallel}, but there are {len(devices)} devices; choose a divisor of that"
+        )
+    return Mesh(np.array(devices).reshape(-1, model_parallel), (CLIENTS, MODEL))
+
+
+def place_base(mesh: Mesh, params: PyTree) -> PyTree:
+    """The base's parameters, or their codes, spread over the model axis."""
+
+    def place(path, leaf):
+        names = [entry.key for entry in path]
+        if names[0] in ("embedding", "head"):
+            axis = 0
+        elif names[-1] in ("kernel", "codes", "scales", "bias") and names[1] in _INTO:
+            axis = leaf.ndim - 1
+        elif names[-1] in ("kernel", "codes", "scales"):
+            axis = leaf.ndim - 2
+        else:
+            axis = None
+        spec = [None] * leaf.ndim
+        if axis is not None and leaf.shape[axis] % mesh.shape[MODEL] == 0:
+            spec[axis] = MODEL
+        return jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:
+    """Where every leaf of a state lies."""
+    everywhere = NamedSharding(mesh, P())
+
+    def of_leaf(owner, leaf):
+        apart = owner in ("client", "public") and leaf.shape[0] % mesh.shape[CLIENTS] == 0
+        return NamedSharding(mesh, P(CLIENTS)) if apart else everywhere
+
+    shardings = jax.tree.map(lambda leaf: everywhere, state)
+    return shardings._replace(bank=jax.tree.map(of_leaf, bank.spread(strategy.owners, state.bank), state.bank))
+
+
+def place_state(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:
+    """A state on the mesh."""
+    return jax.tree.map(jax.device_put, state, state_shardings(mesh, strategy, state))
+
+
+def place_batches(mesh: Mesh, batches: Batch) -> Batch:
+    """The batches of a round, leaves `[group, ...]`, each group where it is trained.
+
+    Where devices share a base, all visit as many packs in a step: their products are one program's.
+    """
+    if mesh.shape[MODEL] > 1:
+        batches = batches._replace(count=np.broadcast_to(batches.count.max(axis=0), batches.count.shape))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(CLIENTS))), batches)

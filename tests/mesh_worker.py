@@ -1,0 +1,80 @@
+# ruff: noqa: E402 (JAX joins processes before anything else)
+"""Rounds of a small federation on a mesh, as a program of its own: JAX counts devices, and joins processes, once.
+
+    python mesh_worker.py '{"cases": [{"strategy": "fedrouter", "shape": [8, 1]}]}'
+
+A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), and folders to `load` its start from and
+to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
+difference from one device that plays all rounds, and the number of compiled programs.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ASKED = json.loads(sys.argv[1])
+if "process" in ASKED:
+    number, count, address = ASKED["process"]
+    jax.distributed.initialize(address, count, number)
+
+from jax.experimental.multihost_utils import process_allgather
+
+from fedrouter_jax import checkpoint, client, experiment, mesh
+from fedrouter_jax.data import schedule
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.models import load_model
+from fedrouter_jax.presets import smoke
+
+LOCAL = client.LocalConfig(steps=2, batch=2, learning_rate=1e-2)
+LORA = LoRAConfig(rank=4, dropout=0.1)
+LAST = 2
+
+
+@functools.cache
+def begin(strategy, quantise):
+    """A federation of eight clients: what is prepared, its start, its rows."""
+    config = smoke()
+    config = dataclasses.replace(
+        config, strategy=strategy, local=LOCAL, lora=LORA, quantise=quantise,
+        data=dataclasses.replace(config.data, clients=8), compute=dataclasses.replace(config.compute, lanes_together=2),
+    )  # fmt: skip
+    model = load_model("tiny", quantise=quantise)
+    prepared = experiment.prepare(config, model)._replace(mesh=None, model=model)  # shapes are the cases' business
+    rows = sum(len(held.train) for held in prepared.partition.clients)
+    enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
+    return prepared, experiment.start(prepared, enrolment), experiment.members(prepared, enrolment)
+
+
+def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, load=None, save=None):
+    """The bank after the rounds `first` to `last`, on every process, and how many programs were compiled."""
+    prepared, state, members = begin(strategy, quantise)
+    state, params = jax.tree.map(jax.numpy.copy, state), prepared.model.params
+    on = shape and mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
+    if on:
+        state, params = mesh.place_state(on, prepared.strategy, state), mesh.place_base(on, params)
+    if load:
+        state = checkpoint.load(Path(load), first - 1, state)
+    update = client.make_client_update(prepared.model.config, LORA, LOCAL)
+    run = make_round(prepared.strategy, update, lambda t: 1e-2, 3, at_once, mesh=on)
+    sizes = np.array([[len(cluster) for cluster in held] for held in members])
+    for t in range(first, last + 1):
+        work = schedule.lanes(sizes, t, prepared.config.rounds, 0)
+        rows_of_devices = on.shape["clients"] if on else 1
+        batch = schedule.batches(work, members, t, LOCAL.steps, LOCAL.batch, *prepared.pack, 0, 2, rows_of_devices)
+        state, _ = run(state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
+    if save:
+        checkpoint.save(Path(save), last, state)
+    return process_allgather(state.bank, tiled=True) if on else state.bank, run._cache_size()
+
+
+for case in ASKED["cases"]:
+    expected, _ = play(case["strategy"], case.get("quantise", "none"), last=case.get("last", LAST))
+    found, programs = play(**case)
+    gaps = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), found, expected)
+    print(json.dumps({**case, "gap": max(jax.tree.leaves(gaps)), "programs": programs}), flush=True)

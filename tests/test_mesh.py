@@ -1,0 +1,122 @@
+"""Many devices change no result: fake ones of one process, and those of several processes joined on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import LOCAL, inputs
+from safetensors.numpy import load_file
+
+from fedrouter_jax import mesh
+from fedrouter_jax.data import schedule
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.strategies import fedrouter
+
+WORKER = Path(__file__).with_name("mesh_worker.py")
+
+
+def work_on(devices: int, *asked: dict) -> list[dict]:
+    """Workers with so many fake devices each, side by side; what the first one printed."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    # Programs of several processes are not for the cache that single ones share.
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps(each)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for each in asked
+    ]  # fmt: skip
+    outputs = [worker.communicate() for worker in workers]
+    assert not any(worker.returncode for worker in workers), [error[-2000:] for _, error in outputs]
+    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+
+
+def joined(count: int, cases: list[dict]) -> list[dict]:
+    """The same cases for `count` processes that find each other at a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [{"process": [number, count, address], "cases": cases} for number in range(count)]
+
+
+def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
+    """Lanes over 8, 4 and 2 rows of devices that hold the base alone, in halves and in quarters; plain and as codes."""
+    cases = [
+        {"strategy": "fedrouter", "shape": [8, 1]},
+        {"strategy": "fedrouter", "shape": [2, 4], "at_once": 2},
+        {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
+    ]
+    found = work_on(8, {"cases": cases})
+    assert len(found) == len(cases)
+    for case in found:
+        assert case["gap"] < 5e-4 and case["programs"] == 1, case
+
+
+def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(tmp_path):
+    """Two processes of two devices play a round and save, each its part; four of one device play the next."""
+    kept = str(tmp_path / "checkpoints")
+    first = {"strategy": "fedsa", "shape": [2, 2], "last": 1, "save": kept}
+    then = {"strategy": "fedsa", "shape": [4, 1], "first": 2, "load": kept}
+    for devices, count, case in ((2, 2, first), (1, 4, then)):
+        (found,) = work_on(devices, *joined(count, [case]))
+        assert found["gap"] < 5e-4 and found["programs"] == 1, found
+
+
+def test_groups_fill_up_the_rows_of_devices(federation):
+    """Four lanes on three rows of devices, two to a group: six places, and what only fills up has no rows."""
+    work, _ = inputs(federation, 1)
+    plain, spread = (
+        schedule.batches(work, federation.members, 1, LOCAL.steps, LOCAL.batch, 320, 96, 0, 2, rows) for rows in (1, 3)
+    )
+    assert plain.count.shape == (2, LOCAL.steps) and spread.count.shape == (3, LOCAL.steps)
+    assert (spread.count[:2] > 0).all() and (spread.count[2] == 0).all()
+    np.testing.assert_array_equal(plain.rows.labels, spread.rows.labels[:2])
+
+
+def test_a_model_axis_divides_the_devices():
+    with pytest.raises(UserError, match="--model-parallel is 3, but there are 1 devices"):
+        mesh.make(3)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_round_lowers_for_accelerators(federation, platform):
+    strategy = fedrouter()
+    run = make_round(strategy, federation.update, lambda t: 1e-3, 3)
+    state = strategy.init({"main": federation.adapters["main"]}, federation.enrolment)
+    key = jax.random.key(0, impl="threefry2x32")
+    work, batch = inputs(federation, 1, together=2)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype),
+        (state, federation.model.params, work, batch, key),
+    )
+    exported = jax.export.export(run, platforms=[platform])(*shapes)
+    assert exported.platforms == (platform,) and len(exported.mlir_module_serialized) > 10_000
+
+
+def test_a_whole_run_on_four_devices_ends_as_on_one(tmp_path):
+    """Two rows of devices, each with the base in halves: the same clusters, losses and adapters, and scores."""
+    found = []
+    for name, devices in (("one", 1), ("four", 4)):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        out, parallel = tmp_path / name, ["--model-parallel", str(min(2, devices)), "--lanes-together", "2"]
+        command = [sys.executable, "-m", "fedrouter_jax", "run", "--preset", "smoke", "--out", str(out), *parallel]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "XLA_FLAGS": flags})
+        rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+        clusters = json.loads((out / "clusters.json").read_text())
+        adapter = load_file(out / "adapters" / "cluster_0" / "adapter_model.safetensors")
+        assert (out / "scores.json").exists() and (out / "report.md").exists()
+        found.append(([lane["loss"] for record in rounds for lane in record["lanes"]], clusters["table"], adapter))
+    (losses, table, adapter), (other_losses, other_table, other_adapter) = found
+    np.testing.assert_allclose(losses, other_losses, rtol=1e-3)
+    assert table == other_table
+    for name, leaf in adapter.items():
+        np.testing.assert_allclose(leaf, other_adapter[name], atol=5e-3)
