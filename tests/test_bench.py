@@ -1,0 +1,85 @@
+"""The PyTorch flow that speed is compared with: both ways of writing it compute the same; what the bench draws."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_llama, word_rows
+from peft import PeftModel
+
+from experiments import bench
+from experiments.torch_baseline import flow
+from fedrouter_jax import embed, generate, lora, peft_io
+from fedrouter_jax.models import module_shapes
+from fedrouter_jax.models.hf import load_folder
+
+CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0)
+PAD = 256
+FLOWS = (flow.PUBLISHED, flow.BEST_EFFORT)
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """A tiny random Llama here and in torch, two adapters in either form, and rows."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(folder, 0)
+    decoder, params = load_folder(folder, "float32")
+    shapes = {module: module_shapes(decoder)[module] for module in CONFIG.targets}
+    fresh = lora.init(jax.random.key(0), shapes, decoder.layers, CONFIG.rank)
+    adapters = [
+        fresh._replace(b={m: 0.3 * jax.random.normal(jax.random.key(s), b.shape) for m, b in fresh.b.items()})
+        for s in range(2)
+    ]
+    peft_io.write_adapter(folder / "adapter", adapters[0], CONFIG, str(folder))
+    import transformers
+
+    base = transformers.LlamaForCausalLM.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    rows = word_rows(np.random.default_rng(0), 12)
+    return decoder, params, adapters, model, [bench.in_torch(one, "cpu") for one in adapters], rows
+
+
+def test_both_flows_have_the_same_losses_and_averages(sides):
+    _, _, _, model, bank, rows = sides
+    lanes = [(0, 1.0, [rows[:3], rows[3:6]]), (1, 1.0, [rows[6:8]] * 2), (0, 3.0, [rows[8:10]] * 2)]
+    found = [flow.train_round(model, bank, lanes, 1e-2, PAD, each) for each in FLOWS]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)
+    alone = flow.train_client(model, bank[0], lanes[0][2], 1e-2, PAD, flow.PUBLISHED)[0]
+    other = flow.train_client(model, bank[0], lanes[2][2], 1e-2, PAD, flow.PUBLISHED)[0]
+    for name, leaf in found[0][0][0].items():
+        torch.testing.assert_close(leaf, 0.25 * alone[name] + 0.75 * other[name])
+        assert (leaf != bank[0][name]).any()
+
+
+def test_both_flows_embed_and_answer_as_we_do(sides):
+    decoder, params, adapters, model, bank, rows = sides
+    prompts = [row.prompt for row in rows]
+    ours = embed.embed(decoder, params, prompts, None)
+    slots = [i % 2 for i in range(len(prompts))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), 2), CONFIG))
+    answers = generate.generate(
+        decoder, params, prompts, lora.concatenate(stacked), gates, stop=PAD, new_tokens=6, rows_at_once=12
+    )
+    for each in FLOWS:
+        np.testing.assert_allclose(flow.embed(model, prompts, PAD, each), ours, rtol=1e-3, atol=1e-4)
+        assert flow.generate(model, bank, slots, prompts, PAD, PAD, 6, each) == answers
+
+
+def test_the_table_divides_what_was_measured(tmp_path):
+    seconds = {"ours": [2.0, 1.0, 4.0], "published": [8.0, 6.0, 7.0], "best effort": [3.0, 3.0, 3.0]}
+    phase = {"useful": 600, "unit": "tokens", "seconds": seconds}
+    load = bench.Load(4, 1, 1, 8, 4, 8).__dict__
+    found = {
+        "model": "m", "data": "d", "device": "cpu", "torch": "t", "jax": "j", "threads": 2, "load": load,
+        "flops_a_token": 1e9, "matrix_rate": 6e11, "packing": 0.9,
+        "phases": {"train a round": phase, "K-Means": {**phase, "seconds": {"ours": [1.0], "scikit-learn": [9.0]}}},
+    }  # fmt: skip
+    text = bench.markdown(json.loads(json.dumps(found)))
+    assert "| train a round (tokens) | 300 | 86 | **3.50** | 200 | **1.50** |" in text
+    assert "| **9.00** |" in text
+    assert "reaches 300 GFLOP/s" in text and "50 % of a large matrix product's 600 here" in text.replace("\n", " ")
+    bench.figure(found).savefig(tmp_path / "bench.png")
