@@ -126,16 +126,21 @@ def cells(found: dict[str, dict]) -> dict[tuple[str, str, str], dict[int, float]
 
 
 def markdown(found: dict[str, dict]) -> str:
+    """The report: scores of all methods, then by task, then costs."""
+    lines = ["# Every method in every scenario", "", *setting(found), "", *scores(found, tuple(METHODS))]
+    return "\n".join([*lines, "", "![scores](table1.png)", "", *by_task(found), "", *costs(found), ""])
+
+
+def scores(found: dict[str, dict], shown: tuple[str, ...]) -> list[str]:
     """The table: mean ± half of the 95 % interval; the best of the rivals bold; at the end the gain of fedrouter."""
     table = cells(found)
     columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
     columns = [column for column in columns if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
-    methods = ["base model", *(method for method in METHODS if method in known)]
+    methods = ["base model", *(method for method in METHODS if method in known and method in shown)]
     rivals = [method for method in methods if method not in BOUNDS]
     means = {key: np.mean(list(scores.values())) for key, scores in table.items()}
-    lines = ["# Every method in every scenario", "", *setting(found), ""]
-    lines += ["| ROUGE-1 | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
+    lines = ["| ROUGE-1 | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
     for method in methods:
         row = []
@@ -144,8 +149,11 @@ def markdown(found: dict[str, dict]) -> str:
             best = max((m for m in rivals if (*column, m) in means), key=lambda m, c=column: means[(*c, m)])
             row.append(text(values, method == best) if values else "")
         lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {' | '.join(row)} |")
-    lines.append(f"| **fedrouter, gain over the best baseline** | {' | '.join(gain(table, c) for c in columns)} |")
-    return "\n".join([*lines, "", "![scores](table1.png)", "", *by_task(found), "", *costs(found), ""])
+    for ours in ("fedrouter", "fedrouter-warm"):
+        if ours in methods:
+            gains = " | ".join(gain(table, column, ours) for column in columns)
+            lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
+    return lines
 
 
 def by_task(found: dict[str, dict]) -> list[str]:
@@ -178,8 +186,9 @@ def costs(found: dict[str, dict]) -> list[str]:
     for (where, method), same in groups.items():
         if where == scenario:
             mean = {key: np.mean([s["cost"][key] for s in same]) for key in same[0]["cost"]}
+            steps = mean["optimiser_steps_per_client"] * same[0]["config"]["rounds"]["rounds"]
             lines.append(
-                f"| {method} | {mean['optimiser_steps_per_client']:.0f} | {mean['tokens']:.0f} | "
+                f"| {method} | {steps:.0f} | {mean['tokens']:.0f} | "
                 f"{mean['bytes_up'] / 1e6:.1f} | {mean['bytes_down'] / 1e6:.1f} | {mean['seconds_training']:.0f} |"
             )
     return lines
@@ -196,10 +205,10 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def gain(table: dict[tuple[str, str, str], dict[int, float]], column: tuple[str, str]) -> str:
-    """FedRouter over the best baseline on the seeds that both have: relative, and in points with its 95 % interval."""
+def gain(table: dict[tuple[str, str, str], dict[int, float]], column: tuple[str, str], who: str) -> str:
+    """A method over the best baseline on the seeds that both have: relative, and in points with its 95 % interval."""
     baselines = {m: s for (*c, m), s in table.items() if tuple(c) == column and m not in (*OURS, *BOUNDS)}
-    ours = table.get((*column, "fedrouter"), {})
+    ours = table.get((*column, who), {})
     best = max(baselines, key=lambda m: np.mean(list(baselines[m].values())))
     seeds = sorted(set(ours) & set(baselines[best]))
     if not seeds or not any(baselines[best].values()):

@@ -53,8 +53,7 @@ def fedlease(experts: int = 4) -> Strategy:
         takes = (state.round == 0) & (work.weight > 0)
 
         def noted(kept, new):
-            mask = takes.reshape(-1, *(1,) * (new.ndim - 1))
-            return kept.at[work.client].set(jnp.where(mask, new, kept[work.client]))
+            return kept.at[work.client].set(jnp.where(bank_lib.expand(takes, new), new, kept[work.client]))
 
         return copied(told._replace(memory=jax.tree.map(noted, state.memory, sent)))
 
