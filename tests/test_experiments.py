@@ -24,7 +24,14 @@ def made(strategy: str, seed: int, score: float, scenario: str = "dual") -> dict
     parts = {"personalised": score, "generalisation": score / 2} | SCORES
     return {
         "config": {key: value for key, value in json.loads(to_json(config)).items() if key != "format"},
-        "scores": {part: {"rouge1": {"mean": value, "per_task": {}}} for part, value in parts.items()},
+        "scores": {part: {"rouge1": {"mean": value, "per_task": {"qqp": value}}} for part, value in parts.items()},
+        "cost": {
+            "optimiser_steps_per_client": 2.0,
+            "tokens": 1000,
+            "bytes_up": 3e6,
+            "bytes_down": 4.5e6,
+            "seconds_training": 7.0,
+        },
         "device": "cpu",
     }
 
@@ -45,11 +52,13 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
     }
     lines = table1.markdown(found).splitlines()
     assert "**synthetic** rows" in lines[2] and "Seeds [0, 1]" in lines[4]
-    row = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    row = {line.split("|")[1].strip(): line for line in lines[: lines.index("## Task by task")] if line[:2] == "| "}
     assert "**0.490 ± 0.127**" in row["fedrouter"] and "0.390 ± 0.127" in row["fedit"] and "**" not in row["fedit"]
     assert "**" not in row["oracle (bound)"] and "0.910" in row["oracle (bound)"]  # a bound is no rival
     last = row["**fedrouter, gain over the best baseline**"]
     assert "+25.6 % (+0.100 ± 0.000; fedit)" in last and "+25.6 % (+0.050 ± 0.000; fedit)" in last
+    assert "| dual | fedrouter | 2 | 0.490 / 0.245 |" in lines  # task by task
+    assert "| fedrouter | 6 | 1000 | 3.0 | 4.5 | 7 |" in lines  # three rounds of two steps
 
 
 def test_a_summary_older_than_a_field_is_still_known(tmp_path):
@@ -98,6 +107,10 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     results = ROOT / "docs" / "results"
     found = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
     assert clustering_figures.table(found) == (results / "clustering" / "clustering.md").read_text(encoding="utf-8")
+    runs = summaries.load(results / "table1" / "runs")
+    assert table1.markdown(runs) == (results / "table1" / "table1.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(table1.scores(runs, table1.FIRST)) in readme
     said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for recipe in ("paper", "refined"):
         cells, ks = [], []
