@@ -1,0 +1,209 @@
+"""What grows with a federation, and what must not: time and memory by lanes, rounds, centroids and adapters.
+
+    python -m experiments.growth               minutes on two cores; growth.json, growth.md in docs/bench
+    python -m experiments.growth --smoke       seconds: small numbers, to see that it works
+
+Lanes and rounds are those of the tiny model, where a lane costs so little that overheads would show.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time as clock
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from fedrouter_jax import experiment, generate, kmeans, lora, runs
+from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax.data import schedule
+from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.types import Work
+
+GROUP = 8  # lanes that share packs
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Time and memory by lanes, rounds, centroids and adapters."""
+
+    smoke: bool = False
+    """Small numbers; they mean nothing."""
+    out: Path | None = None
+    """Folder for growth.json and growth.md; by default docs/bench, or runs/bench with --smoke."""
+
+
+def main(options: Growth) -> None:
+    """Measure, write, show."""
+    keep_programs()
+    console, small = Console(stderr=True), options.smoke
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "lanes": by_lanes((8, 16) if small else (8, 64, 512, 4096), console),
+        "rounds": by_rounds(12 if small else 200, console),
+        "centroids": by_centroids(((1000, 8),) if small else ((10_000, 64), (100_000, 64), (1_000_000, 64)), console),
+        "adapters": by_adapters(("tiny", (2, 4)) if small else ("smollm2-135m", (4, 16, 64)), console),
+    }
+    out = options.out or Path("runs/bench" if small else "docs/bench")
+    runs.write(out / "growth.json", json.dumps(found, indent=1) + "\n")
+    runs.write(out / "growth.md", markdown(found))
+    Console().print(Markdown((out / "growth.md").read_text(encoding="utf-8")))
+
+
+def timed(action: Callable[[], Any], times: int = 3) -> float:
+    """Median seconds of an action that has run once before."""
+    jax.block_until_ready(action())
+    spent = []
+    for _ in range(times):
+        before = clock.perf_counter()
+        jax.block_until_ready(action())
+        spent.append(clock.perf_counter() - before)
+    return float(np.median(spent))
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
+
+
+def federation(lanes: int):
+    """The smoke preset with so many lanes, which share packs in eights; its clients train many times over."""
+    config = smoke()
+    config = replace(config, compute=replace(config.compute, lanes_together=GROUP, groups_at_once=1))
+    prepared = experiment.prepare(config)
+    rows = sum(len(held.train) for held in prepared.partition.clients)
+    enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
+    members = experiment.members(prepared, enrolment)
+    filled = [(c, k) for c, held in enumerate(members) for k, rows in enumerate(held) if rows]
+    chosen = np.array([filled[i % len(filled)] for i in range(lanes)], np.int32)
+    work = Work(chosen[:, 0], chosen[:, 1], np.ones(lanes, np.float32))
+    local = config.local
+    batch = schedule.batches(work, members, 1, local.steps, local.batch, *prepared.pack, 0, GROUP)
+    return prepared, experiment.start(prepared, enrolment), work, batch
+
+
+def by_lanes(counts: tuple[int, ...], console: Console) -> list[dict]:
+    """Seconds a lane and step, and the temporary memory of the compiled round."""
+    found = []
+    for lanes in counts:
+        prepared, state, work, batch = federation(lanes)
+        key, params = jax.random.key(0), prepared.model.params
+        memory = prepared.round.lower(state, params, work, batch, key).compile().memory_analysis()
+        carried = [state]  # a round donates its state
+
+        def play(prepared=prepared, carried=carried, inputs=(params, work, batch, key)):
+            carried[0], info = prepared.round(carried[0], *inputs)
+            return info.loss
+
+        seconds = timed(play) / (lanes * prepared.config.local.steps)
+        found.append({"lanes": lanes, "seconds_a_lane_step": seconds, "temporary_bytes": memory.temp_size_in_bytes})
+        console.print(found[-1])
+    return found
+
+
+def by_rounds(count: int, console: Console) -> dict:
+    """Resident memory after ten rounds and after all, and the programs compiled."""
+    prepared, state, work, batch = federation(GROUP)
+    after = {}
+    for t in range(1, count + 1):
+        state, info = prepared.round(state, prepared.model.params, work, batch, jax.random.key(0))
+        jax.block_until_ready(info)
+        if t in (10, count):
+            after[t] = resident()
+    found = {"rounds": count, "bytes_after_10": after[10], "bytes_after_all": after[count],
+             "programs": prepared.round._cache_size()}  # fmt: skip
+    console.print(found)
+    return found
+
+
+def by_centroids(sizes: tuple[tuple[int, int], ...], console: Console, width: int = 576) -> list[dict]:
+    """K-Means with one start of so many local centres into so many clusters, and routing all of them."""
+    found = []
+    for count, clusters in sizes:
+        rng = np.random.default_rng(0)
+        tasks = rng.normal(size=(clusters, width)).astype(np.float32)
+        x = jnp.asarray(
+            tasks[rng.integers(0, clusters, count)] + 0.3 * rng.normal(size=(count, width)).astype(np.float32)
+        )
+        fits: list[kmeans.KMeans] = []
+
+        def fit_once(x=x, clusters=clusters, fits=fits):
+            fits.append(kmeans.fit(jax.random.key(0), x, clusters, restarts=1))
+            return fits[-1]
+
+        seconds = timed(fit_once, 1)
+        routed = timed(lambda x=x, fits=fits: kmeans.nearest(x, fits[0].centers)[0], 1)
+        found.append({"centroids": count, "clusters": clusters, "kmeans_seconds": seconds, "routing_seconds": routed})
+        console.print(found[-1])
+    return found
+
+
+def by_adapters(asked: tuple[str, tuple[int, ...]], console: Console, rows: int = 32, new: int = 16) -> list[dict]:
+    """Seconds to answer one batch whose rows use so many adapters."""
+    name, counts = asked
+    model, config = load_model(name), lora.LoRAConfig()
+    shapes = {module: module_shapes(model.config)[module] for module in config.targets}
+    prompts = [list(range(1, 65))] * rows
+    found = []
+    for count in counts:
+        fresh = lora.init(jax.random.key(0), shapes, model.config.layers, config.rank)
+        bank = lora.concatenate(jax.tree.map(lambda leaf, n=count: jnp.repeat(leaf[None], n, axis=0), fresh))
+        gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.arange(rows) % count, count), config))
+
+        def answer(bank=bank, gates=gates):
+            return generate.generate(model.config, model.params, prompts, bank, gates, stop=-1, new_tokens=new)
+
+        found.append({"adapters": count, "seconds": timed(answer)})
+        console.print(found[-1])
+    return found
+
+
+def markdown(found: dict) -> str:
+    """Tables, each beside its first row."""
+    lines = [
+        "# Growth",
+        "",
+        f"Device {found['device']}, jax {found['jax']}. Medians of three, after one that compiles.",
+        "",
+    ]
+    lines += ["| lanes (tiny model, eights one by one) | ms a lane-step | against the first | temporary memory, MB |"]
+    lines += ["|---|---|---|---|"]
+    first = found["lanes"][0]["seconds_a_lane_step"]
+    for row in found["lanes"]:
+        each = row["seconds_a_lane_step"]
+        lines.append(f"| {row['lanes']} | {1e3 * each:.2f} | {each / first:.2f} | {row['temporary_bytes'] / 1e6:.1f} |")
+    rounds = found["rounds"]
+    lines += [
+        "",
+        f"{rounds['rounds']} rounds of eight lanes: {rounds['bytes_after_10'] / 1e6:.1f} MB resident after ten, "
+        f"{rounds['bytes_after_all'] / 1e6:.1f} MB after all "
+        f"({100 * (rounds['bytes_after_all'] / rounds['bytes_after_10'] - 1):+.2f} %); {rounds['programs']} program.",
+        "",
+        "| local centres (width 576) | clusters | K-Means, one start, s | routing all, s |",
+        "|---|---|---|---|",
+    ]
+    for row in found["centroids"]:
+        numbers = f"{row['kmeans_seconds']:.2f} | {row['routing_seconds']:.2f}"
+        lines.append(f"| {row['centroids']:,} | {row['clusters']} | {numbers} |")
+    lines += ["", "| adapters in one batch of 32 rows | seconds | against the first |", "|---|---|---|"]
+    first = found["adapters"][0]["seconds"]
+    for row in found["adapters"]:
+        lines.append(f"| {row['adapters']} | {row['seconds']:.2f} | {row['seconds'] / first:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Growth, prog="python -m experiments.growth")
+    sys.exit(guarded(lambda: main(arguments)))
