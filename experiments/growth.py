@@ -175,7 +175,7 @@ def markdown(found: dict) -> str:
     lines = [
         "# Growth",
         "",
-        f"Device {found['device']}, jax {found['jax']}. Medians of three, after one that compiles.",
+        f"Device {found['device']}, jax {found['jax']}. After a run that compiles.",
         "",
     ]
     lines += ["| lanes (tiny model, eights one by one) | ms a lane-step | against the first | temporary memory, MB |"]

@@ -178,7 +178,12 @@ def costs(found: dict[str, dict]) -> list[str]:
     """A row a method: what it took in one scenario, mean over its runs there."""
     groups = grouped(found)
     scenario = next(s for s in SCENARIOS if any(key[0] == s for key in groups))
-    lines = [f"## Cost ({scenario})", "", "Adapters, and clusters' centres where there are any, in all rounds.", ""]
+    lines = [
+        f"## Cost ({scenario})",
+        "",
+        "In all rounds; bytes of adapters and of clusters' centres. Seconds are a sweep's, not a benchmark's.",
+        "",
+    ]
     lines += [
         "| method | optimiser steps a client | training tokens | MB up | MB down | training, s |",
         "|---" * 6 + "|",

@@ -266,7 +266,7 @@ def plan(arguments: list[str]) -> None:
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     limit, rate = (None if v is None else v * unit for v, unit in ((parsed.memory, 2**30), (parsed.rate, 1e12)))
-    found = plan_lib.of_config(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
+    found = plan_lib.plan(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
     if parsed.json:
         record = found._asdict() | {"memory": found.memory._asdict() | {"total": found.memory.total}}
         print(json.dumps(record))

@@ -20,6 +20,8 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
+from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.types import Strategy
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
 
@@ -53,7 +55,7 @@ class ComputeConfig:
     packs_at_once: int | None = None
     """Packs embedded together; by default 1 on a CPU, else 16."""
     remat: bool = False
-    """Gradients compute every block again: a fifth of the memory for activations, a third more work."""
+    """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; the two latest are kept."""
 
@@ -145,6 +147,19 @@ def check(config: Config) -> None:
         raise UserError(f"--dropout is {config.lora.dropout}; it must be in [0, 1)")
     if not config.lora.targets:
         raise UserError("--targets is empty; name at least one module, such as q_proj v_proj")
+
+
+def strategy(config: Config, clusters: int | None) -> Strategy:
+    """The configured strategy; `clusters` is n_g, None where it is yet to be found."""
+    weight_on = {"weight_on": config.evaluation.instance_weight}
+    options = {
+        "feddpa-t": weight_on,
+        "feddpa-f": weight_on,
+        "fedex": {"scale": config.lora.scale},
+        "fedlease": {"experts": clusters or config.cluster.max_clusters},
+        "fedrouter-warm": {"together": config.rounds.rounds // 3},
+    }
+    return STRATEGIES[config.strategy](**options.get(config.strategy, {}))
 
 
 def to_json(config: Config) -> str:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import client, embed, lora, mesh, plan, routing
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
@@ -27,7 +28,6 @@ from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_groups
 from fedrouter_jax.models import Model, load_model, module_shapes
-from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import FederationState, Strategy, Work
 
 Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
@@ -71,7 +71,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
-    strategy = strategy or STRATEGIES[config.strategy](**options(config, split))
+    strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
     if strategy.base is not None and config.quantise != "none":
         raise UserError(
             f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
@@ -100,28 +100,17 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
 
 def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> int | None:
     """How many groups of lanes to vmap: one on a CPU, which gains nothing by more; else what fits (None: all)."""
+    if jax.default_backend() == "cpu":
+        return 1
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if jax.default_backend() == "cpu" or limit is None:
-        return 1 if jax.default_backend() == "cpu" else None
+    if limit is None:
+        return None
+    # As many clusters as there may be, for they are not found yet; the rest of the memory is for what nobody plans.
+    federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
     lanes = config.data.clients * max(1, config.rounds.clusters_per_round)
     together = min(lanes, config.compute.lanes_together)
     shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together)
-    state = plan.begun(model.config, config, strategy, config.data.clients, config.cluster.max_clusters)
-    groups = -(-lanes // together)
-    return plan.groups_that_fit(model.config, config, strategy, state, shape, groups, 0.85 * limit)
-
-
-def options(config: Config, split: Partition) -> dict:
-    """What the config sets of its strategy."""
-    weight_on = {"weight_on": config.evaluation.instance_weight}
-    experts = cluster_counts(config, split)[1] or config.cluster.max_clusters
-    return {
-        "feddpa-t": weight_on,
-        "feddpa-f": weight_on,
-        "fedex": {"scale": config.lora.scale},
-        "fedlease": {"experts": experts},
-        "fedrouter-warm": {"together": config.rounds.rounds // 3},
-    }.get(config.strategy, {})
+    return plan.groups_that_fit(federation, shape, -(-lanes // together), 0.85 * limit)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedrouter_jax import bank as bank_lib
@@ -132,7 +132,10 @@ def make_round(
         told = told._replace(bank=bank, server=states)
         if mesh is not None:  # where it was, or the next round would be another program
             told = jax.lax.with_sharding_constraint(told, mesh_lib.state_shardings(mesh, strategy, told))
-        return told, RoundInfo(losses.loss, rate, ~finite)
+        info = RoundInfo(losses.loss, rate, ~finite)
+        if mesh is not None:  # every process may read what a round reports
+            info = jax.lax.with_sharding_constraint(info, NamedSharding(mesh, P()))
+        return told, info
 
     return jax.jit(run, donate_argnums=0)
 
@@ -166,8 +169,8 @@ def map_groups(
     if mesh is None:
         found = run(given, inputs)
     else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
-        spec = P("clients")
+        spec = P(mesh_lib.CLIENTS)
         found = jax.shard_map(
-            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names={"clients"}, check_vma=False
+            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names={mesh_lib.CLIENTS}, check_vma=False
         )(given, inputs)
     return jax.tree.map(lambda leaf: leaf.reshape(groups * each, *leaf.shape[2:])[:count], found)

@@ -25,7 +25,6 @@ from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.routing import Enrolment, Router
-from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
 
 # Shapes of models that may not be at hand, from their published configurations.
@@ -47,6 +46,15 @@ class Pack(NamedTuple):
     predicted: int  # response tokens of one pack that reach the output head
     rows: int  # a step's, of all lanes of the group: as many packs are reserved
     lanes: int  # that share packs
+
+
+class Federation(NamedTuple):
+    """What memory depends on beside the lanes."""
+
+    decoder: DecoderConfig
+    config: Config
+    strategy: Strategy
+    state: FederationState  # before the first round, abstract
 
 
 class Memory(NamedTuple):
@@ -112,8 +120,9 @@ def pack_rows(pack: Pack) -> Rows:
     return Rows(Packs(time, time, time), time, time, ints(pack.predicted), ints(pack.predicted))
 
 
-def kept(decoder: DecoderConfig, config: Config, base: PyTree, adapters: Adapters, pack: Pack) -> int:
+def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -> int:
     """Bytes of activations that the gradient of one pack keeps; `adapters` has leaves `[lane, ...]`, abstract."""
+    decoder, config = federation.decoder, federation.config
 
     def residuals(adapters, base, rows, keys):
         weights = dict.fromkeys(adapters, 1.0)
@@ -133,8 +142,8 @@ def kept(decoder: DecoderConfig, config: Config, base: PyTree, adapters: Adapter
     return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in extra.items())
 
 
-def begun(decoder: DecoderConfig, config: Config, strategy: Strategy, clients: int, clusters: int) -> FederationState:
-    """The state of a federation before its first round, abstract."""
+def federation(decoder: DecoderConfig, config: Config, strategy: Strategy, clusters: int) -> Federation:
+    """A federation of the config's clients before its first round."""
     width = decoder.width
 
     def start(adapter, table, router):
@@ -145,28 +154,24 @@ def begun(decoder: DecoderConfig, config: Config, strategy: Strategy, clients: i
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     router = Router(floats(clusters, width), floats(width), floats(width), jax.ShapeDtypeStruct((), bool))
-    table = jax.ShapeDtypeStruct((clients, clusters if strategy.enrolling == "clustering" else 1), jnp.int32)
-    return jax.eval_shape(start, adapter_shapes(decoder, config.lora), table, router)
+    columns = clusters if strategy.enrolling == "clustering" else 1
+    table = jax.ShapeDtypeStruct((config.data.clients, columns), jnp.int32)
+    state = jax.eval_shape(start, adapter_shapes(decoder, config.lora), table, router)
+    return Federation(decoder, config, strategy, state)
 
 
-def asked(strategy: Strategy, state: FederationState, lanes: int) -> Adapters:
+def asked(federation: Federation, lanes: int) -> Adapters:
     """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
     ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)
-    return jax.eval_shape(strategy.ask, state, Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32)))
+    work = Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32))
+    return jax.eval_shape(federation.strategy.ask, federation.state, work)
 
 
-def memory(
-    decoder: DecoderConfig,
-    config: Config,
-    strategy: Strategy,
-    state: FederationState,
-    pack: Pack,
-    groups: int,
-    at_once: int,
-) -> Memory:
-    """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `state` is abstract."""
+def memory(federation: Federation, pack: Pack, groups: int, at_once: int) -> Memory:
+    """What one device needs for `groups` groups of lanes a round, `at_once` of them together."""
+    decoder, config = federation.decoder, federation.config
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
-    lanes = asked(strategy, state, pack.lanes)
+    lanes = asked(federation, pack.lanes)
     width = jnp.dtype(config.dtype).itemsize
     # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel.
     head = pack.predicted * decoder.vocab_size * 4 * 2
@@ -174,34 +179,23 @@ def memory(
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
         base=nbytes(base),
-        bank=2 * nbytes(state.bank),
+        bank=2 * nbytes(federation.state.bank),
         batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
         # Asked for and sent back by all; received, trained, two gradients (a pack's, their sum), two moments at once.
         lanes=nbytes(lanes) * (2 * groups + 5 * at_once),
-        activations=kept(decoder, config, base, lanes, pack) * at_once,
+        activations=kept(federation, base, lanes, pack) * at_once,
         working=(max(head, block) + kernel) * at_once,
     )
 
 
-def groups_that_fit(
-    decoder: DecoderConfig,
-    config: Config,
-    strategy: Strategy,
-    state: FederationState,
-    pack: Pack,
-    groups: int,
-    limit: float,
-) -> int:
-    """The most groups of lanes that may run at once in `limit` bytes; 1 where not even that fits."""
-    fits = (n for n in range(groups, 0, -1) if memory(decoder, config, strategy, state, pack, groups, n).total <= limit)
-    return next(fits, 1)
+def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float) -> int:
+    """The most groups of lanes, of `groups`, that may run at once in `limit` bytes; 1 where not even that fits."""
+    one, two = (memory(federation, pack, groups, at_once).total for at_once in (1, 2))
+    return int(min(groups, max(1, 1 + (limit - one) // (two - one))))
 
 
 def plan(
-    decoder: DecoderConfig,
     config: Config,
-    strategy: Strategy,
-    clusters: int,
     row_tokens: int,
     response_tokens: int,
     devices: int = 1,
@@ -210,58 +204,44 @@ def plan(
 ) -> Plan:
     """What one round of `config` takes on `devices` devices of `limit` bytes and `rate` FLOP/s each.
 
-    As many groups of lanes run at once as the limit allows (without one: one group). Training takes four
-    floating-point operations a parameter and token: forward, and backward through frozen weights.
+    Nobody has read the data: rows have so many tokens on average, and there are four tasks where the config does not
+    say how many clusters. As many groups of lanes run at once as the limit allows (without one: one group). Training
+    takes four floating-point operations a parameter and token: forward, and backward through frozen weights.
     """
-    rounds, clients = config.rounds, config.data.clients
-    each = (rounds.clusters_per_round or clusters) if strategy.enrolling in ("clustering", "tasks") else 1
-    lanes = max(1, int(rounds.participation * (clients - config.data.newcomers) + 0.5)) * each
-    lanes = 1 if strategy.pooled else lanes
-    state = begun(decoder, config, strategy, clients, clusters)
+    config_lib.check(config)
+    decoder = SHAPES[config.model] if config.model in SHAPES else model_config(config.model)
+    clusters = config.cluster.global_clusters or 4
+    strategy = config_lib.strategy(config, clusters)
+    start = federation(decoder, config, strategy, clusters)
+    rounds, data = config.rounds, config.data
+    held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))
+    each = min(rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    lanes = 1 if strategy.pooled else max(1, int(rounds.participation * (data.clients - data.newcomers) + 0.5)) * each
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=min(pack.lanes, lanes))
     groups = -(-lanes // pack.lanes)
     here = -(-groups // devices)
-    at_once = config.compute.groups_at_once or 1
-    if limit is not None and config.compute.groups_at_once is None:
-        at_once = groups_that_fit(decoder, config, strategy, state, pack, here, limit)
+    at_once = config.compute.groups_at_once or (groups_that_fit(start, pack, here, limit) if limit else 1)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
     tokens = lanes * config.local.steps * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
-    size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, state.bank)
+    size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, start.state.bank)
     flops = 4.0 * (blocks + head) * tokens
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
-        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(asked(strategy, state, 1))),
-        slots=max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank)),
+        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(asked(start, 1))),
+        slots=max(leaf.shape[0] for leaf in jax.tree.leaves(start.state.bank)),
         lanes=lanes,
         groups=groups,
         groups_at_once=at_once,
-        memory=memory(decoder, config, strategy, state, pack, here, at_once),
+        memory=memory(start, pack, here, at_once),
         bytes_up=lanes * size,
         bytes_down=lanes * strategy.received(lanes, clusters) * size,
         tokens=tokens,
         flops=flops,
         seconds=None if rate is None else flops / (rate * devices),
     )
-
-
-def of_config(
-    config: Config,
-    row_tokens: int,
-    response_tokens: int,
-    devices: int = 1,
-    limit: float | None = None,
-    rate: float | None = None,
-) -> Plan:
-    """`plan` of a config whose data nobody has read: four tasks where it does not say how many clusters."""
-    config_lib.check(config)
-    decoder = SHAPES[config.model] if config.model in SHAPES else model_config(config.model)
-    clusters = config.cluster.global_clusters or 4
-    make = STRATEGIES[config.strategy]
-    strategy = make(experts=clusters) if config.strategy == "fedlease" else make()
-    return plan(decoder, config, strategy, clusters, row_tokens, response_tokens, devices, limit, rate)
 
 
 def show(found: Plan, console: Console, limit: float | None = None) -> None:

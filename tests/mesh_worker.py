@@ -67,7 +67,8 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
         work = schedule.lanes(sizes, t, prepared.config.rounds, 0)
         rows_of_devices = on.shape["clients"] if on else 1
         batch = schedule.batches(work, members, t, LOCAL.steps, LOCAL.batch, *prepared.pack, 0, 2, rows_of_devices)
-        state, _ = run(state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
+        state, info = run(state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
+        assert np.isfinite(np.asarray(info.loss)).all()  # every process may read it
     if save:
         checkpoint.save(Path(save), last, state)
     return process_allgather(state.bank, tiled=True) if on else state.bank, run._cache_size()

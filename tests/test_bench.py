@@ -1,5 +1,6 @@
 """The PyTorch flow that speed is compared with: both ways of writing it compute the same; what the bench draws."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ import torch
 from helpers import tiny_llama, word_rows
 from peft import PeftModel
 
-from experiments import bench
+from experiments import bench, bench_phases
 from experiments.torch_baseline import flow
 from fedrouter_jax import embed, generate, lora, peft_io
 from fedrouter_jax.models import module_shapes
@@ -39,7 +40,7 @@ def sides(tmp_path_factory):
     base = transformers.LlamaForCausalLM.from_pretrained(folder)
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     rows = word_rows(np.random.default_rng(0), 12)
-    return decoder, params, adapters, model, [bench.in_torch(one, "cpu") for one in adapters], rows
+    return decoder, params, adapters, model, [bench_phases.in_torch(one, "cpu") for one in adapters], rows
 
 
 def test_both_flows_have_the_same_losses_and_averages(sides):
@@ -72,9 +73,10 @@ def test_both_flows_embed_and_answer_as_we_do(sides):
 def test_the_table_divides_what_was_measured(tmp_path):
     seconds = {"ours": [2.0, 1.0, 4.0], "published": [8.0, 6.0, 7.0], "best effort": [3.0, 3.0, 3.0]}
     phase = {"useful": 600, "unit": "tokens", "seconds": seconds}
-    load = bench.Load(4, 1, 1, 8, 4, 8).__dict__
+    load = dataclasses.asdict(bench_phases.Load(4, 1, 1, 8, 4, 8))
     found = {
-        "model": "m", "data": "d", "device": "cpu", "torch": "t", "jax": "j", "threads": 2, "load": load,
+        "model": "m", "data": "d", "device": "cpu", "torch": "t", "jax": "j", "threads": 2,
+        "load": load, "lanes": 8, "slots": 4,
         "flops_a_token": 1e9, "matrix_rate": 6e11, "packing": 0.9,
         "phases": {"train a round": phase, "K-Means": {**phase, "seconds": {"ours": [1.0], "scikit-learn": [9.0]}}},
     }  # fmt: skip

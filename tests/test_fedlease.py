@@ -90,6 +90,8 @@ def test_the_number_of_clusters_is_found():
     assert alike(b, 6).tolist() == [0, 1, 2, 0, 1, 2, 2]
     assert alike(b, 2).max() == 1  # no more than there are slots
     assert alike({"q_proj": b["q_proj"][:2]}, 4).tolist() == [0, 1]
+    late = np.concatenate([np.zeros((2, 2, 4, 5)), b["q_proj"]])  # two that sent nothing take no expert of their own
+    assert alike({"q_proj": late}, 6).tolist() == [2, 2, 0, 1, 2, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("seats", [1, 3])

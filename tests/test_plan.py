@@ -24,12 +24,12 @@ from fedrouter_jax.types import Work
 SMOLLM = plan.SHAPES["smollm2-135m"]
 
 
-def compiled(decoder, config, pack, groups, at_once, clients):
+def compiled(decoder, config, pack, groups, at_once):
     """Bytes of a compiled round: arguments, results that are no arguments, and temporary room."""
     strategy = fedrouter()
     update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
     run = make_round(strategy, update, lambda t: 1e-3, 3, at_once)
-    state = plan.begun(decoder, config, strategy, clients, 4)
+    state = plan.federation(decoder, config, strategy, 4).state
     lanes = groups * pack.lanes
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     lead = (groups, config.local.steps)
@@ -57,10 +57,9 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     config = Config(local=LocalConfig(steps=4, batch=2), quantise=changes.get("quantise", "none"))
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=changes.get("remat", False)))
     pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
-    clients = groups * pack.lanes
-    state = plan.begun(decoder, config, fedrouter(), clients, 4)
-    found = plan.memory(decoder, config, fedrouter(), state, pack, groups, at_once)
-    exact = compiled(decoder, config, pack, groups, at_once, clients)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=groups * pack.lanes))
+    found = plan.memory(plan.federation(decoder, config, fedrouter(), 4), pack, groups, at_once)
+    exact = compiled(decoder, config, pack, groups, at_once)
     print(
         name,
         {k: round(v / 1e6) for k, v in found._asdict().items()},
@@ -90,10 +89,10 @@ def test_every_strategy_is_planned_with_the_state_it_starts_from(name):
     rows = sum(len(held.train) for held in prepared.partition.clients)
     enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
     state = experiment.start(prepared, enrolment)
-    found = plan.begun(prepared.model.config, config, prepared.strategy, config.data.clients, 4)
+    found = plan.federation(prepared.model.config, config, prepared.strategy, 4).state
     assert jax.tree.map(jnp.shape, found.bank) == jax.tree.map(jnp.shape, state.bank)
     work, _ = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
-    made = plan.of_config(config, 60, 12)
+    made = plan.plan(config, 60, 12)
     assert made.lanes == len(work.client)
     wire = 0 if prepared.strategy.pooled else bank.wire_bytes(prepared.strategy.owners, state.bank)
     assert made.bytes_up == len(work.client) * wire

@@ -326,7 +326,7 @@ def hidden_states(
     `dropout` (a Python float) acts on that branch only, and needs `keys` [batch, time]; without them there is none.
 
     `layers=n` runs the first n blocks; with `final_norm=False` that is `hidden_states[n]` of transformers. With
-    `remat`, gradients compute every block again from its input: a fifth of the memory, a third more work.
+    `remat`, gradients compute every block again from its input: a fifth of the memory, and one more forward pass.
     """
     _check(config, lora)
     if layers is not None and layers != config.layers:

@@ -105,8 +105,7 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
     """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
 
     `dtype` ("float32" or "bfloat16") is that of the parameters; `quantise` stores the linear layers in fewer bits.
-    Raises `UserError` for anything not found, not
-    whole or not supported.
+    Raises `UserError` for anything not found, not whole or not supported.
     """
     if dtype not in DTYPES:
         raise UserError(f"asked for the parameter dtype {dtype!r}; expected one of {', '.join(DTYPES)}")

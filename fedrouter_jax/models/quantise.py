@@ -71,19 +71,4 @@ def kernel(stored: dict[str, Array], dtype) -> Array:
 
 def stored_shapes(shapes: PyTree, how: Quantise) -> PyTree:
     """The tree of `jax.ShapeDtypeStruct` that `quantise` makes of parameters of these shapes."""
-    return jax.eval_shape(lambda: _zeros(shapes, how))
-
-
-def _zeros(shapes: PyTree, how: Quantise) -> PyTree:
-    def module(leaf):
-        if how == "none" or not isinstance(leaf, dict):
-            return leaf
-        layers, width, out = leaf["kernel"].shape
-        packed = how == "nf4"
-        codes = jnp.zeros((layers, width // 2 if packed else width, out), jnp.uint8 if packed else jnp.int8)
-        blocks = width // math.gcd(width, BLOCK) if packed else 1
-        scales = jnp.zeros((layers, blocks, out), jnp.bfloat16 if packed else jnp.float32)
-        return {**{name: value for name, value in leaf.items() if name != "kernel"}, "codes": codes, "scales": scales}
-
-    made = {**shapes, "blocks": {name: module(leaf) for name, leaf in shapes["blocks"].items()}}
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made)
+    return jax.eval_shape(lambda params: quantise(params, how), shapes)

@@ -2,7 +2,7 @@
 
 FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open.
 
-    fedrouter-warm   the first rounds average over everybody, so all tasks start from one adapter that has seen them all
+    fedrouter-warm   the first third of the rounds averages over everybody: all tasks start from one that has seen them
     fedrouter-a      one A for all tasks, a B for each: A averaged over everybody, as in FedSA-LoRA (arXiv 2410.01463)
     fedrouter-sum    an adapter of all tasks plus one of the text's own, trained together as their sum
     fedrouter-soft   trained as FedRouter; a text is answered by its two nearest adapters, mixed by their distances

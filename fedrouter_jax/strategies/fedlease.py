@@ -49,13 +49,13 @@ def fedlease(experts: int = 4) -> Strategy:
 
     def tell(state, work, adapters):
         told = write(state, work, adapters)
-        sent = {"a": adapters["own"].a, "b": adapters["own"].b}
+        trained = {"a": adapters["own"].a, "b": adapters["own"].b}
         takes = (state.round == 0) & (work.weight > 0)
 
         def noted(kept, new):
             return kept.at[work.client].set(jnp.where(bank_lib.expand(takes, new), new, kept[work.client]))
 
-        return copied(told._replace(memory=jax.tree.map(noted, state.memory, sent)))
+        return copied(told._replace(memory=jax.tree.map(noted, state.memory, trained)))
 
     def copied(state):
         """The others' slots hold what the experts have become."""
@@ -72,7 +72,7 @@ def fedlease(experts: int = 4) -> Strategy:
             return state
         labels = alike(state.memory["b"], experts)
         count = labels.max() + 1
-        present = np.any([np.abs(b).max(axis=(1, 2, 3)) > 0 for b in map(np.asarray, state.memory["b"].values())], 0)
+        present = sent(state.memory["b"])
 
         def mean(name):
             def of_leaf(leaf, warm):
@@ -114,13 +114,27 @@ def fedlease(experts: int = 4) -> Strategy:
 def alike(b: dict, most: int) -> np.ndarray:
     """The cluster of each client, int [client], numbered as clients meet them; `b` has leaves [client, layer, ...].
 
-    Two to `most` clusters, of highest silhouette. A client without an update is alike to nobody.
+    Two to `most` clusters, of highest silhouette. Clients that sent nothing go to the largest.
     """
+    present = sent(b)
+    labels = np.zeros(len(present), int)
+    found = _clusters({module: np.asarray(leaf)[present] for module, leaf in b.items()}, most)
+    labels[present] = found
+    labels[~present] = np.bincount(found).argmax() if len(found) else 0
+    return labels
+
+
+def sent(b: dict) -> np.ndarray:
+    """Which clients sent an update, bool [client]: B starts at zero."""
+    return np.any([np.abs(leaf).max(axis=(1, 2, 3)) > 0 for leaf in map(np.asarray, b.values())], axis=0)
+
+
+def _clusters(b: dict, most: int) -> np.ndarray:
     clients = len(next(iter(b.values())))
     if clients < 3 or most < 2:
         return np.arange(clients) % most
     distances = []
-    for leaf in map(np.asarray, b.values()):
+    for leaf in b.values():
         flat = leaf.astype(np.float64).reshape(clients, leaf.shape[1], -1)
         unit = flat / np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
         distances.append(1 - np.einsum("ild,jld->ij", unit, unit) / leaf.shape[1])
