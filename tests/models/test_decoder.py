@@ -56,10 +56,10 @@ def make_lora(config, modules=decoder.MODULES, seed=3):
     )
 
 
-def with_gates(config, lora, slots=2):
+def with_gates(config, lora, slots=2, seats=1):
     """The same adapter as several that compete."""
     draw, shapes = np.random.default_rng(11), models.module_shapes(config)
-    size = lambda module: (config.layers, shapes[module][0], slots)  # noqa: E731
+    size = lambda module: (config.layers, shapes[module][0], slots, seats)  # noqa: E731
     return lora._replace(gate={m: jnp.asarray(draw.normal(size=size(m)), jnp.float32) for m in lora.a})
 
 
@@ -148,7 +148,7 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
         "per row": jnp.asarray(np.random.default_rng(5).normal(size=(3, RANK)), jnp.float32),
     }[gates]
     if gates == "per row":
-        lora = with_gates(config, lora)
+        lora = with_gates(config, lora, seats=2)
     full = run(config, params, tokens, None, None, lora, gate)
     lengths = np.array([8, 3, 1])
     prompts = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96)
@@ -200,12 +200,12 @@ def test_adapters_with_gates_compete_for_every_token():
     mix = raw / raw.sum(axis=1, keepdims=True)
     own = [x @ a[:, here] @ b[here] for here in (slice(0, 2), slice(2, 4), slice(4, 6))]
     expected = sum(gates[:, [2 * s]] * mix[:, [s]] * own[s] for s in range(3))
-    one = LoRA({"q_proj": jnp.asarray(a)}, {"q_proj": jnp.asarray(b)}, {"q_proj": jnp.asarray(score)})
+    one = LoRA({"q_proj": jnp.asarray(a)}, {"q_proj": jnp.asarray(b)}, {"q_proj": jnp.asarray(score)[..., None]})
     found = decoder._low_rank(jnp.asarray(x), "q_proj", decoder._Adapter(one, jnp.asarray(gates), None), 0.0)
     close(found, expected)
     params, lora, tokens = make_params(BASE), make_lora(BASE), make_tokens(1, 9)
     gated = with_gates(BASE, lora)
-    equal = lora._replace(gate=jax.tree.map(lambda gate: gate[..., :1].repeat(2, axis=-1), gated.gate))
+    equal = lora._replace(gate=jax.tree.map(lambda gate: gate[..., :1, :].repeat(2, axis=-2), gated.gate))
     ones, second = jnp.ones(RANK), jnp.asarray([0.0] * (RANK // 2) + [1.0] * (RANK // 2))
     close(run(BASE, params, tokens, None, None, equal, ones), run(BASE, params, tokens, None, None, lora, ones / 2))
     close(run(BASE, params, tokens, None, None, gated, second), run(BASE, params, tokens, None, None, lora, second))
