@@ -22,6 +22,13 @@ from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.routing import Enrolment, Router
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """A file's programs are dropped when its tests are done: a process may hold only so many (Linux limits mappings)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny random model."""
