@@ -24,7 +24,7 @@ from fedrouter_jax.routing import Enrolment, Router
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """A file's programs are dropped when its tests are done: a process may hold only so many (Linux limits mappings)."""
+    """A file's programs are dropped after its tests: Linux limits the mappings of a process, and so its programs."""
     yield
     jax.clear_caches()
 
