@@ -174,7 +174,7 @@ def training(prepared: Prepared, theirs, flows) -> Phase:
     return useful, {"ours": ours} | {each.name: lambda each=each: other(each) for each in flows}
 
 
-def generation(prepared, theirs, flows, load: Load, flow):
+def generation(prepared: Prepared, theirs, flows, load: Load) -> Phase:
     """Answers of four adapters to prompts that go to them in turn. Useful are the tokens read and written."""
     config, tokenizer = prepared.config, prepared.model.tokenizer
     prompts = [row.prompt for row in prepared.test.values()][: load.prompts]
