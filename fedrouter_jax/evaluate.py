@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import embed, generate, lora, routing
-from fedrouter_jax.experiment import Advance, Prepared, test_rows
+from fedrouter_jax.experiment import Advance, Prepared, packs_at_once, test_rows
 from fedrouter_jax.types import FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact")
@@ -145,10 +145,8 @@ def view(
     def states(prompts: list[list[int]], weights) -> jnp.ndarray:
         bank = lora.concatenate(bank_lib.serving(state.bank))
         gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
-        found = np.zeros((len(prompts), model.config.width), np.float32)
-        for here, tokens, lengths, gate in generate.batches(prompts, gates, config.compute.rows_at_once):
-            found[here] = embed.last_states(model.config, params, tokens, lengths, bank, gate)[: len(here)]
-        return jnp.asarray(found)
+        at_once = packs_at_once(config)
+        return jnp.asarray(embed.embed(model.config, params, prompts, None, at_once, lora=bank, gates=gates, last=True))
 
     def references(weights) -> jnp.ndarray:
         drawn = [
@@ -185,6 +183,7 @@ def answer(
             stop=model.tokenizer.eos_token_id,
             new_tokens=config.data.max_response,
             rows_at_once=config.compute.rows_at_once,
+            packs_at_once=packs_at_once(config),
             advance=advance,
         )
         for row, tokens in zip(rows, found, strict=True):

@@ -138,9 +138,13 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
     """Embeddings float32 [text, width] by the config's recipe."""
     config, model = prepared.config, prepared.model
     ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
-    at_once = config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 16)
     depth = routing.RECIPES[config.cluster.recipe].depth
-    return embed.embed(model.config, model.params, ids, depth, at_once, advance)
+    return embed.embed(model.config, model.params, ids, depth, packs_at_once(config), advance)
+
+
+def packs_at_once(config: Config) -> int:
+    """Packs of texts that go through the model together."""
+    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 16)
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:

@@ -1,44 +1,61 @@
 """Greedy answers with a KV cache, a different adapter for every row of a batch.
 
-Rows are right-padded: each row's cache grows from its own end, so there is no left padding to mask and positions are
-the real ones. Adapters are chosen by gates over the rank-concatenated bank, so a mixed batch is one forward pass.
+Prompts are read in packs, many short ones side by side, so that hardly any compute goes to padding; their keys and
+values are then dealt to a cache with a line for each row. There is no left padding to mask, and positions are the real
+ones. Adapters are chosen by gates over the rank-concatenated bank, so a mixed batch is one forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax.models import DecoderConfig, decode_step, logits, prefill
+from fedrouter_jax.data import packing
+from fedrouter_jax.models import DecoderConfig, decode_step, empty_cache, logits, prefill
 from fedrouter_jax.types import Array, LoRA, PyTree
 
 
-@partial(jax.jit, static_argnames=("config", "stop", "new_tokens"))
+@partial(jax.jit, static_argnames=("config", "slots", "stop", "new_tokens"))
 def greedy(
     config: DecoderConfig,
     base: PyTree,
-    tokens: Array,
+    packs: packing.Packs,
+    owner: Array,
+    turns: Array,
     lengths: Array,
     lora: LoRA | None,
     gates: Array | None,
     *,
+    slots: int,
     stop: int,
     new_tokens: int,
 ) -> Array:
     """Greedy continuations, int32 [row, new_tokens]; from the first `stop` token on, every token is `stop`.
 
-    `tokens` int32 [row, time] right-padded, `lengths` int32 [row], `gates` float32 [row, rank]. A row of length 0 is
-    padding: it is finished from the start. Stops early once every row has.
+    The prompts lie in `packs` [turn, pack, time], of which the first `turns` (int32 []) are filled, and are of at most
+    `slots` tokens; `owner` int32 [turn, pack, time] is the row of a token, past the last for padding. `lengths` int32
+    [row], `gates` float32 [row, rank]. A row of length 0 is padding: it is finished from the start. Stops early once
+    every row has.
     """
-    rows = jnp.arange(tokens.shape[0])
-    hidden, cache = prefill(config, base, tokens, jnp.maximum(lengths, 1), tokens.shape[1] + new_tokens, lora, gates)
-    scores = logits(config, base, hidden[rows, jnp.maximum(lengths, 1) - 1])
-    first = jnp.where(lengths > 0, jnp.argmax(scores, axis=-1).astype(jnp.int32), stop)
-    answer = jnp.full((tokens.shape[0], new_tokens), stop, jnp.int32).at[:, 0].set(first)
+    rows, dtype = len(lengths), base["embedding"].dtype
+
+    def read(turn, carry):
+        last, cache = carry
+        here, of = jax.tree.map(lambda leaf: leaf[turn], (packs, owner))
+        gate = None if gates is None else gates[of]
+        hidden, cache = prefill(config, base, *here, of, cache, lora, gate)
+        ends = jnp.where(here.positions + 1 == lengths[of], of, rows)
+        return last.at[ends].set(hidden, mode="drop"), cache
+
+    empty = jnp.zeros((rows, config.width), dtype), empty_cache(config, rows, slots + new_tokens, dtype)
+    last, cache = jax.lax.fori_loop(0, turns, read, empty)
+    first = jnp.argmax(logits(config, base, last), axis=-1).astype(jnp.int32)
+    first = jnp.where(lengths > 0, first, stop)
+    answer = jnp.full((rows, new_tokens), stop, jnp.int32).at[:, 0].set(first)
 
     def unfinished(carry):
         step, latest, _, _ = carry
@@ -64,37 +81,37 @@ def generate(
     stop: int,
     new_tokens: int,
     rows_at_once: int = 32,
+    packs_at_once: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
 
-    Prompts of similar length share a batch, padded to a multiple of 64, so few shapes are compiled.
-    `gates` is [prompt, rank]; `advance` is called with the number of rows done.
+    Prompts of similar length answer together, at most `rows_at_once`; `packs_at_once` packs of prompts go through the
+    model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Batches are as even as
+    can be, and the longest prompt of one counts as a multiple of 64, so few shapes are compiled.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for here, tokens, lengths, gate in batches(prompts, gates, rows_at_once):
-        found = greedy(config, base, tokens, lengths, lora, gate, stop=stop, new_tokens=new_tokens)
+    if not prompts:
+        return answers
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    batches = -(-len(order) // rows_at_once)
+    rows = min(rows_at_once, -(-len(order) // batches // 8) * 8)
+    time = packing.pack_length(max(map(len, prompts)))
+    turns = -(-rows // packs_at_once)  # every prompt may need a pack of its own
+    for here in np.array_split(np.array(order), batches):
+        texts = [prompts[i] for i in here]
+        assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, rows)
+        packs = packing.lay_out(texts, assignment, turns * packs_at_once, time)
+        owner = packing.owners(packs, assignment, rows)
+        packs, owner = jax.tree.map(lambda leaf: leaf.reshape(turns, packs_at_once, time), (packs, owner))
+        spare = (0, rows - len(here))
+        found = greedy(
+            config, base, packs, owner, np.int32(-(-len(assignment) // packs_at_once)),
+            np.pad(np.array([len(text) for text in texts], np.int32), spare),
+            lora, None if gates is None else np.pad(gates[here], [spare, (0, 0)]),
+            slots=-(-max(map(len, texts)) // 64) * 64, stop=stop, new_tokens=new_tokens,
+        )  # fmt: skip
         for index, answer in zip(here, np.asarray(found).tolist(), strict=False):
             answers[index] = answer[: answer.index(stop)] if stop in answer else answer
         advance(len(here))
     return answers
-
-
-def batches(
-    prompts: Sequence[Sequence[int]], gates: np.ndarray | None, rows_at_once: int
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Right-padded batches of prompts of similar length: which prompts, tokens, lengths, gates.
-
-    Every batch has `rows_at_once` rows; those past the prompts have length 0. Time is a multiple of 64.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), rows_at_once):
-        here = order[start : start + rows_at_once]
-        time = -(-len(prompts[here[-1]]) // 64) * 64
-        tokens = np.zeros((rows_at_once, time), np.int32)
-        lengths = np.zeros(rows_at_once, np.int32)
-        for row, index in enumerate(here):
-            lengths[row] = len(prompts[index])
-            tokens[row, : lengths[row]] = prompts[index]
-        gate = None if gates is None else np.pad(gates[here], [(0, rows_at_once - len(here)), (0, 0)])
-        yield here, tokens, lengths, gate

@@ -47,9 +47,51 @@ class KMeans(NamedTuple):
 
 
 class _Rows(NamedTuple):
+    """Rows by their coordinates; a centre is a point [width]."""
+
     x: Array  # float32 [row, width], centred and scaled; absent rows are 0
     square: Array  # float32 [row]: squared norms
     weight: Array  # float32 [row], at most 1; absent rows are 0
+
+    def at(self, index):
+        return self.x[index]
+
+    def means(self, share):
+        return _means(self.x, share)
+
+    def distances(self, centers):
+        return _expanded(self.x, self.square, centers)
+
+    def shift(self, new, old, *_):
+        return jnp.sum((new - old) ** 2)
+
+
+class _Products(NamedTuple):
+    """Rows by their inner products alone, which is all that distances to means of rows need.
+
+    A centre is its products with all rows, and its own square: [row + 1]. Its distances then cost no product, and with
+    fewer rows than columns a mean costs less too.
+    """
+
+    x: Array  # float32 [row, row]
+    square: Array
+    weight: Array
+
+    def at(self, index):
+        return jnp.concatenate([self.x[index], self.square[index][:, None]], axis=-1)
+
+    def means(self, share):
+        products = _means(self.x, share)
+        square = jnp.sum(share.T * products, axis=1) / _or_one(jnp.sum(share, axis=0))
+        return jnp.concatenate([products, square[:, None]], axis=1)
+
+    def distances(self, centers):
+        return jnp.maximum(self.square[:, None] - 2 * centers[:, :-1].T + centers[:, -1], 0)
+
+    def shift(self, new, old, share, before):
+        # The product of two small differences: that of the squares would lose its digits.
+        change = share / _or_one(jnp.sum(share, axis=0)) - before / _or_one(jnp.sum(before, axis=0))
+        return jnp.sum(change.T * (new - old)[:, :-1])
 
 
 @partial(jax.jit, static_argnames=("k", "restarts"))
@@ -69,7 +111,7 @@ def fit(
     Lloyd iteration stops when no label changes, when the centres' summed squared shift is at most `tolerance` times the
     mean variance of the columns (as in scikit-learn), or after `max_iterations`; each stage of the final polish is
     bounded by `max_iterations` too. `k` and `restarts` are static. Raises UserError for a wrong shape, `k` < 1 or
-    `restarts` < 1. Memory is about `restarts * row * k` floats.
+    `restarts` < 1. Memory is about `restarts * row * k` floats, and with fewer rows than columns `row * row` more.
     """
     x, weight = _checked(x, weight)
     if k < 1:
@@ -113,7 +155,7 @@ def silhouette(x: Array, labels: Array, k: int, weight: Array | None = None) -> 
     share = _share(labels, k, rows.weight)
     # Distances inside a cluster come from residuals: the expanded form of a small distance between two rows far from
     # the origin would lose its digits.
-    residual = jnp.where(present[:, None], rows.x - _means(rows, share)[labels], 0)
+    residual = jnp.where(present[:, None], rows.x - rows.means(share)[labels], 0)
     inner = _Rows(residual, jnp.sum(residual**2, axis=1), rows.weight)
 
     def block(index):
@@ -196,14 +238,13 @@ def _first_equal(x, weight):
     """
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)  # -0 is 0
 
-    def hashed(seed):
-        word = bits ^ ((jnp.arange(x.shape[1], dtype=jnp.uint32) + seed) * jnp.uint32(0x9E3779B1))
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finaliser of MurmurHash3
-            word = (word ^ (word >> shift)) * jnp.uint32(factor)
-        return jnp.sum(word, axis=1, dtype=jnp.uint32)
-
+    column = jnp.arange(x.shape[1], dtype=jnp.uint32)
+    word = bits ^ (column * jnp.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finaliser of MurmurHash3
+        word = (word ^ (word >> shift)) * jnp.uint32(factor)
     at = jnp.arange(len(x))
-    keys = (weight <= 0, hashed(1), hashed(0x10001))
+    # Two sums, whose factors differ in every column.
+    keys = (weight <= 0, jnp.sum(word, axis=1), jnp.sum(word * (2 * column + 1) * jnp.uint32(0x9E3779B1), axis=1))
     *keys, order = lax.sort((*(key.astype(jnp.uint32) for key in keys), at), num_keys=3, is_stable=True)
     start = jnp.any(jnp.stack([key != jnp.roll(key, 1) for key in keys]), axis=0) | (at == 0)
     first = jnp.zeros_like(at).at[order].set(order[lax.cummax(jnp.where(start, at, 0))])
@@ -214,34 +255,34 @@ def _fit(key, x, weight, k, used, restarts, max_iterations, tolerance):
     """`fit` with `k` clusters of which the first `used` (traced) may hold rows."""
     if restarts < 1:
         raise UserError(f"k-means: {restarts} restarts, expected at least 1; ask for one restart or more")
-    rows, mean, scale, heaviest = _prepare(x, weight)
     first, distinct = _first_equal(x, weight)
+    rows, mean, scale, heaviest = _prepare(x, weight)
+    weight = rows.weight
+    space = rows if len(x) > x.shape[1] else _Products(_matmul(rows.x, rows.x.T), rows.square, weight)
     present, at, active = weight > 0, jnp.arange(len(x)), jnp.arange(k) < used
-    stop = tolerance * jnp.sum(rows.weight * rows.square) / _or_one(jnp.sum(rows.weight)) / x.shape[1]
+    stop = tolerance * jnp.sum(weight * rows.square) / _or_one(jnp.sum(weight)) / x.shape[1]
     trials = 2 + int(math.log(k))  # as in scikit-learn
     # All draws at once: one generator to compile instead of one a step.
     uniforms = jax.random.uniform(key, (restarts, k * trials + _SWAPS + _SWAPS_A_CLUSTER * k))
 
     def start(uniforms):
-        return _lloyd(rows, _seed(uniforms.reshape(k, trials), rows, active), active, stop, max_iterations)
+        return _lloyd(space, _seed(uniforms.reshape(k, trials), space, active), active, stop, max_iterations)
 
     centers = jax.vmap(start)(uniforms[:, : k * trials])
-    centers, costs = _swap(uniforms[:, k * trials :], rows, centers, active)
-    labels = jnp.argmin(_distances(rows, centers[jnp.argmin(costs)], active), axis=1)
+    centers, costs = _swap(uniforms[:, k * trials :], space, centers, active)
+    labels = jnp.argmin(_distances(space, centers[jnp.argmin(costs)], active), axis=1)
     # The expanded form does most of the work, direct differences settle the last digits.
-    labels = _polish(partial(_expanded, rows.x, rows.square), rows, labels, active, max_iterations)
-    labels = _polish(partial(_direct, rows.x), rows, labels, active, max_iterations)
-    share = _share(labels, k, rows.weight)
-    searched = _means(rows, share)
-    labels = jnp.argmin(jnp.where(jnp.sum(share, axis=0) > 0, _direct(rows.x, searched), jnp.inf), axis=1)
+    labels = _polish(lambda share: space.distances(space.means(share)), weight, labels, active, max_iterations)
+    labels = _polish(lambda share: _direct(rows.x, rows.means(share)), weight, labels, active, max_iterations)
+    searched = rows.means(_share(labels, k, weight))
 
     few, is_first = distinct <= used, present & (first == at)
     rank = (jnp.cumsum(is_first) - 1)[first]
-    each = jnp.zeros_like(searched).at[jnp.where(is_first & few, rank, k)].set(rows.x, mode="drop")
+    each = _means(rows.x, _share(jnp.where(is_first, rank, -1), k, jnp.ones_like(weight)))
     labels, centers = jnp.where(few, rank, labels), jnp.where(few, each, searched)
     away = jnp.sum((rows.x - centers[jnp.where(present, labels, 0)]) ** 2, axis=1)
     counts = jnp.sum((labels[:, None] == jnp.arange(k)) & present[:, None], axis=0).astype(jnp.int32)
-    inertia = jnp.sum(jnp.where(few, 0, rows.weight * away)) * heaviest * scale * scale
+    inertia = jnp.sum(jnp.where(few, 0, weight * away)) * heaviest * scale * scale
     return KMeans(centers * scale + mean, jnp.where(present, labels, -1).astype(jnp.int32), inertia, counts)
 
 
@@ -265,11 +306,11 @@ def _direct(x, centers):
 
 
 def _distances(rows, centers, active):
-    return jnp.where(active, _expanded(rows.x, rows.square, centers), jnp.inf)
+    return jnp.where(active, rows.distances(centers), jnp.inf)
 
 
-def _cost(rows, distances):
-    return jnp.sum(rows.weight * jnp.min(distances, axis=1))
+def _cost(weight, distances):
+    return jnp.sum(weight * jnp.min(distances, axis=1))
 
 
 def _share(labels, k, weight):
@@ -277,9 +318,9 @@ def _share(labels, k, weight):
     return jnp.where(labels[:, None] == jnp.arange(k), weight[:, None], 0)
 
 
-def _means(rows, share):
+def _means(x, share):
     """Weighted means [k, width]; the mean of all rows, which is 0, for an empty cluster."""
-    return _matmul(share.T, rows.x) / _or_one(jnp.sum(share, axis=0))[:, None]
+    return _matmul(share.T, x) / _or_one(jnp.sum(share, axis=0))[:, None]
 
 
 def _draw(uniforms, weight):
@@ -291,17 +332,17 @@ def _draw(uniforms, weight):
 def _seed(uniforms, rows, active):
     """Greedy k-means++: of the rows drawn for a centre, the one that leaves the least cost; `uniforms` [k, trial]."""
     k = len(active)
-    start = rows.x[_draw(uniforms[0, :1], rows.weight)]
-    near = _expanded(rows.x, rows.square, start)[:, 0]
+    start = rows.at(_draw(uniforms[0, :1], rows.weight))
+    near = rows.distances(start)[:, 0]
 
     def add(j, state):
         centers, near = state
-        drawn = rows.x[_draw(uniforms[j], rows.weight * near)]
-        after = jnp.minimum(near[:, None], _expanded(rows.x, rows.square, drawn))
+        drawn = rows.at(_draw(uniforms[j], rows.weight * near))
+        after = jnp.minimum(near[:, None], rows.distances(drawn))
         best = jnp.argmin(_matmul(rows.weight, after))
         return centers.at[j].set(drawn[best]), jnp.where(active[j], after[:, best], near)
 
-    centers = jnp.zeros((k, rows.x.shape[1])).at[0].set(start[0])
+    centers = jnp.zeros((k, start.shape[1])).at[0].set(start[0])
     return lax.fori_loop(1, k, add, (centers, near))[0]
 
 
@@ -318,17 +359,18 @@ def _lloyd(rows, centers, active, stop, max_iterations):
         filled = jnp.any(empty) & (cost[farthest] > 0)
         labels = jnp.where(filled & (jnp.arange(len(labels)) == farthest), jnp.argmax(empty), labels)
         share = _share(labels, k, rows.weight)
-        new = jnp.where((jnp.sum(share, axis=0) > 0)[:, None], _means(rows, share), centers)
+        new = jnp.where((jnp.sum(share, axis=0) > 0)[:, None], rows.means(share), centers)
+        shift = rows.shift(new, centers, share, _share(old, k, rows.weight))
         same = jnp.all((labels == old) | (rows.weight == 0))
-        return new, labels, iteration + 1, same | (~filled & (jnp.sum((new - centers) ** 2) <= stop))
+        return new, labels, iteration + 1, same | (~filled & (shift <= stop))
 
     state = (centers, jnp.full(len(rows.x), -1), 0, False)
     return lax.while_loop(lambda state: ~state[3] & (state[2] < max_iterations), step, state)[0]
 
 
-def _exchanged(rows, distances, labels, mass):
+def _exchanged(weight, distances, labels, mass):
     """Squared distances as a move of the row sees them: its old cluster without it, any other cluster with it."""
-    weight = rows.weight[:, None]
+    weight = weight[:, None]
     own = labels[:, None] == jnp.arange(distances.shape[1])
     leave = jnp.where(mass > weight, mass / _or_one(mass - weight), 0)
     return jnp.where(own, leave, jnp.where(mass > 0, mass / _or_one(mass + weight), 1)) * distances
@@ -345,8 +387,8 @@ def _swap(uniforms, rows, centers, active):
         labels, near = jnp.argmin(distances, axis=1), jnp.min(distances, axis=1)
         own = labels[:, None] == jnp.arange(k)
         second = jnp.min(jnp.where(own, jnp.inf, distances), axis=1)
-        drawn = rows.x[_draw(uniforms[turn, None], rows.weight * near)]
-        joined = _expanded(rows.x, rows.square, drawn)[:, 0]
+        drawn = rows.at(_draw(uniforms[turn, None], rows.weight * near))
+        joined = rows.distances(drawn)[:, 0]
         # The rows of the centre that goes fall to the new centre or to their second nearest.
         loss = rows.weight * (jnp.minimum(joined, second) - jnp.minimum(joined, near))
         out = jnp.argmin(jnp.where(active, jnp.sum(jnp.where(own, loss[:, None], 0), axis=0), jnp.inf))
@@ -357,12 +399,12 @@ def _swap(uniforms, rows, centers, active):
             centers, distances, labels = state
             share = _share(labels, k, rows.weight)
             mass = jnp.sum(share, axis=0)
-            centers = jnp.where((mass > 0)[:, None], _means(rows, share), centers)
+            centers = jnp.where((mass > 0)[:, None], rows.means(share), centers)
             distances = _distances(rows, centers, active)
-            return centers, distances, jnp.argmin(_exchanged(rows, distances, labels, mass), axis=1)
+            return centers, distances, jnp.argmin(_exchanged(rows.weight, distances, labels, mass), axis=1)
 
         tried, away, _ = lax.fori_loop(0, _PASSES, repair, (tried, away, jnp.argmin(away, axis=1)))
-        new = _cost(rows, away)
+        new = _cost(rows.weight, away)
         better = new < cost
         return jnp.where(better, tried, centers), jnp.where(better, away, distances), jnp.minimum(new, cost)
 
@@ -375,29 +417,29 @@ def _swap(uniforms, rows, centers, active):
         return state[0] + 1, *jax.vmap(partial(offer, state[0]))(uniforms, *state[1:])
 
     distances = jax.vmap(lambda centers: _distances(rows, centers, active))(centers)
-    state = (0, centers, distances, jax.vmap(partial(_cost, rows))(distances))
+    state = (0, centers, distances, jax.vmap(partial(_cost, rows.weight))(distances))
     _, centers, _, costs = lax.while_loop(sought, step, state)
     return centers, costs
 
 
-def _polish(distances_to, rows, labels, active, max_iterations):
+def _polish(distances_to_means, weight, labels, active, max_iterations):
     """Labels that neither Lloyd's step nor the move of any one row improves; each step lowers the cost."""
     k = len(active)
 
     def step(state):
         labels, iteration, _ = state
-        share = _share(labels, k, rows.weight)
+        share = _share(labels, k, weight)
         mass = jnp.sum(share, axis=0)
-        distances = jnp.where(mass > 0, distances_to(_means(rows, share)), jnp.inf)
+        distances = jnp.where(mass > 0, distances_to_means(share), jnp.inf)
         closest = jnp.argmin(distances, axis=1)
-        drifted = jnp.any((closest != labels) & (rows.weight > 0))
+        drifted = jnp.any((closest != labels) & (weight > 0))
         own = labels[:, None] == jnp.arange(k)
-        seen = _exchanged(rows, distances, labels, mass)
+        seen = _exchanged(weight, distances, labels, mass)
         seen = jnp.where(active & (mass == 0), 0, seen)  # an empty cluster is free to join, and so fills first
-        gain = rows.weight[:, None] * (jnp.sum(jnp.where(own, seen, 0), axis=1)[:, None] - seen)
-        gain = jnp.where(own | (rows.weight == 0)[:, None], -jnp.inf, gain)
+        gain = weight[:, None] * (jnp.sum(jnp.where(own, seen, 0), axis=1)[:, None] - seen)
+        gain = jnp.where(own | (weight == 0)[:, None], -jnp.inf, gain)
         best = jnp.argmax(gain)
-        moves = jnp.max(gain) > _LEAST_GAIN * _cost(rows, distances)
+        moves = jnp.max(gain) > _LEAST_GAIN * _cost(weight, distances)
         moved = jnp.where(moves & (jnp.arange(len(labels)) == best // k), best % k, labels)
         return jnp.where(drifted, closest, moved), iteration + 1, ~drifted & ~moves
 

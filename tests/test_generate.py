@@ -8,6 +8,7 @@ from helpers import LORA
 
 from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens
+from fedrouter_jax.embed import embed
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hidden_states, logits, module_shapes
 
@@ -56,12 +57,23 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
     # The most frequent token that the plain model says serves as the stop token, so that some rows do stop.
     stop = by_full_forwards(tiny, prompts[3], None, -1)[4]
     found = generate(
-        tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW, rows_at_once=3
-    )
+        tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW,
+        rows_at_once=3, packs_at_once=2,
+    )  # fmt: skip
     alone = [None if slot is None else jax.tree.map(lambda leaf, s=slot: leaf[s], bank) for slot in slots]
     expected = [by_full_forwards(tiny, *pair, stop) for pair in zip(prompts, alone, strict=True)]
     assert found == expected
     assert len({tuple(answer) for answer in expected}) > 2 and any(len(answer) < NEW for answer in expected)
+
+
+def test_last_states_under_gates_are_those_of_single_texts(tiny, bank, prompts):
+    prompts, slots = prompts[:5], [0, 1, 2, 0, 1]
+    gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), 3), LORA))
+    found = embed(tiny.config, tiny.params, prompts, None, lora=lora.concatenate(bank), gates=gates, last=True)
+    for prompt, slot, state in zip(prompts, slots, found, strict=True):
+        adapter = jax.tree.map(lambda leaf, s=slot: leaf[s], bank)
+        hidden = forward(tiny.config, tiny.params, jnp.asarray([prompt]), adapter, jnp.full((1, LORA.rank), LORA.scale))
+        np.testing.assert_allclose(state, hidden[0, -1], rtol=1e-3, atol=1e-4)
 
 
 def test_soft_gates_mix_adapters(tiny, bank):

@@ -46,7 +46,20 @@ def cost(x, weight, labels, centers):
     return float(np.sum(weight * np.sum((x.astype(float) - np.asarray(centers, float)[labels]) ** 2, axis=1)))
 
 
-@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (120, 4, 16), (150, 3, 10), (300, 32, 4)])
+@few
+@given(seed=seeds, kind=st.integers(0, 4), shift=st.sampled_from([0.0, 50.0]))
+def test_rows_in_a_wider_space_cluster_the_same(seed, kind, shift):
+    # With fewer rows than columns the search knows rows by their products alone.
+    x, weight = problem(np.random.default_rng(seed), kind, 40, 6, 5)
+    x = x + np.float32(shift)
+    found = kmeans.fit(jax.random.key(seed), x, 5, weight=weight)
+    wide = kmeans.fit(jax.random.key(seed), np.pad(x, [(0, 0), (0, 64)]), 5, weight=weight)
+    np.testing.assert_allclose(wide.inertia, found.inertia, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(wide.inertia, cost(x, weight, wide.labels, wide.centers[:, :6]), rtol=1e-4, atol=1e-5)
+    assert not np.any(wide.centers[:, 6:])
+
+
+@pytest.mark.parametrize(("row", "width", "k"), [(60, 8, 8), (120, 4, 16), (150, 3, 10), (300, 32, 4), (60, 90, 6)])
 def test_never_worse_than_scikit_learn(row, width, k):
     rng = np.random.default_rng(row + k)
     x, weight = (np.stack(part) for part in zip(*(problem(rng, i % 5, row, width, k) for i in range(50)), strict=True))

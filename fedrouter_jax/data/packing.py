@@ -73,6 +73,22 @@ def lay_out(texts: Sequence[Sequence[int]], assignment: list[list[int]], packs: 
     return Packs(tokens, positions, segments)
 
 
+def owners(packs: Packs, assignment: list[list[int]], nobody: int) -> np.ndarray:
+    """The row that each token of laid out packs is of, int32 [pack, time]; `nobody` where there is none."""
+    found = np.full(packs.segments.shape, nobody, np.int32)
+    for pack, rows in enumerate(assignment):
+        found[pack] = np.array([nobody, *rows], np.int32)[packs.segments[pack]]
+    return found
+
+
+def pack_length(longest: int, least: int = 256) -> int:
+    """The static length of packs: a multiple of 128 that holds the longest row, at least `least`.
+
+    Longer packs waste less on their tail; attention inside a pack grows with the square, so not longer than needed.
+    """
+    return max(least, -(-longest // 128) * 128)
+
+
 def batch(lanes: Sequence[Sequence[Tokens]], packs: int, time: int, predicted: int) -> Batch:
     """Pack the rows of one step of a group of lanes, all lanes' rows in one stream.
 

@@ -343,30 +343,38 @@ def hidden_states(
     return model.apply({"params": params}, tokens, positions, mask, lora, gates, keys)[0]
 
 
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype) -> Cache:
+    """A cache of `rows` rows that hold nothing yet, with room for `slots` tokens each."""
+    k, v = jnp.zeros((2, config.layers, rows, slots, config.kv_heads, config.head_dim), dtype)
+    return Cache(k, v, jnp.zeros(rows, jnp.int32))
+
+
 def prefill(
     config: DecoderConfig,
     params: PyTree,
     tokens: Array,
-    lengths: Array,
-    slots: int,
+    positions: Array,
+    segments: Array,
+    owner: Array,
+    cache: Cache,
     lora: LoRA | None = None,
     gates: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Runs right-padded prompts and keeps their keys and values.
+    """Runs packed prompts and adds their keys and values to the cache.
 
-    `tokens` int32 [batch, time], `lengths` int32 [batch], `slots` >= time. Returns the hidden states after the final
-    norm [batch, time, width] (arbitrary but finite at padding) and a cache with `slots` slots.
+    `tokens`, `positions`, `segments` int32 [batch, time] as for `hidden_states`; `owner` int32 [batch, time] is the row
+    of the cache that a token belongs to, and past its last row for padding. Returns the hidden states after the final
+    norm [batch, time, width] (arbitrary but finite at padding) and the cache. Tokens past its slots are not stored.
     """
     _check(config, lora)
-    batch, time = tokens.shape
-    if slots < time:
-        raise UserError(f"asked for a cache of {slots} slots for prompts of {time} tokens; expected at least {time}")
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
-    positions = jnp.broadcast_to(jnp.arange(time), (batch, time))
-    mask = attention_mask(config, jnp.ones_like(tokens))
-    hidden, kv = Decoder(config, keep_kv=True).apply({"params": params}, tokens, positions, mask, lora, gates)
-    k, v = (jnp.pad(leaf, ((0, 0), (0, 0), (0, slots - time), (0, 0), (0, 0))) for leaf in kv)
-    return hidden, Cache(k, v, jnp.asarray(lengths, jnp.int32))
+    mask = attention_mask(config, segments)
+    hidden, (k, v) = Decoder(config, keep_kv=True).apply({"params": params}, tokens, positions, mask, lora, gates)
+    return hidden, Cache(
+        cache.k.at[:, owner, positions].set(k, mode="drop"),
+        cache.v.at[:, owner, positions].set(v, mode="drop"),
+        cache.length.at[owner].max(positions + 1, mode="drop"),
+    )
 
 
 def decode_step(

@@ -152,7 +152,7 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
     full = run(config, params, tokens, None, None, lora, gate)
     lengths = np.array([8, 3, 1])
     prompts = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96)
-    hidden, cache = jax.jit(models.prefill, static_argnums=(0, 4))(config, params, prompts, lengths, 16, lora, gate)
+    hidden, cache = filled(config, params, prompts, lengths, 16, lora, gate)
     assert cache.k.shape == cache.v.shape == (config.layers, 3, 16, config.kv_heads, config.head_dim)
     for row, length in enumerate(lengths):
         close(hidden[row, :length], full[row, :length])
@@ -164,9 +164,31 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
     np.testing.assert_array_equal(cache.length, lengths + 6)
 
 
+def filled(config, params, tokens, lengths, slots, lora=None, gate=None):
+    """Right-padded prompts read into a cache of their own."""
+    rows = len(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    owner = jnp.where(positions < jnp.asarray(lengths)[:, None], jnp.arange(rows)[:, None], rows)
+    cache = models.empty_cache(config, rows, slots, params["embedding"].dtype)
+    prefill = jax.jit(models.prefill, static_argnums=0)
+    return prefill(config, params, tokens, positions, jnp.ones_like(tokens), owner, cache, lora, gate)
+
+
+def test_packed_prompts_fill_the_cache_as_each_alone():
+    params, tokens = make_params(BASE), make_tokens(3, 8)
+    lengths = [3, 4, 5]
+    _, expected = filled(BASE, params, tokens, lengths, 6)
+    packed = jnp.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)]).reshape(1, 12)
+    positions = jnp.concatenate([jnp.arange(length) for length in lengths]).reshape(1, 12)
+    owner = jnp.repeat(jnp.arange(3), jnp.asarray(lengths)).reshape(1, 12)
+    empty = models.empty_cache(BASE, 3, 6, jnp.float32)
+    _, found = models.prefill(BASE, params, packed, positions, owner + 1, owner, empty)
+    jax.tree.map(close, found, expected)
+
+
 def test_a_full_cache_row_is_not_written():
     params, tokens = make_params(BASE), make_tokens(2, 4)
-    _, cache = models.prefill(BASE, params, tokens, jnp.asarray([4, 2]), 4)
+    _, cache = filled(BASE, params, tokens, [4, 2], 4)
     _, after = models.decode_step(BASE, params, tokens[:, 0], cache)
     np.testing.assert_array_equal(after.k[:, 0], cache.k[:, 0])
     assert not np.array_equal(after.k[:, 1, 2], cache.k[:, 1, 2])
@@ -271,7 +293,7 @@ def test_bfloat16_is_close_and_stays_bfloat16():
     assert hidden.dtype == jnp.bfloat16 and models.logits(BASE, half, hidden).dtype == jnp.float32
     exact = run(BASE, params, tokens, None, None, lora)
     assert float(jnp.mean(jnp.abs(hidden - exact)) / jnp.mean(jnp.abs(exact))) < 0.05
-    _, cache = jax.eval_shape(lambda: models.prefill(BASE, half, tokens, jnp.asarray([9, 4]), 12))
+    _, cache = jax.eval_shape(lambda: filled(BASE, half, tokens, [9, 4], 12))
     step, cache = jax.eval_shape(lambda cache: models.decode_step(BASE, half, tokens[:, 0], cache), cache)
     assert step.dtype == cache.k.dtype == cache.v.dtype == jnp.bfloat16
 
@@ -320,5 +342,3 @@ def test_bad_input_is_one_line():
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], lora=stray)
     with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)
-    with pytest.raises(UserError, match="3 slots for prompts of 4 tokens"):
-        models.prefill(BASE, params, tokens, jnp.asarray([4]), 3)
