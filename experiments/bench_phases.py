@@ -17,9 +17,9 @@ from rich.console import Console
 from sklearn.cluster import KMeans
 
 from experiments.torch_baseline import flow
-from fedrouter_jax import client, experiment, generate, kmeans, lora, peft_io, routing
+from fedrouter_jax import client, embed, experiment, generate, kmeans, lora, peft_io, routing
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import schedule, tokens
+from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import load_model, module_shapes
@@ -57,13 +57,16 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
     flows = [flow.PUBLISHED, *([flow.BEST_EFFORT] if best_effort else [])]
     phases = {
         "embed": embedding(prepared, theirs, flows, load),
-        "train a round": training(prepared, theirs, flows),
-        "routed generation": generation(prepared, theirs, flows, load),
         "K-Means": clustering(load),
+        "train a round": training(prepared, theirs, flows),
+        "route": nearest(load),
+        "read prompts": generation(prepared, theirs, flows, load, new=1),
+        "routed generation": generation(prepared, theirs, flows, load, load.new),
     }
     measured = {}
     for name, (useful, sides) in phases.items():
         seconds: dict[str, list[float]] = {side: [] for side in sides}
+        first = {}
         for turn in range(turns + 1):
             for side, action in sides.items():
                 before = clock.perf_counter()
@@ -72,7 +75,10 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
                 console.print(f"{name}, {side}: {spent:.2f} s{'' if turn else ' (first run, not counted)'}")
                 if turn:
                     seconds[side].append(spent)
-        measured[name] = {"useful": useful, "unit": "rows" if name == "K-Means" else "tokens", "seconds": seconds}
+                else:
+                    first[side] = spent
+        unit = "rows" if name in ("K-Means", "route") else "tokens"
+        measured[name] = {"useful": useful, "unit": unit, "seconds": seconds, "first": first}
     blocks = sum(leaf.size for leaf in jax.tree.leaves(model.params["blocks"]))
     return {
         "model": model.base_name,
@@ -86,7 +92,7 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         "slots": SLOTS,
         "flops_a_token": 4 * blocks,
         "matrix_rate": matrix_rate(),
-        "packing": packing_share(prepared),
+        "useful_share": useful_share(prepared, load),
         "phases": measured,
     }
 
@@ -115,17 +121,37 @@ def fresh(prepared: Prepared) -> LoRA:
     return lora.init(jax.random.key(0), shapes, decoder.layers, config.rank)
 
 
+def spread(values: list, count: int) -> list:
+    """So many of them, evenly."""
+    return values[:: max(1, len(values) // count)][:count]
+
+
+def texts_of(prepared: Prepared, load: Load) -> list[str]:
+    """Training texts of all clients."""
+    held = [i for held in prepared.partition.clients for i in held.train]
+    return [prepared.dataset.train[i].instruction for i in spread(held, load.texts)]
+
+
+def prompts_of(prepared: Prepared, load: Load) -> list[list[int]]:
+    """Test prompts of all tasks."""
+    return [row.prompt for row in spread(list(prepared.test.values()), load.prompts)]
+
+
 def embedding(prepared: Prepared, theirs, flows, load: Load) -> Phase:
     """Mean states of the last layer of some texts."""
-    texts = [prepared.dataset.train[i].instruction for held in prepared.partition.clients for i in held.train]
-    texts = texts[:: max(1, len(texts) // load.texts)][: load.texts]
+    texts = texts_of(prepared, load)
     ids = tokens.encode_texts(prepared.model.tokenizer, texts, prepared.config.data.max_length)
     pad = prepared.model.tokenizer.pad_token_id
     ours, other = experiment.embed_texts(prepared, texts), flow.embed(theirs, ids, pad, flows[-1])
     gap = float(np.abs(ours - other).max() / np.abs(other).max())
     if gap > 1e-3:
         raise UserError(f"the embeddings of both sides differ by {gap:.1e} of the largest; nothing is timed")
-    sides: dict[str, Callable] = {"ours": lambda: experiment.embed_texts(prepared, texts)}
+    cluster = replace(prepared.config.cluster, recipe="refined")
+    shallow = prepared._replace(config=replace(prepared.config, cluster=cluster))
+    sides: dict[str, Callable] = {
+        "ours": lambda: experiment.embed_texts(prepared, texts),
+        "ours, refined": lambda: experiment.embed_texts(shallow, texts),
+    }
     sides |= {each.name: lambda each=each: flow.embed(theirs, ids, pad, each) for each in flows}
     return sum(map(len, ids)), sides
 
@@ -174,10 +200,10 @@ def training(prepared: Prepared, theirs, flows) -> Phase:
     return useful, {"ours": ours} | {each.name: lambda each=each: other(each) for each in flows}
 
 
-def generation(prepared: Prepared, theirs, flows, load: Load) -> Phase:
+def generation(prepared: Prepared, theirs, flows, load: Load, new: int) -> Phase:
     """Answers of four adapters to prompts that go to them in turn. Useful are the tokens read and written."""
     config, tokenizer = prepared.config, prepared.model.tokenizer
-    prompts = [row.prompt for row in prepared.test.values()][: load.prompts]
+    prompts = prompts_of(prepared, load)
     slots = [i % SLOTS for i in range(len(prompts))]
     start = fresh(prepared)
     adapters = [
@@ -191,12 +217,12 @@ def generation(prepared: Prepared, theirs, flows, load: Load) -> Phase:
     def ours():
         return generate.generate(
             prepared.model.config, prepared.model.params, prompts, lora.concatenate(stacked), gates,
-            stop=tokenizer.eos_token_id, new_tokens=load.new, rows_at_once=config.compute.rows_at_once,
+            stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=config.compute.rows_at_once,
         )  # fmt: skip
 
     def other(each):
         return flow.generate(
-            theirs, theirs_bank, slots, prompts, tokenizer.pad_token_id, tokenizer.eos_token_id, load.new, each
+            theirs, theirs_bank, slots, prompts, tokenizer.pad_token_id, tokenizer.eos_token_id, new, each
         )
 
     found, expected = ours(), other(flows[-1])
@@ -237,6 +263,23 @@ def clustering(load: Load) -> Phase:
     return load.clients * POINTS, {"ours": ours, "scikit-learn": theirs}
 
 
+def nearest(load: Load) -> Phase:
+    """The nearest of 16 centroids for every row of every client."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(load.clients * POINTS, WIDTH)).astype(np.float32)
+    centroids = rng.normal(size=(16, WIDTH)).astype(np.float32)
+
+    def ours():
+        return np.asarray(kmeans.nearest(rows, centroids)[0])
+
+    def theirs():
+        return torch.cdist(torch.from_numpy(rows), torch.from_numpy(centroids)).argmin(dim=1).numpy()
+
+    if (ours() != theirs()).any():
+        raise UserError("both sides route rows to different centroids; nothing is timed")
+    return len(rows), {"ours": ours, "torch": theirs}
+
+
 def matrix_rate(size: int = 2048, times: int = 5) -> float:
     """FLOP/s of a large matrix product in the type that training uses; the best of several."""
     product = jax.jit(lambda a, b: a @ b)
@@ -250,10 +293,24 @@ def matrix_rate(size: int = 2048, times: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def packing_share(prepared: Prepared) -> float:
-    """The share of useful tokens in the packs that a round visits."""
+def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
+    """The share of useful tokens in what the model sees here: embedding, a round, reading prompts."""
+
+    def packed(lengths: list[int], time: int, most: int) -> int:
+        return time * len(packing.first_fit([(length, 0) for length in lengths], time, 0, most))
+
+    ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
+    texts = [len(text) for text in ids]
+    prompts = sorted(len(prompt) for prompt in prompts_of(prepared, load))
+    rows = prepared.config.compute.rows_at_once
+    batches = np.array_split(prompts, -(-len(prompts) // rows))
+    time = packing.pack_length(prompts[-1])
     held = [[rows] for rows in prepared.train]
     work, batch = experiment.round_inputs(prepared, held, 1)
     segments = np.asarray(batch.rows.packs.segments)
     visited = batch.count.sum() * segments.shape[-1]
-    return float((segments > 0).sum() / visited)
+    return {
+        "embed": sum(texts) / packed(texts, packing.pack_length(max(texts)), embed.TEXTS_PER_PACK),
+        "train": float((segments > 0).sum() / visited),
+        "read": sum(prompts) / sum(packed(here.tolist(), time, rows) for here in batches),
+    }

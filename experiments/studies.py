@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments import summaries, table1
+from experiments.precision import PRECISIONS
 from experiments.sweep import sweep
 from fedrouter_jax import runs
 from fedrouter_jax.cli import guarded, keep_programs
@@ -69,6 +70,10 @@ STUDIES = {
     "shift": Study(
         "places by which clients' tests are shifted, any adapter allowed", (0, 1, 2),
         lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
+    ),
+    "precision": Study(
+        "precision of the frozen base", ("float32", "bfloat16", "int8", "nf4"),
+        lambda name: dict(zip(("dtype", "quantise"), PRECISIONS[name], strict=True)), ("fedrouter",),
     ),
     "model": Study(
         "base model (Figure 5; the larger ones come from the hub)",

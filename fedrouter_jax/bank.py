@@ -8,6 +8,7 @@ Owners are a prefix tree of the adapters, as optax.partition labels are: {"main"
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,15 @@ import jax.numpy as jnp
 from fedrouter_jax.types import Adapters, Array, LoRA, Owner, PyTree
 
 Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
+_LEFT = ("fixed", "copied")  # what no lane writes
+
+
+class Sums(NamedTuple):
+    """What has come back of a round so far. Only lanes that are still training need adapters beside it."""
+
+    weight: dict[Owner, Array]  # float32 [slot]
+    share: dict[Owner, Array]  # float32 [slot]: the part of the weight of all lanes of the round
+    bank: Adapters  # leaves [slot, ...]: the sum of what has come back, each lane by its share; none if no lane writes
 
 
 def spread(owners: PyTree, adapters: Adapters) -> PyTree:
@@ -34,22 +44,49 @@ def gather(owners: PyTree, bank: Adapters, slots: Slots) -> Adapters:
     return jax.tree.map(lambda owner, leaf: leaf[slots[owner]], spread(owners, bank), bank)
 
 
-def scatter_mean(owners: PyTree, bank: Adapters, slots: Slots, lanes: Adapters, weight: Array) -> Adapters:
-    """The bank after averaging lanes `[lane, ...]` into their slots by `weight [lane]`.
+def totals(owners: PyTree, bank: Adapters, slots: Slots, weight: Array) -> dict[Owner, Array]:
+    """What all lanes of a round weigh, `weight [lane]`, by the slots they write: float32 [slot] for each owner."""
+    sizes = dict(zip(jax.tree.leaves(spread(owners, bank)), map(len, jax.tree.leaves(bank)), strict=True))
+    return {owner: jax.ops.segment_sum(weight, slots[owner], size) for owner, size in sizes.items()}
 
-    A and B are averaged separately. A slot that no lane of positive weight writes keeps its adapter.
+
+def nothing(owners: PyTree, bank: Adapters, total: dict[Owner, Array]) -> Sums:
+    """Where nothing has come back yet: zeros."""
+    empty = jax.tree.map(
+        lambda owner, leaf: jnp.zeros(0 if owner in _LEFT else leaf.shape, jnp.float32), spread(owners, bank), bank
+    )
+    zeros = jax.tree.map(jnp.zeros_like, total)
+    return Sums(zeros, zeros, empty)
+
+
+def add(owners: PyTree, sums: Sums, slots: Slots, lanes: Adapters, weight: Array, total: dict[Owner, Array]) -> Sums:
+    """The sums after some lanes `[lane, ...]` have come back, in any order; one of weight 0 changes nothing."""
+    # Normalise first: a slot with one lane then receives exactly that lane.
+    share = {owner: weight / jnp.where(whole > 0, whole, 1)[slots[owner]] for owner, whole in total.items()}
+
+    def added(owner, sum, new):
+        return sum if owner in _LEFT else sum.at[slots[owner]].add(new * expand(share[owner], new))
+
+    return Sums(
+        {owner: sum.at[slots[owner]].add(weight) for owner, sum in sums.weight.items()},
+        {owner: sum.at[slots[owner]].add(share[owner]) for owner, sum in sums.share.items()},
+        jax.tree.map(added, spread(owners, sums.bank), sums.bank, lanes),
+    )
+
+
+def means(owners: PyTree, bank: Adapters, sums: Sums) -> Adapters:
+    """The bank after a round: each slot the average of what came back, or as it was where nothing did.
+
+    A and B are averaged separately.
     """
 
-    def mean(owner, old, new):
-        if owner in ("fixed", "copied"):
+    def mean(owner, old, total):
+        if owner in _LEFT:
             return old
-        total = jax.ops.segment_sum(weight, slots[owner], old.shape[0])
-        # Normalise first: a slot with one lane then receives exactly that lane.
-        share = weight / jnp.where(total > 0, total, 1)[slots[owner]]
-        averaged = jax.ops.segment_sum(new * expand(share, new), slots[owner], old.shape[0])
-        return jnp.where(expand(total > 0, old), averaged.astype(old.dtype), old)
+        share = expand(sums.share[owner], old)
+        return jnp.where(share > 0, (total / jnp.where(share > 0, share, 1)).astype(old.dtype), old)
 
-    return jax.tree.map(mean, spread(owners, bank), bank, lanes)
+    return jax.tree.map(mean, spread(owners, bank), bank, sums.bank)
 
 
 def expand(values: Array, like: Array) -> Array:

@@ -1,8 +1,8 @@
-"""A round: ask for each lane's adapters, train the lanes, tell the results. Names no algorithm.
+"""A round: ask for each lane's adapters, train the lanes, collect what comes back, tell. Names no algorithm.
 
 A lane is one unit of local work: one local cluster of one client. Lanes never see each other, so how they are run
 (in groups that share packs; groups all at once, in chunks, one by one) changes the speed and the memory, not the
-result.
+result. What a lane sends is added up at once, so a round of any number of lanes holds the adapters of one chunk.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def slots(state: FederationState, work: Work) -> bank_lib.Slots:
     }
 
 
-def owned(owners: PyTree) -> tuple[Callable, Callable, Callable]:
-    """The `init`, `ask` and `tell` that ownership alone defines: equal slots, read own ones, average back into them."""
+def owned(owners: PyTree) -> tuple[Callable, Callable, Callable, Callable]:
+    """The `init`, `ask`, `collect` and `tell` of ownership alone: equal slots; read own ones, average back."""
 
     def init(adapters: Adapters, enrolment: Any) -> FederationState:
         table = enrolment.table
@@ -60,11 +60,18 @@ def owned(owners: PyTree) -> tuple[Callable, Callable, Callable]:
     def ask(state: FederationState, work: Work) -> Adapters:
         return bank_lib.gather(owners, state.bank, slots(state, work))
 
-    def tell(state: FederationState, work: Work, adapters: Adapters) -> FederationState:
-        bank = bank_lib.scatter_mean(owners, state.bank, slots(state, work), adapters, work.weight)
-        return state._replace(bank=bank, round=state.round + 1)
+    def collect(state: FederationState, work: Work) -> tuple[bank_lib.Sums, Callable]:
+        total = bank_lib.totals(owners, state.bank, slots(state, work), work.weight)
 
-    return init, ask, tell
+        def add(sums: bank_lib.Sums, lanes: Work, adapters: Adapters) -> bank_lib.Sums:
+            return bank_lib.add(owners, sums, slots(state, lanes), adapters, lanes.weight, total)
+
+        return bank_lib.nothing(owners, state.bank, total), add
+
+    def tell(state: FederationState, sums: bank_lib.Sums) -> FederationState:
+        return state._replace(bank=bank_lib.means(owners, state.bank, sums), round=state.round + 1)
+
+    return init, ask, collect, tell
 
 
 def only_slot(state: FederationState, clients: Array, view: View, mode: str) -> Array:
@@ -123,16 +130,46 @@ def make_round(
             base, rate, phases = given
             return update(base, lanes[0], batch, rate, lanes[1], phases)
 
-        given = (base, rate, phases)
-        adapters, losses = map_groups(group, given, (strategy.ask(state, work), keys), batches, groups_at_once, mesh)
-        finite = finite_lanes(adapters)
-        adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
-        told = strategy.tell(state, work._replace(weight=work.weight * finite), adapters)
+        groups = jax.tree.leaves(batches)[0].shape[0]
+        here, lane_keys = fill(work, keys, groups)
+
+        def train(given, lanes, batches):
+            """The sums of some groups, and the losses [lane, step] and rejections [lane] of their lanes."""
+            state, base, work, rate, phases = given
+            nothing, add = strategy.collect(state, work)
+
+            def chunk(sums, lanes, batch):
+                here, keys, asked = lanes
+                asked = strategy.ask(state, here) if asked is None else asked
+                adapters, losses = map_groups(group, (base, rate, phases), (asked, keys), batch)
+                finite = finite_lanes(adapters)
+                adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
+                return add(sums, here._replace(weight=here.weight * finite), adapters), (losses.loss, ~finite)
+
+            return fold_groups(chunk, nothing, lanes, batches, groups_at_once)
+
+        given = (state, base, work, rate, phases)
+        if mesh is None:
+            sums, reports = train(given, (here, lane_keys, None), batches)
+        else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
+
+            def row(*inputs):
+                sums, reports = train(*inputs)
+                return jax.lax.psum(sums, mesh_lib.CLIENTS), reports
+
+            spec = P(mesh_lib.CLIENTS)
+            lanes = (here, lane_keys, strategy.ask(state, here))  # what a client owns lies with its lanes
+            sums, reports = jax.shard_map(
+                row, mesh=mesh, in_specs=(P(), spec, spec), out_specs=(P(), spec),
+                axis_names={mesh_lib.CLIENTS}, check_vma=False,
+            )(given, lanes, batches)  # fmt: skip
+        loss_of, rejected = jax.tree.map(lambda leaf: leaf[: len(work.client)], reports)
+        told = strategy.tell(state, sums)
         bank, states = server_lib.step(server, strategy.owners, state.bank, told.bank, state.server)
         told = told._replace(bank=bank, server=states)
         if mesh is not None:  # where it was, or the next round would be another program
             told = jax.lax.with_sharding_constraint(told, mesh_lib.state_shardings(mesh, strategy, told))
-        info = RoundInfo(losses.loss, rate, ~finite)
+        info = RoundInfo(loss_of, rate, rejected)
         if mesh is not None:  # every process may read what a round reports
             info = jax.lax.with_sharding_constraint(info, NamedSharding(mesh, P()))
         return told, info
@@ -140,12 +177,47 @@ def make_round(
     return jax.jit(run, donate_argnums=0)
 
 
+def fill(work: Work, keys: Array, groups: int) -> tuple[Work, Array]:
+    """The lanes of full groups: where they do not fill the last one, the last lane comes again with weight 0."""
+    count = len(work.client)
+    index = jnp.arange(groups * -(-count // groups))
+    filled, keys = jax.tree.map(lambda leaf: leaf[jnp.minimum(index, count - 1)], (work, keys))
+    return filled._replace(weight=jnp.where(index < count, filled.weight, 0)), keys
+
+
+def fold_groups(
+    chunk: Callable[..., tuple[PyTree, PyTree]], start: PyTree, lanes: PyTree, batches: Any, at_once: int | None
+) -> tuple[PyTree, PyTree]:
+    """`chunk(sums, lanes, batches) -> (sums, report)` over chunks of `at_once` groups: the last sums, all reports.
+
+    `lanes` has leaves `[lane, ...]`, as many in every group, and so have the reports.
+    """
+    groups = jax.tree.leaves(batches)[0].shape[0]
+    each, size = jax.tree.leaves(lanes)[0].shape[0] // groups, min(at_once or groups, groups)
+    whole = groups // size
+
+    def at(sums, first, count):
+        """The chunk of so many groups; cut out here, for a scan would copy all batches."""
+
+        def cut(tree, each):
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first * each, count * each), tree)
+
+        return chunk(sums, cut(lanes, each), cut(batches, 1))
+
+    sums, reports = jax.lax.scan(lambda sums, i: at(sums, i * size, size), start, jnp.arange(whole))
+    reports = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+    if groups > whole * size:
+        sums, last = at(sums, whole * size, groups - whole * size)
+        reports = jax.tree.map(lambda *parts: jnp.concatenate(parts), reports, last)
+    return sums, reports
+
+
 def map_groups(
     group: Callable[..., PyTree],
     given: PyTree,
     lanes: PyTree,
     batches: Any,
-    at_once: int | None,
+    at_once: int | None = None,
     mesh: Mesh | None = None,
 ) -> PyTree:
     """`group(given, lanes, batch)` for every entry of `batches` and its lanes: all at once, some at a time, one by one.
@@ -162,9 +234,10 @@ def map_groups(
         def one(inputs):
             return group(given, *inputs)
 
-        if at_once is None or at_once >= jax.tree.leaves(inputs)[0].shape[0]:
+        here = jax.tree.leaves(inputs)[0].shape[0]
+        if here > 1 and (at_once is None or at_once >= here):
             return jax.vmap(one)(inputs)
-        return jax.lax.map(one, inputs, batch_size=None if at_once == 1 else at_once)
+        return jax.lax.map(one, inputs, batch_size=at_once if here > 1 and at_once > 1 else None)
 
     if mesh is None:
         found = run(given, inputs)

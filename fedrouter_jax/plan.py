@@ -61,7 +61,7 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     base: int  # frozen weights
-    bank: int  # every adapter of the federation, and the round's copy of it
+    bank: int  # every adapter of the federation, the sums of a round, and the bank after it
     batches: int  # tokens of a round
     lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
     activations: int  # what the backward pass keeps of one pack, of the groups that run at once
@@ -167,8 +167,8 @@ def asked(federation: Federation, lanes: int) -> Adapters:
     return jax.eval_shape(federation.strategy.ask, federation.state, work)
 
 
-def memory(federation: Federation, pack: Pack, groups: int, at_once: int) -> Memory:
-    """What one device needs for `groups` groups of lanes a round, `at_once` of them together."""
+def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread: bool = False) -> Memory:
+    """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `spread`: of several."""
     decoder, config = federation.decoder, federation.config
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
     lanes = asked(federation, pack.lanes)
@@ -179,10 +179,10 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int) -> Mem
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
         base=nbytes(base),
-        bank=2 * nbytes(federation.state.bank),
+        bank=3 * nbytes(federation.state.bank),
         batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
-        # Asked for and sent back by all; received, trained, two gradients (a pack's, their sum), two moments at once.
-        lanes=nbytes(lanes) * (2 * groups + 5 * at_once),
+        # Received, trained, two gradients (a pack's, their sum), two moments. On a mesh all lanes' lie with them.
+        lanes=nbytes(lanes) * (5 * at_once + 2 * (groups if spread else at_once)),
         activations=kept(federation, base, lanes, pack) * at_once,
         working=(max(head, block) + kernel) * at_once,
     )
@@ -235,7 +235,7 @@ def plan(
         lanes=lanes,
         groups=groups,
         groups_at_once=at_once,
-        memory=memory(start, pack, here, at_once),
+        memory=memory(start, pack, here, at_once, devices > 1),
         bytes_up=lanes * size,
         bytes_down=lanes * strategy.received(lanes, clusters) * size,
         tokens=tokens,

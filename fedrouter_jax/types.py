@@ -108,7 +108,9 @@ class Strategy(NamedTuple):
     owners: PyTree
     init: Callable[..., FederationState]  # (adapters, enrolment) -> state
     ask: Callable[[FederationState, Work], Adapters]  # leaves [lane, ...]
-    tell: Callable[[FederationState, Work, Adapters], FederationState]
+    # (state, all lanes) -> sums of nothing, and `add(sums, some lanes, their adapters [lane, ...]) -> sums`
+    collect: Callable[[FederationState, Work], tuple[PyTree, Callable[[PyTree, Work, Adapters], PyTree]]]
+    tell: Callable[[FederationState, PyTree], FederationState]  # (state, sums of all lanes) -> state
     route: Callable[..., Array]  # (state, clients [row], view, mode) -> weights [row, slot] over `bank.serving`
     enrolling: Enrolling = "nothing"
     pooled: bool = False  # all clients' rows are one lane

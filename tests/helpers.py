@@ -13,7 +13,7 @@ from fedrouter_jax.data import schedule, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.routing import Enrolment
-from fedrouter_jax.types import Adapters
+from fedrouter_jax.types import Adapters, FederationState, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
 
@@ -38,6 +38,12 @@ def inputs(federation: Federation, t: int, clusters_per_round: int = 1, particip
     config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
     work = schedule.lanes(sizes, t, config, 0)
     return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0, together)
+
+
+def told(strategy: Strategy, state: FederationState, work: Work, adapters: Adapters) -> FederationState:
+    """The state after lanes have come back all together."""
+    nothing, add = strategy.collect(state, work)
+    return strategy.tell(state, add(nothing, work, adapters))
 
 
 def word_rows(rng: np.random.Generator, count: int) -> list[tokens.Tokens]:

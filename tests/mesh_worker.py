@@ -5,12 +5,15 @@
 
 A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), and folders to `load` its start from and
 to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
-difference from one device that plays all rounds, and the number of compiled programs.
+difference from one device that plays all rounds, the number of compiled programs, and what the devices of a program
+send each other: bytes by operation, and the bytes of the bank.
 """
 
 import dataclasses
 import functools
 import json
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +54,23 @@ def begin(strategy, quantise):
     return prepared, experiment.start(prepared, enrolment), experiment.members(prepared, enrolment)
 
 
+def traffic(program: str) -> dict[str, int]:
+    """Bytes that the collectives of a compiled program give each device; those in loops count as "in a loop"."""
+    found: dict[str, int] = {}
+    width = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+    for computation in re.split(r"\n}\n", program):
+        for shapes, operation in re.findall(
+            r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", computation
+        ):
+            size = sum(
+                width[kind] * math.prod(int(n) for n in axes.split(",") if n)
+                for kind, axes in re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes)
+            )
+            name = operation if "ENTRY" in computation else "in a loop"
+            found[name] = found.get(name, 0) + size
+    return found
+
+
 def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, load=None, save=None):
     """The bank after the rounds `first` to `last`, on every process, and how many programs were compiled."""
     prepared, state, members = begin(strategy, quantise)
@@ -67,15 +87,18 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
         work = schedule.lanes(sizes, t, prepared.config.rounds, 0)
         rows_of_devices = on.shape["clients"] if on else 1
         batch = schedule.batches(work, members, t, LOCAL.steps, LOCAL.batch, *prepared.pack, 0, 2, rows_of_devices)
-        state, info = run(state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
+        inputs = (state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
+        sent = traffic(run.lower(*inputs).compile().as_text()) if on and "process" not in ASKED else {}
+        state, info = run(*inputs)
         assert np.isfinite(np.asarray(info.loss)).all()  # every process may read it
     if save:
         checkpoint.save(Path(save), last, state)
-    return process_allgather(state.bank, tiled=True) if on else state.bank, run._cache_size()
+    sent["bank"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.bank))
+    return process_allgather(state.bank, tiled=True) if on else state.bank, run._cache_size(), sent
 
 
 for case in ASKED["cases"]:
-    expected, _ = play(case["strategy"], case.get("quantise", "none"), last=case.get("last", LAST))
-    found, programs = play(**case)
+    expected, *_ = play(case["strategy"], case.get("quantise", "none"), last=case.get("last", LAST))
+    found, programs, sent = play(**case)
     gaps = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), found, expected)
-    print(json.dumps({**case, "gap": max(jax.tree.leaves(gaps)), "programs": programs}), flush=True)
+    print(json.dumps({**case, "gap": max(jax.tree.leaves(gaps)), "programs": programs, "sent": sent}), flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import clustering, clustering_figures, summaries, table1
+from experiments import clustering, clustering_figures, precision, summaries, table1
 from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.presets import smoke
@@ -141,3 +141,17 @@ def test_clustering_accuracy_matches_clusters_to_tasks(wrong, expected):
     labels[0, :wrong] = 0
     found = routing.Enrolment(np.array([[1, 0], [0, 1]]), 2, (), labels, {})
     assert clustering.accuracy(found, tasks, 2) == (expected, expected)
+
+
+def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
+    base = smoke()
+    config = replace(base, data=replace(base.data, mix_rows=6))
+    found = {
+        name: precision.measure(replace(config, dtype=dtype, quantise=quantise))
+        for name, (dtype, quantise) in precision.PRECISIONS.items()
+    }
+    whole = found["float32"]
+    assert found["bfloat16"]["bytes"] == whole["bytes"] / 2
+    assert found["nf4"]["block_bytes"] < whole["block_bytes"] / 5 and found["int8"]["bytes"] < whole["bytes"]
+    for row in found.values():
+        assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, assert_close
+from helpers import CLIENTS, assert_close, told
 from test_laws import begin, inputs, play
 
 from fedrouter_jax import bank
@@ -28,7 +28,7 @@ def grouped(federation):
 
     own = asked["own"]._replace(a=jax.tree.map(ways, asked["own"].a), b=jax.tree.map(ways, asked["own"].b))
     sent = asked | {"own": own}
-    return strategy, strategy.regroup(strategy.tell(state, work, sent)), sent, work
+    return strategy, strategy.regroup(told(strategy, state, work, sent)), sent, work
 
 
 def test_alike_clients_share_an_expert_which_is_their_mean(grouped):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, assert_close, inputs
+from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, assert_close, inputs, told
 
 from fedrouter_jax import bank, client, routing
 from fedrouter_jax import server as server_lib
@@ -108,7 +108,7 @@ def test_what_gradients_compute_again_changes_nothing(federation):
 
 @pytest.mark.parametrize("strategy", [fedrouter(), feddpa_t()], ids=lambda s: s.name)  # one phase, and two
 def test_a_jitted_round_is_its_plain_loop(federation, strategy):
-    """The law the round is built on: tell(state, work, [update(lane) for lane in ask(state, work)])."""
+    """The law the round is built on: tell(state, collected [update(lane) for lane in ask(state, work)])."""
     state = begin(federation, strategy)
     work, batch = inputs(federation, 1)
     adapters = strategy.ask(state, work)
@@ -119,8 +119,22 @@ def test_a_jitted_round_is_its_plain_loop(federation, strategy):
         rows = jax.tree.map(lambda leaf, lane=lane: leaf[lane], batch)
         phases = strategy.phases(1, 5)
         results.append(federation.update(federation.model.params, own, rows, rate(1), key[None], phases)[0])
-    told = strategy.tell(state, work, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
-    assert_close(play(federation, strategy, federation.update, rounds=1, at_once=1)[0], told, 5e-4)
+    expected = told(strategy, state, work, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results))
+    assert_close(play(federation, strategy, federation.update, rounds=1, at_once=1)[0], expected, 5e-4)
+
+
+def test_a_round_of_many_lanes_needs_the_memory_of_few(federation):
+    strategy, base = BY_NAME["fedrouter"], federation.model.params
+    run = make_round(strategy, nudge, rate, 5, groups_at_once=1)
+    work, batch = inputs(federation, 1)
+
+    def temporary(times):
+        inputs = jax.tree.map(lambda leaf: np.concatenate([leaf] * times), (work, batch))
+        compiled = run.lower(begin(federation, strategy), base, *inputs, KEY).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(federation.adapters))
+    assert temporary(16) - temporary(2) < adapter  # 56 lanes more
 
 
 @every_strategy
@@ -218,7 +232,10 @@ def test_leaves_of_one_adapter_may_have_different_owners(federation):
     made = bank.create(owners, adapters, {"shared": 1, "cluster": 3, "client": CLIENTS})
     lanes = jax.tree.map(lambda leaf: jnp.stack([leaf * 0 + i for i in (1.0, 2.0, 6.0)]), adapters)
     slots = {"shared": jnp.zeros(3, int), "client": jnp.array([0, 2, 3])}
-    after = bank.scatter_mean(owners, made, slots, lanes, jnp.array([1.0, 1.0, 2.0]))
+    weight = jnp.array([1.0, 1.0, 2.0])
+    total = bank.totals(owners, made, slots, weight)
+    sums = bank.add(owners, bank.nothing(owners, made, total), slots, lanes, weight, total)
+    after = bank.means(owners, made, sums)
     for leaf in jax.tree.leaves(after["main"].a):
         np.testing.assert_allclose(leaf, np.full_like(leaf, 3.75))
     for leaf, before in zip(jax.tree.leaves(after["main"].b), jax.tree.leaves(made["main"].b), strict=True):
@@ -324,7 +341,7 @@ def test_fedex_loses_nothing_of_the_mean_of_the_products(federation):
         before = state.memory["q_proj"]
         asked, key = strategy.ask(state, work), jax.random.key(round)
         lanes = jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), asked)
-        state, lora = strategy.tell(state, work, lanes), lanes["main"]
+        state, lora = told(strategy, state, work, lanes), lanes["main"]
         exact = sum(share[k] * lora.a["q_proj"][k] @ lora.b["q_proj"][k] for k in range(CLIENTS))
         own = state.bank["main"].a["q_proj"][0] @ state.bank["main"].b["q_proj"][0]
         assert_close(state.memory["q_proj"] - before + own, exact, 1e-4)

@@ -59,6 +59,12 @@ def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
     assert len(found) == len(cases)
     for case in found:
         assert case["gap"] < 5e-4 and case["programs"] == 1, case
+    # docs/scaling.md: while lanes train nobody says a word; then sums of the bank's size, and what lanes report.
+    alone, model = found[0]["sent"], found[1]["sent"]
+    assert "in a loop" not in alone and set(alone) <= {"all-reduce", "all-gather", "bank"}
+    assert alone["bank"] <= alone["all-reduce"] < alone["bank"] + 1000
+    assert alone.get("all-gather", 0) < 1000
+    assert model["in a loop"] > 0
 
 
 def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(tmp_path):

@@ -19,21 +19,31 @@ OWNERS = {"main": "cluster"}
 
 def clustered() -> Strategy:
     """One slot a cluster of clients. Averaged: A and B inside a cluster. Private: nothing."""
-    create, ask, average = owned(OWNERS)
+    create, ask, means, average = owned(OWNERS)
 
     def init(adapters, enrolment):
         state = create(adapters, enrolment)
         return state._replace(table=jnp.zeros_like(state.table), memory=jnp.eye(len(state.table)))
 
-    def tell(state, work, adapters):
-        updates = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(adapters["main"].b)]  # B starts at zero
-        flat = jnp.concatenate(updates, axis=1)
-        unit = flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-        pairs = (work.client[:, None], work.client[None])
-        counts = (work.weight > 0)[:, None] & (work.weight > 0)[None]
-        similar = state.memory.at[pairs].set(jnp.where(counts, unit @ unit.T, state.memory[pairs]))
-        told = average(state, work, adapters)
-        return told._replace(memory=jnp.where(state.round == 0, similar, state.memory))
+    def collect(state, work):
+        """Beside the sums, each client's direction [client, number]: its B, which starts at zero, at unit length."""
+        nothing, add = means(state, work)
+        size = sum(leaf[0].size for leaf in jax.tree.leaves(state.bank["main"].b))
+
+        def added(sums, lanes, adapters):
+            flat = jnp.concatenate([b.reshape(len(b), -1) for b in jax.tree.leaves(adapters["main"].b)], axis=1)
+            unit = flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+            here = (lanes.weight > 0).astype(jnp.int32)
+            met, directions = sums[1].at[lanes.client].add(here), sums[2].at[lanes.client].add(unit * here[:, None])
+            return add(sums[0], lanes, adapters), met, directions
+
+        clients = len(state.table)
+        return (nothing, jnp.zeros(clients, jnp.int32), jnp.zeros((clients, size))), added
+
+    def tell(state, sums):
+        averages, met, directions = sums
+        similar = jnp.where((met > 0)[:, None] & (met > 0), directions @ directions.T, state.memory)
+        return average(state, averages)._replace(memory=jnp.where(state.round == 0, similar, state.memory))
 
     def regroup(state):
         if int(state.round) != 1:
@@ -53,4 +63,4 @@ def clustered() -> Strategy:
     def route(state, clients, view, mode):
         return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
 
-    return Strategy("clustered", OWNERS, init, ask, tell, route, regroup=regroup)
+    return Strategy("clustered", OWNERS, init, ask, collect, tell, route, regroup=regroup)

@@ -22,14 +22,20 @@ SUM = {"main": "cluster", "common": "shared"}
 
 def fedrouter_warm(together: int = 2) -> Strategy:
     """FedRouter whose slots are one until round `together` is over. Averaged: A and B, over all, then in a cluster."""
-    _, _, average = owned(OWNERS)
+    *_, average = owned(OWNERS)
 
-    def tell(state, work, adapters):
-        apart = average(state, work, adapters)
-        everybody = {"cluster": jnp.zeros_like(work.client)}
-        mean = bank.scatter_mean(OWNERS, state.bank, everybody, adapters, work.weight)
-        first = state.round < together
-        return apart._replace(bank=jax.tree.map(lambda own, all: jnp.where(first, all[:1], own), apart.bank, mean))
+    def tell(state, sums):
+        apart = average(state, sums)
+        weight, share = sums.weight["cluster"], sums.share["cluster"]
+        heavy = weight / jnp.maximum(share, 1e-12)  # of a slot's sum, by which it counts among all
+        back = jnp.sum(weight)
+        first = (state.round < together) & (back > 0)
+
+        def of_leaf(own, total):
+            mean = jnp.tensordot(heavy, total, 1) / jnp.where(back > 0, back, 1)
+            return jnp.where(first, mean, own)
+
+        return apart._replace(bank=jax.tree.map(of_leaf, apart.bank, sums.bank))
 
     return fedrouter()._replace(name="fedrouter-warm", tell=tell)
 

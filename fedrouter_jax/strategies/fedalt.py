@@ -22,14 +22,14 @@ OWNERS = {"own": LoRA(a="public", b="public", gate="client"), "rest": LoRA(a="cl
 
 def fedalt() -> Strategy:
     """Two slots a client. Averaged: everybody's own adapters, for the others. Private: the scores that mix."""
-    create, ask, write = owned(OWNERS)
+    create, ask, collect, write = owned(OWNERS)
 
     def init(adapters, enrolment):
         scores = {module: jnp.zeros((*a.shape[:-1], 1)) for module, a in adapters["own"].a.items()}
         return create({name: adapter._replace(gate=scores) for name, adapter in adapters.items()}, enrolment)
 
-    def tell(state, work, adapters):
-        told = write(state, work, adapters)
+    def tell(state, sums):
+        told = write(state, sums)
 
         def others(leaf):
             return (leaf.sum(axis=0, keepdims=True) - leaf) / max(len(leaf) - 1, 1)
@@ -46,4 +46,4 @@ def fedalt() -> Strategy:
         here = own_slot(state, clients, view, mode)
         return bank.weights(state.bank, {"own": here, "rest": here})
 
-    return Strategy("fedalt", OWNERS, init, ask, tell, route, phases=phases)
+    return Strategy("fedalt", OWNERS, init, ask, collect, tell, route, phases=phases)

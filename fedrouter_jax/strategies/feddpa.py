@@ -17,7 +17,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax import bank
 from fedrouter_jax.federation import owned
 from fedrouter_jax.types import Phase, Strategy
 
@@ -47,17 +46,28 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
             Phase(train={"global": shared, "local": alone}, weights={"global": shared * 1.0, "local": alone * 1.0}),
         )
 
-    init, ask, tell = owned(OWNERS)
+    init, ask, collect, tell = owned(OWNERS)
 
-    def follow(state, work, adapters):
+    def note(state, work):
+        """Beside the sums: in how many lanes the global adapter has moved."""
+        nothing, add = collect(state, work)
+
+        def noted(sums, lanes, adapters):
+            received = ask(state, lanes)["global"]
+            differ = [
+                jnp.any(new != old, axis=tuple(range(1, old.ndim)))
+                for new, old in zip(jax.tree.leaves(adapters["global"]), jax.tree.leaves(received), strict=True)
+            ]
+            moved = jnp.sum(jnp.any(jnp.stack(differ), axis=0) & (lanes.weight > 0))
+            return add(sums[0], lanes, adapters), sums[1] + moved
+
+        return (nothing, jnp.zeros((), jnp.int32)), noted
+
+    def follow(state, sums):
         """Until it is their turn, the local adapters are copies of the global one; then that stays as it is."""
-        received = ask(state, work)["global"]
-        counts = work.weight > 0
-        changes = jax.tree.map(
-            lambda new, old: jnp.any((new != old) & bank.expand(counts, old)), adapters["global"], received
-        )
-        shared = jnp.any(jnp.stack(jax.tree.leaves(changes)))
-        told = tell(state, work, adapters)
+        averages, moved = sums
+        shared = moved > 0
+        told = tell(state, averages)
 
         def pick(new, old):
             return jax.tree.map(lambda a, b: jnp.where(shared, a, b), new, old)
@@ -65,7 +75,7 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
         main = pick(told.bank["global"], state.bank["global"])
         return told._replace(bank={"global": main, "local": pick(main, told.bank["local"])})
 
-    return Strategy("feddpa-f", OWNERS, init, ask, follow, _instance_wise(scale, weight_on), phases=phases)
+    return Strategy("feddpa-f", OWNERS, init, ask, note, follow, _instance_wise(scale, weight_on), phases=phases)
 
 
 def _instance_wise(scale: float, weight_on: WeightOn):

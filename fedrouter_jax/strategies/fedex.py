@@ -10,6 +10,7 @@ What was added to W0 is kept in the memory of the state. Every client can comput
 it costs as many adapters on the way down as there are lanes.
 """
 
+import jax
 import jax.numpy as jnp
 
 from fedrouter_jax.bank import expand
@@ -21,25 +22,35 @@ OWNERS = {"main": "shared"}
 
 def fedex(scale: float = 2.0) -> Strategy:
     """One shared slot and a shared shift of W0; `scale` is alpha / r. Averaged: A, B and A B. Private: nothing."""
-    create, ask, average = owned(OWNERS)
+    create, ask, halves, average = owned(OWNERS)
 
     def init(adapters, enrolment):
         lora = adapters["main"]
-        nothing = {m: jnp.zeros((*lora.a[m].shape[:-1], lora.b[m].shape[-1])) for m in lora.a}
-        return create(adapters, enrolment)._replace(memory=nothing)
+        none = {m: jnp.zeros((*lora.a[m].shape[:-1], lora.b[m].shape[-1])) for m in lora.a}
+        return create(adapters, enrolment)._replace(memory=none)
 
-    def tell(state, work, adapters):
-        told = average(state, work, adapters)
-        share = work.weight / jnp.maximum(work.weight.sum(), 1e-12)
-        came_back = work.weight.sum() > 0
+    def collect(state, work):
+        """Beside the sums of A and B, those of A B."""
+        nothing, add = halves(state, work)
 
-        def lost(a, b, mean_a, mean_b):
-            exact = jnp.einsum("kldr,klro->ldo", a * expand(share, a), b)
-            return jnp.where(came_back, exact - mean_a[0] @ mean_b[0], 0)
+        def added(sums, lanes, adapters):
+            share, lora = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12), adapters["main"]
+            products = {
+                m: total + jnp.einsum("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
+                for m, total in sums[1].items()
+            }
+            return add(sums[0], lanes, adapters), products
 
+        return (nothing, jax.tree.map(jnp.zeros_like, state.memory)), added
+
+    def tell(state, sums):
+        halves, products = sums
+        told, share = average(state, halves), halves.share["shared"]
         mean = told.bank["main"]
-        lora = adapters["main"]
-        memory = {m: state.memory[m] + lost(lora.a[m], lora.b[m], mean.a[m], mean.b[m]) for m in lora.a}
+        memory = {
+            m: state.memory[m] + jnp.where(share > 0, products[m] / share - mean.a[m][0] @ mean.b[m][0], 0)
+            for m in products
+        }
         return told._replace(memory=memory)
 
     def base(state, params):
@@ -49,4 +60,6 @@ def fedex(scale: float = 2.0) -> Strategy:
             blocks[module] = {**blocks[module], "kernel": (kernel + scale * delta).astype(kernel.dtype)}
         return {**params, "blocks": blocks}
 
-    return Strategy("fedex", OWNERS, init, ask, tell, only_slot, base=base, received=lambda lanes, slots: lanes)
+    return Strategy(
+        "fedex", OWNERS, init, ask, collect, tell, only_slot, base=base, received=lambda lanes, slots: lanes
+    )

@@ -28,7 +28,7 @@ def fedlease(experts: int = 4) -> Strategy:
     """A slot an expert, at most `experts`. Averaged: experts and scores inside a cluster. Private: nothing."""
     others = [f"other_{step}" for step in range(1, experts)]  # of cluster m: expert m + step, modulo M
     owners = {"own": "cluster", **dict.fromkeys(others, LoRA(a="copied", b="copied", gate="cluster"))}
-    create, ask, write = owned(owners)
+    create, ask, sums_of, write = owned(owners)
 
     def init(adapters, enrolment):
         # Scores start as A does: uniform, bounded by 1 / sqrt(in). Two columns are never the same.
@@ -47,15 +47,23 @@ def fedlease(experts: int = 4) -> Strategy:
         warm = jax.tree.map(lambda leaf: jnp.zeros((len(state.table), *leaf.shape), leaf.dtype), trained)
         return state._replace(table=jnp.zeros_like(state.table), memory=warm)
 
-    def tell(state, work, adapters):
-        told = write(state, work, adapters)
-        trained = {"a": adapters["own"].a, "b": adapters["own"].b}
-        takes = (state.round == 0) & (work.weight > 0)
+    def collect(state, work):
+        """Beside the sums, the adapters of round 1, which the memory keeps by client."""
+        nothing, add = sums_of(state, work)
 
-        def noted(kept, new):
-            return kept.at[work.client].set(jnp.where(bank_lib.expand(takes, new), new, kept[work.client]))
+        def added(sums, lanes, adapters):
+            takes = (state.round == 0) & (lanes.weight > 0)
 
-        return copied(told._replace(memory=jax.tree.map(noted, state.memory, trained)))
+            def noted(kept, new):
+                return kept.at[lanes.client].add(jnp.where(bank_lib.expand(takes, new), new, 0))
+
+            trained = {"a": adapters["own"].a, "b": adapters["own"].b}
+            return add(sums[0], lanes, adapters), jax.tree.map(noted, sums[1], trained)
+
+        return (nothing, jax.tree.map(jnp.zeros_like, state.memory)), added
+
+    def tell(state, sums):
+        return copied(write(state, sums[0])._replace(memory=jax.tree.map(jnp.add, state.memory, sums[1])))
 
     def copied(state):
         """The others' slots hold what the experts have become."""
@@ -106,7 +114,7 @@ def fedlease(experts: int = 4) -> Strategy:
         return bank_lib.weights(state.bank, dict.fromkeys(state.bank, here))
 
     return Strategy(
-        "fedlease", owners, init, ask, tell, route, phases=phases, regroup=regroup,
+        "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup,
         received=lambda lanes, slots: slots,
     )  # fmt: skip
 

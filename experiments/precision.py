@@ -1,0 +1,116 @@
+"""What a frozen base in fewer bits costs: bytes, loss on real answers, ROUGE.
+
+    python -m experiments.precision --data ../shared/data/flan4      minutes on two cores
+    python -m experiments.precision --smoke                          the tiny model on synthetic rows
+
+No training: the base model as it came reads and answers test rows of all tasks. What a federation on such a base
+reaches is the study `precision` (`experiments/studies.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from fedrouter_jax import client, evaluate, experiment, generate, lora, runs
+from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax.config import Config
+from fedrouter_jax.data import packing
+from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.plan import nbytes
+from fedrouter_jax.presets import flan4_cpu, smoke
+
+# Name: the type of computation, and how kernels are stored.
+PRECISIONS = {
+    "float32": ("float32", "none"),
+    "bfloat16": ("bfloat16", "none"),
+    "int8": ("float32", "int8"),
+    "nf4": ("float32", "nf4"),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes, loss and ROUGE of the base model in several precisions."""
+
+    data: str = "flan4"
+    """Folder of the real rows."""
+    rows: int = 64
+    """Test rows, of all tasks."""
+    smoke: bool = False
+    """The tiny random model on synthetic rows."""
+    out: Path | None = None
+    """Folder for precision.json and precision.md; by default docs/bench, or runs/bench with --smoke."""
+
+
+def main(options: Precision) -> None:
+    """Measure, write, show."""
+    keep_programs()
+    config = smoke() if options.smoke else flan4_cpu("dual")
+    data = replace(config.data, test_rows=options.rows, mix_rows=options.rows)
+    config = replace(config, data=data if options.smoke else replace(data, data=options.data))
+    console, found = Console(stderr=True), {}
+    for name, (dtype, quantise) in PRECISIONS.items():
+        found[name] = measure(replace(config, dtype=dtype, quantise=quantise))
+        console.print(name, found[name])
+        jax.clear_caches()
+    made = {"model": config.model, "data": Path(config.data.data).name, "rows": options.rows,
+            "device": jax.devices()[0].device_kind, "jax": jax.__version__, "precisions": found}  # fmt: skip
+    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
+    runs.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
+    runs.write(out / "precision.md", markdown(made))
+    Console().print(Markdown((out / "precision.md").read_text(encoding="utf-8")))
+
+
+def measure(config: Config) -> dict[str, float]:
+    """Bytes of all parameters and of the blocks; mean loss a response token; mean ROUGE-1 of greedy answers."""
+    model = load_model(config.model, config.dtype, config.quantise)
+    prepared = experiment.prepare(config, model)
+    chosen = sorted(prepared.partition.mix)
+    rows = [prepared.test[i] for i in chosen]
+    longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
+    time = packing.pack_length(longest)
+    batch = packing.batch([rows], len(rows), time, answer * (time // longest + 1))
+    shapes = {module: module_shapes(model.config)[module] for module in config.lora.targets}
+    fresh = lora.init(jax.random.key(0), shapes, model.config.layers, config.lora.rank)  # B is zero: the base alone
+    loss = jax.jit(client.make_client_loss(model.config, config.lora))
+    lane, step = (jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree) for tree in ({"main": fresh}, batch))
+    answers = generate.generate(
+        model.config, model.params, [row.prompt for row in rows], None, None,
+        stop=model.tokenizer.eos_token_id, new_tokens=config.data.max_response,
+    )  # fmt: skip
+    texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    references = [prepared.dataset.test[i].output for i in chosen]
+    rouge = [evaluate.score(want, text.strip())["rouge1"] for want, text in zip(references, texts, strict=True)]
+    return {
+        "bytes": nbytes(model.params),
+        "block_bytes": nbytes(model.params["blocks"]),
+        "loss": float(loss(model.params, lane, step)[0]),
+        "rouge1": float(np.mean(rouge)),
+    }
+
+
+def markdown(found: dict) -> str:
+    """A row a precision, beside float32."""
+    lines = ["# Precision of the frozen base", "", f"{found['model']} as it came, {found['rows']} test rows of "
+             f"{found['data']}; device {found['device']}, jax {found['jax']}. Embedding and head stay in the type of "
+             "computation.", ""]  # fmt: skip
+    lines += ["| base | all parameters, MB | blocks, MB | loss a response token | ROUGE-1 |", "|---" * 5 + "|"]
+    for name, row in found["precisions"].items():
+        sizes = f"{row['bytes'] / 1e6:.0f} | {row['block_bytes'] / 1e6:.0f}"
+        lines.append(f"| {name} | {sizes} | {row['loss']:.3f} | {row['rouge1']:.3f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Precision, prog="python -m experiments.precision")
+    sys.exit(guarded(lambda: main(arguments)))
