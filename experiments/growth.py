@@ -134,9 +134,8 @@ def by_centroids(sizes: tuple[tuple[int, int], ...], console: Console, width: in
     for count, clusters in sizes:
         rng = np.random.default_rng(0)
         tasks = rng.normal(size=(clusters, width)).astype(np.float32)
-        x = jnp.asarray(
-            tasks[rng.integers(0, clusters, count)] + 0.3 * rng.normal(size=(count, width)).astype(np.float32)
-        )
+        noise = rng.standard_normal((count, width), np.float32)
+        x = jnp.asarray(tasks[rng.integers(0, clusters, count)] + np.float32(0.3) * noise)
         fits: list[kmeans.KMeans] = []
 
         def fit_once(x=x, clusters=clusters, fits=fits):

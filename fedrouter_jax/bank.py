@@ -125,6 +125,17 @@ def weights(bank: Adapters, by_name: dict[str, Array]) -> Array:
     return jnp.concatenate([by_name[name] for name in bank], axis=1)
 
 
+def of_clusters(owners: PyTree, bank: Adapters) -> list[int]:
+    """The slots of `serving` that belong to clusters, in their order."""
+    found, start = [], 0
+    for name, adapter in bank.items():
+        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
+        if "cluster" in jax.tree.leaves(spread(owners, bank)[name]):
+            found += range(start, start + slots)
+        start += slots
+    return found
+
+
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
     """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
     rank = ("fixed", "shared", "copied", "cluster", "public", "client")

@@ -217,9 +217,10 @@ def evaluate_state(
     if prepared.strategy.enrolling in ("clustering", "tasks"):
         counts = slot_tasks(prepared, enrolment)
         names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
+        slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
         for part in ("personalised", "generalisation", "newcomers"):
             known = [q for q in asked if q.part == part and rows[q.row].task in prepared.partition.tasks]
-            right = [names[int(np.argmax(q.weights))] == rows[q.row].task for q in known]
+            right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in known]
             if right:
                 scores[part]["routing_accuracy"] = float(np.mean(right))
     records = [

@@ -181,8 +181,9 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
         base=nbytes(base),
         bank=3 * nbytes(federation.state.bank),
         batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
-        # Received, trained, two gradients (a pack's, their sum), two moments. On a mesh all lanes' lie with them.
-        lanes=nbytes(lanes) * (5 * at_once + 2 * (groups if spread else at_once)),
+        # Asked for and sent back; received, trained, two gradients (a pack's, their sum), two moments. On a mesh all
+        # lanes ask before the first trains.
+        lanes=nbytes(lanes) * (6 * at_once + (groups if spread else at_once)),
         activations=kept(federation, base, lanes, pack) * at_once,
         working=(max(head, block) + kernel) * at_once,
     )

@@ -49,16 +49,18 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     view = evaluate.view(prepared, state, embeddings, None, prompts)
     weights = np.asarray(prepared.strategy.route(state, clients, view, mode))
     answers = evaluate.answer(prepared, state, prompts, weights)
-    names = bank_lib.serving_names(prepared.strategy.owners, state.bank)
+    owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
+    shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
+    names = bank_lib.serving_names(owners, state.bank)
     tasks = runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
     return [
         {
             "text": text,
-            "adapter": names[slot],
+            "adapter": names[shown[slot]],
             "slot": slot,
-            "task": tasks[slot] if prepared.strategy.enrolling == "clustering" else "",
+            "task": tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": answers[i],
         }
-        for i, (text, slot) in enumerate(zip(texts, weights.argmax(axis=1).tolist(), strict=True))
+        for i, (text, slot) in enumerate(zip(texts, weights[:, shown].argmax(axis=1).tolist(), strict=True))
     ]

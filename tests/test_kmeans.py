@@ -266,3 +266,13 @@ def test_bad_input_is_named():
         kmeans.nearest(x, jnp.zeros((2, 3)))
     with pytest.raises(UserError, match="candidates"):
         kmeans.choose_k(key, x, ())
+
+
+def test_very_many_rows_are_clustered_by_lloyd_alone():
+    rng = np.random.default_rng(0)
+    x, which = blobs(rng, 70_000, 3, 64, 30)
+    assert len(x) * 64 > kmeans._THOROUGH
+    found = kmeans.fit(jax.random.key(0), x, 64, restarts=2)
+    oracle = Oracle(64, n_init=2, random_state=0).fit(x)
+    np.testing.assert_allclose(found.inertia, cost(x, np.ones(len(x)), found.labels, found.centers), rtol=1e-3)
+    assert found.inertia < 1.05 * oracle.inertia_

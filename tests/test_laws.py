@@ -435,3 +435,14 @@ def test_fedprox_stays_nearer_to_what_was_received(federation):
 def test_the_command_line_offers_every_strategy():
     assert set(typing.get_args(typing.get_type_hints(Config)["strategy"])) == set(STRATEGIES)
     assert all(make().name == name for name, make in STRATEGIES.items())
+
+
+@pytest.mark.parametrize("strategy", [s for s in OTHERS if s.enrolling == "clustering"], ids=lambda s: s.name)
+def test_a_text_at_a_centroid_is_answered_most_by_its_cluster(federation, strategy):
+    """Whatever adapters serve beside those of the clusters."""
+    state = begin(federation, strategy)
+    slots = bank.of_clusters(strategy.owners, state.bank)
+    view = View(federation.enrolment.router.centroids)
+    weights = strategy.route(state, jnp.zeros(SLOTS, int), view, "global")
+    np.testing.assert_array_equal(weights[:, np.array(slots)].argmax(axis=1), np.arange(SLOTS))
+    assert len(jax.tree.leaves(bank.serving(state.bank))[0]) == weights.shape[1]
