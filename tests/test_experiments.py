@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import clustering, clustering_figures, precision, summaries, table1
+from experiments import bench, clustering, clustering_figures, precision, summaries, table1
 from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.presets import smoke
@@ -111,6 +111,9 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     assert table1.markdown(runs) == (results / "table1" / "table1.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(table1.scores(runs, table1.FIRST)) in readme
+    speed = (ROOT / "docs" / "bench" / "bench.md").read_text(encoding="utf-8")
+    assert bench.markdown(json.loads((ROOT / "docs" / "bench" / "bench.json").read_text(encoding="utf-8"))) == speed
+    assert "\n".join(line for line in speed.splitlines() if line.startswith("|")) in readme
     said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for recipe in ("paper", "refined"):
         cells, ks = [], []
