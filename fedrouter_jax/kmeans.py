@@ -214,7 +214,8 @@ def _checked(x, weight):
     x = jnp.asarray(x, jnp.float32)
     if x.ndim != 2 or 0 in x.shape:
         raise UserError(f"k-means: rows have shape {x.shape}, expected [row, width]; give one row an example")
-    weight = jnp.ones(len(x)) if weight is None else jnp.asarray(weight, jnp.float32)
+    # Were the compiler to see that all weights are 1, it would add up a million of them itself, for twenty seconds.
+    weight = lax.optimization_barrier(jnp.ones(len(x))) if weight is None else jnp.asarray(weight, jnp.float32)
     if weight.shape != x.shape[:1]:
         raise UserError(
             f"k-means: weights {weight.shape} for rows {x.shape}, expected one a row; mask absent rows by 0"
