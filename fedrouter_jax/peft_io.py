@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -38,9 +38,9 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
         for module, stacked in leaves.items()
         for layer in range(stacked.shape[0])
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if lora.gate:  # nothing that PEFT knows
-        save_file({module: np.asarray(gate) for module, gate in lora.gate.items()}, folder / "gate.safetensors")
+        _write_tensors(folder / "gate.safetensors", {module: np.asarray(gate) for module, gate in lora.gate.items()})
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -67,7 +67,7 @@ def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[s
         shift = np.asarray(after["blocks"][module]["kernel"]) - np.asarray(before["blocks"][module]["kernel"])
         for layer, delta in enumerate(shift):
             tensors[f"model.layers.{layer}.{BLOCK[module]}.{module}.weight"] = np.ascontiguousarray(delta.T)
-    save_file(tensors, folder / "base_shift.safetensors")
+    _write_tensors(folder / "base_shift.safetensors", tensors)
 
 
 def read_adapter(folder: Path, decoder: DecoderConfig) -> tuple[LoRA, LoRAConfig]:
@@ -109,7 +109,7 @@ def write_router(folder: Path, router: Router, description: dict) -> None:
     """Centroids and standardisation (float32 safetensors), and `router.json`: how a text becomes an embedding."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(value, np.float32) for name, value in router._asdict().items() if name != "unit"}
-    save_file(tensors, folder / "router.safetensors")
+    _write_tensors(folder / "router.safetensors", tensors)
     _write_json(folder / "router.json", {**description, "unit_length": bool(router.unit)})
 
 
@@ -123,6 +123,11 @@ def read_router(folder: Path) -> tuple[Router, dict]:
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{folder}: no complete router ({error}); export the run again") from None
     return router, description
+
+
+def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. The library's own `save_file` leaves a nameless one behind where it is killed."""
+    path.write_bytes(save(tensors, metadata))
 
 
 def _write_json(path: Path, value: dict) -> None:
