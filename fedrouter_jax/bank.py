@@ -20,10 +20,10 @@ _LEFT = ("fixed", "copied")  # what no lane writes
 
 
 class Sums(NamedTuple):
-    """What has come back of a round so far. Only lanes that are still training need adapters beside it."""
+    """What has come back of a round so far; sums of several parts of it add up, leaf by leaf."""
 
-    weight: dict[Owner, Array]  # float32 [slot]
-    share: dict[Owner, Array]  # float32 [slot]: the part of the weight of all lanes of the round
+    weight: dict[Owner, Array]  # float32 [slot]: of the lanes that came back
+    share: dict[Owner, Array]  # float32 [slot]: that weight as a part of all lanes'; 1 once all are back
     bank: Adapters  # leaves [slot, ...]: the sum of what has come back, each lane by its share; none if no lane writes
 
 
