@@ -6,8 +6,8 @@
 
 First both sides must have the same losses from the same adapter on the same rows. Then each phase is timed in turns,
 ours, theirs, ours ..., after a run of each that compiles; figures are medians, ratios are of useful tokens (no padding)
-a second. Against the machine: four floating-point operations a parameter and useful token of training, over the rate of
-a large matrix product measured in the same run.
+a second. Against the machine: four floating-point operations a parameter and useful token of training (two of reading),
+over the rate of a large matrix product measured beside them in the same turn.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def markdown(found: dict) -> str:
                 cells += [f"{rate[other]:,.0f}", f"**{rate[side] / rate[other]:.2f}**"] if other in rate else ["", ""]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append(whole(found["phases"]))
-    reached = rates(found["phases"]["train a round"])["ours"] * found["flops_a_token"]
+    limit = {name: against_matrix(found, name) for name in ("train a round", "embed", "read prompts")}
+    reached, share_reached, matrix = limit["train a round"]
     share = {phase: f"{100 * value:.0f} %" for phase, value in found["useful_share"].items()}
     lines += [
         "",
@@ -109,14 +110,24 @@ def markdown(found: dict) -> str:
         "`torch.cdist`. `embed, refined` is the embedding that FedRouter uses here by default, of the first sixth of "
         "the layers, against theirs of all: not the same computation, but the same purpose. Training reaches "
         f"{reached / 1e9:,.0f} GFLOP/s of useful work (4 a parameter of the blocks and token), "
-        f"{100 * reached / found['matrix_rate']:.0f} % of a large matrix product's {found['matrix_rate'] / 1e9:,.0f} "
-        f"here. Useful tokens, in per cent of those computed: {share['embed']} embedding, {share['train']} training, "
-        f"{share['read']} reading prompts.",
+        f"{100 * share_reached:.0f} % of a large matrix product's {matrix / 1e9:,.0f}, measured in the same turns; "
+        f"embedding and reading prompts (2 a parameter) reach {100 * limit['embed'][1]:.0f} and "
+        f"{100 * limit['read prompts'][1]:.0f} % of theirs. Useful tokens, in per cent of those computed: "
+        f"{share['embed']} embedding, {share['train']} training, {share['read']} reading prompts.",
         "",
         "![rates](bench.png)",
         "",
     ]
     return "\n".join(lines)
+
+
+def against_matrix(found: dict, name: str) -> tuple[float, float, float]:
+    """Our useful FLOP/s in a phase, its share of the matrix rate of the same turn, and that rate; medians of turns."""
+    phase = found["phases"][name]
+    flops = found["flops_a_token"] if name == "train a round" else found["flops_a_token"] / 2
+    reached = phase["useful"] * flops / np.array(phase["seconds"]["ours"])
+    matrix = np.array(phase["matrix_rate"])
+    return float(np.median(reached)), float(np.median(reached / matrix)), float(np.median(matrix))
 
 
 def whole(phases: dict, rounds: int = 6) -> str:

@@ -66,8 +66,9 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
     measured = {}
     for name, (useful, sides) in phases.items():
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        first = {}
+        first, matrix = {}, []
         for turn in range(turns + 1):
+            matrix.append(matrix_rate())  # in every turn, for what a shared machine gives changes within minutes
             for side, action in sides.items():
                 before = clock.perf_counter()
                 action()
@@ -78,7 +79,9 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
                 else:
                     first[side] = spent
         unit = "rows" if name in ("K-Means", "route") else "tokens"
-        measured[name] = {"useful": useful, "unit": unit, "seconds": seconds, "first": first}
+        measured[name] = {
+            "useful": useful, "unit": unit, "seconds": seconds, "first": first, "matrix_rate": matrix[1:]
+        }  # fmt: skip
     blocks = sum(leaf.size for leaf in jax.tree.leaves(model.params["blocks"]))
     return {
         "model": model.base_name,
@@ -91,7 +94,6 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         "lanes": LANES,
         "slots": SLOTS,
         "flops_a_token": 4 * blocks,
-        "matrix_rate": matrix_rate(),
         "useful_share": useful_share(prepared, load),
         "phases": measured,
     }

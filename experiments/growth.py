@@ -95,25 +95,36 @@ def federation(lanes: int):
 
 
 def by_lanes(counts: tuple[int, ...], console: Console) -> list[dict]:
-    """Seconds a lane and step, and the temporary memory of the compiled round."""
+    """Seconds a lane and step, also against the fewest lanes timed just before and after, and temporary memory."""
+    ready = {lanes: compiled_round(lanes) for lanes in counts}
     found = []
-    for lanes in counts:
-        prepared, state, work, batch = federation(lanes)
-        key, params = jax.random.key(0), prepared.model.params
-        compiled = prepared.round.lower(state, params, work, batch, key).compile()
-        spent = []
-        for _ in range(4 if lanes <= 64 else 1):  # long enough to need no warming up
-            before = clock.perf_counter()
-            state, info = jax.block_until_ready(compiled(state, params, work, batch, key))
-            spent.append(clock.perf_counter() - before)
-        found.append({
-            "lanes": lanes,
-            "seconds_a_lane_step": float(np.median(spent[-3:])) / (lanes * prepared.config.local.steps),
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "batch_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(batch)),
-        })  # fmt: skip
+    for lanes, (once, sizes) in ready.items():
+        turns = []
+        for _ in range(3 if lanes <= 512 else 1):
+            before, here, after = (act() for act in (ready[counts[0]][0], once, ready[counts[0]][0]))
+            turns.append((here, 2 * here / (before + after)))
+        seconds, ratio = np.median(turns, axis=0).tolist()
+        found.append({"lanes": lanes, "seconds_a_lane_step": seconds, "against_fewest": ratio, **sizes})
         console.print(found[-1])
     return found
+
+
+def compiled_round(lanes: int) -> tuple[Callable[[], float], dict[str, int]]:
+    """What runs a round and returns its seconds a lane and step, and the round's bytes."""
+    prepared, state, work, batch = federation(lanes)
+    key, params = jax.random.key(0), prepared.model.params
+    compiled = prepared.round.lower(state, params, work, batch, key).compile()
+
+    def once() -> float:
+        nonlocal state
+        times = max(1, 16 // lanes)  # a second or more, however few lanes there are
+        before = clock.perf_counter()
+        for _ in range(times):
+            state, _ = jax.block_until_ready(compiled(state, params, work, batch, key))
+        return (clock.perf_counter() - before) / (times * lanes * prepared.config.local.steps)
+
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return once, {"temporary_bytes": temporary, "batch_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(batch))}
 
 
 def by_rounds(count: int, console: Console) -> dict:
@@ -180,15 +191,15 @@ def markdown(found: dict) -> str:
         f"Device {found['device']}, jax {found['jax']}. After a run that compiles.",
         "",
     ]
+    first = found["lanes"][0]["lanes"]
     lines += [
-        "| lanes (tiny, by eights) | ms a lane-step | against the first | temporary memory, MB | rows of a round, MB |"
+        f"| lanes (tiny, by eights) | ms a lane-step | against {first}, in turns | temporary memory, MB | rows, MB |",
+        "|---" * 5 + "|",
     ]
-    lines += ["|---" * 5 + "|"]
-    first = found["lanes"][0]["seconds_a_lane_step"]
     for row in found["lanes"]:
-        each = row["seconds_a_lane_step"]
+        times = f"{1e3 * row['seconds_a_lane_step']:.2f} | {row['against_fewest']:.2f}"
         sizes = f"{row['temporary_bytes'] / 1e6:.1f} | {row['batch_bytes'] / 1e6:.1f}"
-        lines.append(f"| {row['lanes']} | {1e3 * each:.2f} | {each / first:.2f} | {sizes} |")
+        lines.append(f"| {row['lanes']} | {times} | {sizes} |")
     rounds = found["rounds"]
     lines += [
         "",

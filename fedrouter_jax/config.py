@@ -50,7 +50,7 @@ class ComputeConfig:
     """Such groups of lanes vmapped at a time; by default one on a CPU, else as many as fit in the device's memory."""
     model_parallel: int = 1
     """Where there are several devices: how many share one copy of the base; rows of so many share the lanes."""
-    rows_at_once: int = 32
+    rows_at_once: int = 64
     """Rows that generate together."""
     packs_at_once: int | None = None
     """Packs of texts that are embedded or read for generation together; by default 1 on a CPU, else 16."""

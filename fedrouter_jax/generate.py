@@ -51,7 +51,7 @@ def greedy(
         ends = jnp.where(here.positions + 1 == lengths[of], of, rows)
         return last.at[ends].set(hidden, mode="drop"), cache
 
-    empty = jnp.zeros((rows, config.width), dtype), empty_cache(config, rows, slots + new_tokens, dtype)
+    empty = jnp.zeros((rows, config.width), dtype), empty_cache(config, rows, slots, new_tokens, dtype)
     last, cache = jax.lax.fori_loop(0, turns, read, empty)
     first = jnp.argmax(logits(config, base, last), axis=-1).astype(jnp.int32)
     first = jnp.where(lengths > 0, first, stop)
@@ -80,7 +80,7 @@ def generate(
     *,
     stop: int,
     new_tokens: int,
-    rows_at_once: int = 32,
+    rows_at_once: int = 64,
     packs_at_once: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:

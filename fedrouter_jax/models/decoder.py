@@ -33,11 +33,18 @@ _recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
 class Cache(NamedTuple):
-    """Keys and values already computed. Slot j of a row holds position j, and is valid when j < length."""
+    """Keys and values already computed: of a row's prompt, and of the tokens written after it.
 
-    k: Array  # [layer, batch, slot, kv_head, head_dim]
-    v: Array  # [layer, batch, slot, kv_head, head_dim]
-    length: Array  # int32 [batch]
+    Prompts differ in length, but every step writes one token in each row. So a step writes the same slot of all rows,
+    and the prompts, most of what is held, stay in the order that is fastest to read: slots last for keys.
+    """
+
+    k: Array  # [layer, row, kv_head, head_dim, slot]: position j in slot j, valid when j < length
+    v: Array  # [layer, row, kv_head, slot, head_dim]
+    length: Array  # int32 [row], of the prompt
+    new_k: Array  # [layer, row, kv_head, new, head_dim]: position length + j in slot j, valid when j < written
+    new_v: Array  # [layer, row, kv_head, new, head_dim]
+    written: Array  # int32 []
 
 
 class _Adapter(NamedTuple):
@@ -170,27 +177,30 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
 
 
-def _attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: tuple[Array, Array], length: Array):
+def _attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache) -> Array:
     """One new token a row: scores against the cache and the new key stay apart, so the cache is only read.
 
-    q [batch, head, head_dim], k and v [batch, kv_head, head_dim], cache [batch, slot, kv_head, head_dim] each.
+    q [row, head, head_dim], k and v [row, kv_head, head_dim], `cache` without the layer axis.
     """
-    batch, _, size = q.shape
-    q = (q * size**-0.5).reshape(batch, config.kv_heads, -1, size)
-    f32 = jnp.float32
-    old = jnp.einsum("bkgd,bskd->bkgs", q, cache[0], preferred_element_type=f32)
-    new = jnp.einsum("bkgd,bkd->bkg", q, k, preferred_element_type=f32)[..., None]
-    slots = jnp.arange(old.shape[-1])
-    seen = slots < length[:, None]
+    rows, _, size = q.shape
+    q = (q * size**-0.5).reshape(rows, config.kv_heads, -1, size)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    slots, new = (jnp.arange(count) for count in (cache.k.shape[-1], cache.new_k.shape[-2]))
+    length, written = cache.length[:, None], cache.written
+    in_prompt, in_answer = slots < length, new < written
     if config.sliding_window is not None:
-        seen &= length[:, None] - slots < config.sliding_window
-    old = jnp.where(seen[:, None, None], old, -jnp.inf)
-    top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), new)
-    old, new = jnp.exp(old - top), jnp.exp(new - top)
-    total = jnp.sum(old, axis=-1, keepdims=True) + new
-    mixed = jnp.einsum("bkgs,bskd->bkgd", (old / total).astype(v.dtype), cache[1], preferred_element_type=f32)
-    mixed = mixed + (new / total) * v[:, :, None].astype(f32)
-    return mixed.astype(v.dtype).reshape(batch, -1)
+        in_prompt &= length + written - slots < config.sliding_window
+        in_answer &= written - new < config.sliding_window
+    prompt = jnp.where(in_prompt[:, None, None], product("rkgd,rkds->rkgs", q, cache.k), -jnp.inf)
+    answer = jnp.where(in_answer, product("rkgd,rksd->rkgs", q, cache.new_k), -jnp.inf)
+    itself = product("rkgd,rkd->rkg", q, k)[..., None]
+    top = jnp.maximum(itself, jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in (prompt, answer))))
+    prompt, answer, itself = (jnp.exp(part - top) for part in (prompt, answer, itself))
+    total = jnp.sum(prompt, axis=-1, keepdims=True) + jnp.sum(answer, axis=-1, keepdims=True) + itself
+    mixed = product("rkgs,rksd->rkgd", prompt.astype(v.dtype), cache.v)
+    mixed += product("rkgs,rksd->rkgd", answer.astype(v.dtype), cache.new_v)
+    mixed += itself * v[:, :, None].astype(jnp.float32)
+    return (mixed / total).astype(v.dtype).reshape(rows, -1)
 
 
 class _Linear(nn.Module):
@@ -243,7 +253,7 @@ class _Block(nn.Module):
         if cache is None:
             mixed = _attend(q, k, v, mask)
         else:
-            mixed = _attend_cache(c, q, k, v, cache, mask)
+            mixed = _attend_cache(c, q, k, v, cache)
         x = x + linear("o_proj", mixed)
         y = norm("mlp_norm", x)
         x = x + linear("down_proj", _swiglu(linear("gate_proj", y), linear("up_proj", y)))
@@ -262,16 +272,17 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, positions, mask, lora=None, gates=None, keys=None, cache=None):
-        """`mask` is [batch, 1, time, time], or with a cache the lengths [batch] of its rows."""
+        """`mask` is [batch, 1, time, time]; with a cache, attention is against that and needs none."""
         c = self.config
         x = self.param("embedding", _INIT, (c.vocab_size, c.width), self.dtype)[tokens]
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        same = nn.broadcast
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0 if cache is None else Cache(0, 0, same, 0, 0, same), same, same, same, same),
             length=c.layers,
         )(c, self.rate, self.keep_kv, name="blocks")
         x, kv = blocks(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
@@ -343,10 +354,12 @@ def hidden_states(
     return model.apply({"params": params}, tokens, positions, mask, lora, gates, keys)[0]
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype) -> Cache:
-    """A cache of `rows` rows that hold nothing yet, with room for `slots` tokens each."""
-    k, v = jnp.zeros((2, config.layers, rows, slots, config.kv_heads, config.head_dim), dtype)
-    return Cache(k, v, jnp.zeros(rows, jnp.int32))
+def empty_cache(config: DecoderConfig, rows: int, slots: int, new: int, dtype) -> Cache:
+    """A cache of `rows` rows that hold nothing yet, with room for prompts of `slots` tokens and `new` tokens more."""
+    head = (config.layers, rows, config.kv_heads)
+    k, v = jnp.zeros((*head, config.head_dim, slots), dtype), jnp.zeros((*head, slots, config.head_dim), dtype)
+    new_k, new_v = jnp.zeros((2, *head, new, config.head_dim), dtype)
+    return Cache(k, v, jnp.zeros(rows, jnp.int32), new_k, new_v, jnp.zeros((), jnp.int32))
 
 
 def prefill(
@@ -370,10 +383,11 @@ def prefill(
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
     mask = attention_mask(config, segments)
     hidden, (k, v) = Decoder(config, keep_kv=True).apply({"params": params}, tokens, positions, mask, lora, gates)
-    return hidden, Cache(
-        cache.k.at[:, owner, positions].set(k, mode="drop"),
-        cache.v.at[:, owner, positions].set(v, mode="drop"),
-        cache.length.at[owner].max(positions + 1, mode="drop"),
+    k, v = (jnp.moveaxis(leaf, 0, 2) for leaf in (k, v))  # an index of [batch, time] puts the layers behind both
+    return hidden, cache._replace(
+        k=cache.k.at[:, owner, :, :, positions].set(k, mode="drop"),
+        v=cache.v.at[:, owner, :, positions].set(v, mode="drop"),
+        length=cache.length.at[owner].max(positions + 1, mode="drop"),
     )
 
 
@@ -385,20 +399,21 @@ def decode_step(
     lora: LoRA | None = None,
     gates: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Runs one more token a row: `tokens` int32 [batch] at position `cache.length`.
+    """Runs one more token a row: `tokens` int32 [row] at position `cache.length + cache.written`.
 
-    Returns the hidden states after the final norm [batch, width] and the cache with that token in it. A row whose
-    cache is full attends as usual but is not stored.
+    Returns the hidden states after the final norm [row, width] and the cache with that token in it. When a cache is
+    full a token attends as usual but is not stored.
     """
     _check(config, lora)
     hidden, (k, v) = Decoder(config, keep_kv=True).apply(
-        {"params": params}, tokens, cache.length, cache.length, lora, gates, None, (cache.k, cache.v)
+        {"params": params}, tokens, cache.length + cache.written, None, lora, gates, None, cache
     )
-    # One scatter after the layers: a loop that carries the cache updates it in place.
-    rows = jnp.arange(tokens.shape[0])
-    k = cache.k.at[:, rows, cache.length].set(k, mode="drop", unique_indices=True)
-    v = cache.v.at[:, rows, cache.length].set(v, mode="drop", unique_indices=True)
-    return hidden, Cache(k, v, cache.length + 1)
+    # One write after the layers: a loop that carries the cache updates it in place.
+    return hidden, cache._replace(
+        new_k=cache.new_k.at[:, :, :, cache.written].set(k, mode="drop"),
+        new_v=cache.new_v.at[:, :, :, cache.written].set(v, mode="drop"),
+        written=cache.written + 1,
+    )
 
 
 def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
