@@ -162,7 +162,8 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
     basis = next(iter(table.values()))
     first = {str(number): summary for number, summary in enumerate(basis)}
-    lines = [f"# Study: {study.what}", "", *table1.setting(first), ""]
+    lines = [f"# Study: {study.what}", "", "The first row, from which the others differ in that alone:", ""]
+    lines += [*table1.setting(first), ""]
     lines += [f"| {name} | method | {' | '.join(parts)} | rows clustered right | own texts routed right |"]
     lines += ["|---" * (len(parts) + 4) + "|"]
     for (method, value), same in table.items():

@@ -42,11 +42,11 @@ def save(folder: Path, to: Path) -> None:
 
 
 def known(path: Path, config: Config) -> bool:
-    """Whether a file is the summary of just this experiment, wherever the data lay."""
+    """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed."""
     if not path.exists():
         return False
-    theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
-    return config_lib.of_json(theirs, path) == portable(config)
+    theirs = config_lib.of_json(json.loads(path.read_text(encoding="utf-8"))["config"], path)
+    return replace(theirs, compute=config.compute) == portable(config)
 
 
 def portable(config: Config) -> Config:

@@ -93,15 +93,21 @@ def main(options: Table1) -> None:
     if unknown:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
     if not options.redraw:
-        jobs = [(seed, s, m) for seed in range(options.seeds) for s in options.scenarios for m in options.methods]
-        jobs += [(0, "dual", method) for method in options.once]
-        configs = {
-            f"{scenario}-{method}-{seed}": variant(budget(options, scenario), method, seed)
-            for seed, scenario, method in jobs
-        }
-        sweep(configs, Path("runs/smoke/table1-runs" if options.smoke else "runs/table1"), console, out / "runs")
+        sweep(
+            configs(options), Path("runs/smoke/table1-runs" if options.smoke else "runs/table1"), console, out / "runs"
+        )
     draw(out)
     console.print(Markdown((out / "table1.md").read_text(encoding="utf-8")))
+
+
+def configs(options: Table1) -> dict[str, Config]:
+    """`{"scenario-method-seed": config}` of the table."""
+    jobs = [(seed, s, m) for seed in range(options.seeds) for s in options.scenarios for m in options.methods]
+    jobs += [(0, "dual", method) for method in options.once]
+    return {
+        f"{scenario}-{method}-{seed}": variant(budget(options, scenario), method, seed)
+        for seed, scenario, method in jobs
+    }
 
 
 def draw(out: Path) -> None:
@@ -269,11 +275,8 @@ def setting(found: dict[str, dict]) -> list[str]:
             f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."
         )
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
-    return [
-        *sorted(said),
-        "",
-        f"Seeds {seeds}: mean ± half of the 95 % interval. Generalisation: the mix of all tasks.",
-    ]
+    spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
+    return [*sorted(said), "", f"{spread} Generalisation: the mix of all tasks."]
 
 
 def figure(found: dict[str, dict]) -> Figure:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import bench, clustering, clustering_figures, precision, summaries, table1
+from experiments import bench, clustering, clustering_figures, precision, studies, summaries, table1
 from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.presets import smoke
@@ -114,6 +114,9 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     assert clustering_figures.table(found) == (results / "clustering" / "clustering.md").read_text(encoding="utf-8")
     runs = summaries.load(results / "table1" / "runs")
     assert table1.markdown(runs) == (results / "table1" / "table1.md").read_text(encoding="utf-8")
+    for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
+        drawn = studies.markdown(folder.name, summaries.load(folder))
+        assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(table1.scores(runs, table1.FIRST)) in readme
     speed = (ROOT / "docs" / "bench" / "bench.md").read_text(encoding="utf-8")
@@ -138,8 +141,20 @@ def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
     path.write_text(json.dumps(summary))
     assert summaries.known(path, config)
     assert summaries.known(path, replace(config, data=replace(config.data, data="/there/flan4")))
+    assert summaries.known(path, replace(config, compute=replace(config.compute, rows_at_once=7)))  # only faster
     assert not summaries.known(path, replace(config, seed=1))
     assert not summaries.known(tmp_path / "none.json", config)
+
+
+def test_no_committed_run_would_run_again():
+    """What the sweeps would run today is what their committed summaries hold."""
+    results = ROOT / "docs" / "results"
+    for name, config in table1.configs(table1.Table1()).items():
+        assert summaries.known(results / "table1" / "runs" / f"{name}.json", config), name
+    for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
+        of_study = studies.configs(folder.name, studies.Studies())
+        for name in summaries.load(folder):
+            assert summaries.known(folder / f"{name}.json", of_study[name]), name
 
 
 @pytest.mark.parametrize("wrong, expected", [(0, 1.0), (4, 0.8)])
