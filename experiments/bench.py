@@ -58,9 +58,9 @@ def main(options: Bench) -> None:
             f"the bench compares with PyTorch and needs {error.name!r}: pip install -r requirements-dev.txt"
         ) from error
     small = options.quick or options.smoke
-    load = Load(96, 2, 2, 48, 32, 64)
+    load = Load(96, 2, 2, 96, 48, 64, 6)
     if small:
-        load = Load(4, 1, 1, 8, 4, 8) if options.smoke else Load(24, 1, 2, 16, 8, 64)
+        load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(24, 1, 2, 32, 16, 64, 6)
     turns = 1 if small else options.turns
     found = measure(options.data, load, turns, options.best_effort, Console(stderr=True))
     out = options.out or Path("runs/bench" if small else "docs/bench")
@@ -85,8 +85,8 @@ def markdown(found: dict) -> str:
         f"{found['model']}, float32, rows of {found['data']}; device {found['device']}, jax {found['jax']}, torch "
         f"{found['torch']} with {found['threads']} threads. Median of {turns} turn(s), after one that compiles. "
         f"{load['texts']} texts embedded; {found['lanes']} lanes x {load['steps']} steps x {load['batch']} rows; "
-        f"{load['prompts']} prompts of {found['slots']} adapters, at most {load['new']} new tokens; K-Means of "
-        f"{load['clients']} clients.",
+        f"{load['prompts']} prompts of {found['slots']} adapters, trained for {load['rounds']} rounds, at most "
+        f"{load['new']} new tokens; K-Means of {load['clients']} clients.",
         "",
         "| phase | ours, a second | first call, s | published flow | ratio | best effort | ratio |",
         "|---|---|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from rich.console import Console
 from sklearn.cluster import KMeans
 
 from experiments.torch_baseline import flow
-from fedrouter_jax import client, embed, experiment, generate, kmeans, lora, peft_io, routing
+from fedrouter_jax import bank, client, embed, experiment, generate, kmeans, lora, peft_io, routing
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
@@ -40,8 +40,9 @@ class Load:
     steps: int  # of each lane
     batch: int  # rows of a step
     prompts: int  # to answer
-    new: int  # tokens of an answer
+    new: int  # tokens of an answer, at most
     clients: int  # of K-Means
+    rounds: int  # of training before answers are timed
 
 
 def measure(data: str, load: Load, turns: int, best_effort: bool, console: Console) -> dict[str, Any]:
@@ -55,13 +56,14 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         console.print("loading the model in torch")
         theirs = flow.load(smollm2_path(), Path(folder), device, torch.float32)
     flows = [flow.PUBLISHED, *([flow.BEST_EFFORT] if best_effort else [])]
+    adapters = trained(prepared, load, console)
     phases = {
         "embed": embedding(prepared, theirs, flows, load),
         "K-Means": clustering(load),
         "train a round": training(prepared, theirs, flows),
         "route": nearest(load),
-        "read prompts": generation(prepared, theirs, flows, load, new=1),
-        "routed generation": generation(prepared, theirs, flows, load, load.new),
+        "read prompts": generation(prepared, adapters, theirs, flows, load, new=1),
+        "routed generation": generation(prepared, adapters, theirs, flows, load, load.new),
     }
     measured = {}
     for name, (useful, sides) in phases.items():
@@ -92,7 +94,7 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         "threads": torch.get_num_threads(),
         "load": asdict(load),
         "lanes": LANES,
-        "slots": SLOTS,
+        "slots": len(prepared.partition.tasks),
         "flops_a_token": 4 * blocks,
         "useful_share": useful_share(prepared, load),
         "phases": measured,
@@ -134,9 +136,9 @@ def texts_of(prepared: Prepared, load: Load) -> list[str]:
     return [prepared.dataset.train[i].instruction for i in spread(held, load.texts)]
 
 
-def prompts_of(prepared: Prepared, load: Load) -> list[list[int]]:
-    """Test prompts of all tasks."""
-    return [row.prompt for row in spread(list(prepared.test.values()), load.prompts)]
+def asked(prepared: Prepared, load: Load) -> list[int]:
+    """Test rows of all tasks."""
+    return spread(list(prepared.test), load.prompts)
 
 
 def embedding(prepared: Prepared, theirs, flows, load: Load) -> Phase:
@@ -202,23 +204,31 @@ def training(prepared: Prepared, theirs, flows) -> Phase:
     return useful, {"ours": ours} | {each.name: lambda each=each: other(each) for each in flows}
 
 
-def generation(prepared: Prepared, theirs, flows, load: Load, new: int) -> Phase:
-    """Answers of four adapters to prompts that go to them in turn. Useful are the tokens read and written."""
+def trained(prepared: Prepared, load: Load, console: Console) -> LoRA:
+    """An adapter of each task, leaves [task, ...]: trained, so that answers are as long as they are in use."""
+    known = experiment.prepare(replace(prepared.config, strategy="oracle"), prepared.model)
+    enrolment = experiment.enroll(known, None)
+    state, rows = experiment.start(known, enrolment), experiment.members(known, enrolment)
+    for t in range(1, load.rounds + 1):
+        state, record = experiment.train_round(known, state, *experiment.round_inputs(known, rows, t))
+        console.print(f"training adapters to answer with, round {t}: loss {record['loss']:.2f}")
+    return bank.serving(state.bank)
+
+
+def generation(prepared: Prepared, adapters: LoRA, theirs, flows, load: Load, new: int) -> Phase:
+    """Answers to prompts of all tasks by their tasks' adapters. Useful are the tokens read and written."""
     config, tokenizer = prepared.config, prepared.model.tokenizer
-    prompts = prompts_of(prepared, load)
-    slots = [i % SLOTS for i in range(len(prompts))]
-    start = fresh(prepared)
-    adapters = [
-        start._replace(b={m: 0.02 * jax.random.normal(jax.random.key(s), b.shape) for m, b in start.b.items()})
-        for s in range(SLOTS)
+    rows, tasks = asked(prepared, load), prepared.partition.tasks
+    prompts = [prepared.test[row].prompt for row in rows]
+    slots = [tasks.index(prepared.dataset.test[row].task) for row in rows]
+    gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), len(tasks)), config.lora))
+    theirs_bank = [
+        in_torch(jax.tree.map(lambda leaf, s=slot: leaf[s], adapters), theirs.device) for slot in range(len(tasks))
     ]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), SLOTS), config.lora))
-    theirs_bank = [in_torch(adapter, theirs.device) for adapter in adapters]
 
     def ours():
         return generate.generate(
-            prepared.model.config, prepared.model.params, prompts, lora.concatenate(stacked), gates,
+            prepared.model.config, prepared.model.params, prompts, lora.concatenate(adapters), gates,
             stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=config.compute.rows_at_once,
         )  # fmt: skip
 
@@ -303,10 +313,11 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
 
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
     texts = [len(text) for text in ids]
-    prompts = sorted(len(prompt) for prompt in prompts_of(prepared, load))
+    prompts = sorted((len(prepared.test[row].prompt) for row in asked(prepared, load)), reverse=True)
     rows = prepared.config.compute.rows_at_once
-    batches = np.array_split(prompts, -(-len(prompts) // rows))
-    time = packing.pack_length(prompts[-1])
+    # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
+    turns = [prompts[:rows], *(prompts[i : i + rows // 4] for i in range(rows, len(prompts), rows // 4))]
+    time = packing.pack_length(prompts[0])
     held = [[rows] for rows in prepared.train]
     work, batch = experiment.round_inputs(prepared, held, 1)
     segments = np.asarray(batch.rows.packs.segments)
@@ -314,5 +325,5 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     return {
         "embed": sum(texts) / packed(texts, packing.pack_length(max(texts)), embed.TEXTS_PER_PACK),
         "train": float((segments > 0).sum() / visited),
-        "read": sum(prompts) / sum(packed(here.tolist(), time, rows) for here in batches),
+        "read": sum(prompts) / sum(packed(here, time, rows) for here in turns),
     }

@@ -3,72 +3,112 @@
 Prompts are read in packs, many short ones side by side, so that hardly any compute goes to padding; their keys and
 values are then dealt to a cache with a line for each row. There is no left padding to mask, and positions are the real
 ones. Adapters are chosen by gates over the rank-concatenated bank, so a mixed batch is one forward pass.
+
+Tasks differ in how long their answers are, and a batch of all tasks would wait for the longest. So a row that has
+finished takes the next prompt while the others go on (continuous batching, Yu et al., OSDI 2022), and when no prompt is
+left, the batch shrinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrouter_jax import models
 from fedrouter_jax.data import packing
-from fedrouter_jax.models import DecoderConfig, decode_step, empty_cache, logits, prefill
+from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Array, LoRA, PyTree
 
+_FEWEST = 16  # rows below which a step costs the same however few they are
 
-@partial(jax.jit, static_argnames=("config", "slots", "stop", "new_tokens"))
-def greedy(
+
+class Answering(NamedTuple):
+    """Rows that are being answered, each at a token of its own."""
+
+    cache: models.Cache
+    latest: Array  # int32 [row]: the last token, `stop` when the row has finished
+    answer: Array  # int32 [row, new_tokens], `stop` where nothing is written
+
+
+@partial(jax.jit, static_argnames=("config", "stop"), donate_argnames="state")
+def read(
     config: DecoderConfig,
     base: PyTree,
     packs: packing.Packs,
     owner: Array,
     turns: Array,
     lengths: Array,
+    state: Answering,
     lora: LoRA | None,
     gates: Array | None,
     *,
-    slots: int,
     stop: int,
-    new_tokens: int,
-) -> Array:
-    """Greedy continuations, int32 [row, new_tokens]; from the first `stop` token on, every token is `stop`.
+) -> Answering:
+    """Reads a prompt into each row with a length, and writes the first token there. The other rows stay as they are.
 
-    The prompts lie in `packs` [turn, pack, time], of which the first `turns` (int32 []) are filled, and are of at most
-    `slots` tokens; `owner` int32 [turn, pack, time] is the row of a token, past the last for padding. `lengths` int32
-    [row], `gates` float32 [row, rank]. A row of length 0 is padding: it is finished from the start. Stops early once
-    every row has.
+    The prompts lie in `packs` [turn, pack, time], of which the first `turns` (int32 []) are filled; `owner` int32
+    [turn, pack, time] is the row of a token, past the last for padding. `lengths` int32 [row], 0 for rows without a
+    prompt; `gates` float32 [row, rank].
     """
-    rows, dtype = len(lengths), base["embedding"].dtype
+    rows, new = state.answer.shape
 
-    def read(turn, carry):
+    def turn(number, carry):
         last, cache = carry
-        here, of = jax.tree.map(lambda leaf: leaf[turn], (packs, owner))
+        here, of = jax.tree.map(lambda leaf: leaf[number], (packs, owner))
         gate = None if gates is None else gates[of]
-        hidden, cache = prefill(config, base, *here, of, cache, lora, gate)
+        hidden, cache = models.prefill(config, base, *here, of, cache, lora, gate)
         ends = jnp.where(here.positions + 1 == lengths[of], of, rows)
         return last.at[ends].set(hidden, mode="drop"), cache
 
-    empty = jnp.zeros((rows, config.width), dtype), empty_cache(config, rows, slots, new_tokens, dtype)
-    last, cache = jax.lax.fori_loop(0, turns, read, empty)
-    first = jnp.argmax(logits(config, base, last), axis=-1).astype(jnp.int32)
-    first = jnp.where(lengths > 0, first, stop)
-    answer = jnp.full((rows, new_tokens), stop, jnp.int32).at[:, 0].set(first)
+    fresh = lengths > 0
+    last = jnp.zeros((rows, config.width), base["embedding"].dtype)
+    last, cache = jax.lax.fori_loop(0, turns, turn, (last, models.reuse_rows(state.cache, fresh)))
+    first = jnp.argmax(models.logits(config, base, last), axis=-1).astype(jnp.int32)
+    answer = jnp.full((rows, new), stop, jnp.int32).at[:, 0].set(first)
+    latest = jnp.where(fresh, first if new > 1 else stop, state.latest)
+    return Answering(cache, latest, jnp.where(fresh[:, None], answer, state.answer))
 
-    def unfinished(carry):
-        step, latest, _, _ = carry
-        return (step < new_tokens) & jnp.any(latest != stop)
 
-    def advance(carry):
-        step, latest, answer, cache = carry
-        hidden, cache = decode_step(config, base, latest, cache, lora, gates)
-        best = jnp.argmax(logits(config, base, hidden), axis=-1).astype(jnp.int32)
-        latest = jnp.where(latest == stop, stop, best)
-        return step + 1, latest, answer.at[:, step].set(latest), cache
+@partial(jax.jit, static_argnames=("config", "stop"), donate_argnames="state")
+def write(
+    config: DecoderConfig,
+    base: PyTree,
+    few: Array,
+    state: Answering,
+    lora: LoRA | None,
+    gates: Array | None,
+    *,
+    stop: int,
+) -> Answering:
+    """Writes a token in each row, again and again, until at most `few` (int32 []) rows are unfinished.
 
-    return jax.lax.while_loop(unfinished, advance, (jnp.ones((), jnp.int32), first, answer, cache))[2]
+    A row finishes with its first `stop` token, or when its answer is full.
+    """
+    rows, new = state.answer.shape
+
+    def unfinished(state):
+        return jnp.sum(state.latest != stop) > few
+
+    def advance(state):
+        place = state.cache.written - state.cache.began + 1
+        hidden, cache = models.decode_step(config, base, state.latest, state.cache, lora, gates)
+        best = jnp.argmax(models.logits(config, base, hidden), axis=-1).astype(jnp.int32)
+        best = jnp.where(state.latest == stop, stop, best)
+        answer = state.answer.at[jnp.arange(rows), place].set(best, mode="drop")
+        return Answering(cache, jnp.where(place + 1 < new, best, stop), answer)
+
+    return jax.lax.while_loop(unfinished, advance, state)
+
+
+@partial(jax.jit, static_argnames="slots")
+def select(state: Answering, rows: Array, slots: int) -> Answering:
+    """These `rows` (int32 [row]) alone, whose prompts are of at most `slots` tokens."""
+    return Answering(models.select_rows(state.cache, rows, slots), state.latest[rows], state.answer[rows])
 
 
 def generate(
@@ -86,32 +126,69 @@ def generate(
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
 
-    Prompts of similar length answer together, at most `rows_at_once`; `packs_at_once` packs of prompts go through the
-    model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Batches are as even as
-    can be, and the longest prompt of one counts as a multiple of 64, so few shapes are compiled.
+    At most `rows_at_once` prompts are answered side by side, the longest first; `packs_at_once` packs of prompts go
+    through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Finished
+    rows take the next prompts once they are a quarter of all. Few shapes are compiled: the cache shrinks to half its
+    rows or slots at least.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return answers
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    batches = -(-len(order) // rows_at_once)
-    rows = min(rows_at_once, -(-len(order) // batches // 8) * 8)
-    time = packing.pack_length(max(map(len, prompts)))
-    turns = -(-rows // packs_at_once)  # every prompt may need a pack of its own
-    for here in np.array_split(np.array(order), batches):
-        texts = [prompts[i] for i in here]
-        assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, rows)
-        packs = packing.lay_out(texts, assignment, turns * packs_at_once, time)
-        owner = packing.owners(packs, assignment, rows)
-        packs, owner = jax.tree.map(lambda leaf: leaf.reshape(turns, packs_at_once, time), (packs, owner))
-        spare = (0, rows - len(here))
-        found = greedy(
-            config, base, packs, owner, np.int32(-(-len(assignment) // packs_at_once)),
-            np.pad(np.array([len(text) for text in texts], np.int32), spare),
-            lora, None if gates is None else np.pad(gates[here], [spare, (0, 0)]),
-            slots=-(-max(map(len, texts)) // 64) * 64, stop=stop, new_tokens=new_tokens,
-        )  # fmt: skip
-        for index, answer in zip(here, np.asarray(found).tolist(), strict=False):
-            answers[index] = answer[: answer.index(stop)] if stop in answer else answer
-        advance(len(here))
+    sizes = np.array([len(prompt) for prompt in prompts])
+    waiting = sorted(range(len(prompts)), key=lambda i: (sizes[i], -i))  # the longest last: the next to be taken
+    rows, slots = min(rows_at_once, -(-len(prompts) // 8) * 8), _slots(sizes.max())
+    time = packing.pack_length(int(sizes.max()))
+    held = np.full(rows, -1)  # the prompt that each row answers
+    state = Answering(
+        models.empty_cache(config, rows, slots, new_tokens, base["embedding"].dtype),
+        jnp.full(rows, stop, jnp.int32),
+        jnp.full((rows, new_tokens), stop, jnp.int32),
+    )
+    while waiting or (held >= 0).any():
+        if waiting:  # as many rows are free as are to be filled
+            free = np.flatnonzero(held < 0)[: len(waiting)]
+            held[free] = [waiting.pop() for _ in free]
+            turn = _packed(prompts, held, free, time, packs_at_once)
+            state = read(config, base, *turn, state, lora, _of(gates, held), stop=stop)
+
+        live = np.flatnonzero(held >= 0)
+        enough = _slots(sizes[[*held[live], *waiting[-1:]]].max())
+        half = not waiting and _FEWEST <= rows // 2 >= len(live)
+        if half or enough <= slots // 2:
+            kept = np.argsort(held < 0, kind="stable")[: rows // 2 if half else rows]
+            held, rows, slots = held[kept], len(kept), enough
+            state = select(state, kept, slots)
+
+        refill = min(max(1, rows // 4), len(waiting))
+        few = rows - refill if waiting else rows // 2 if rows // 2 >= _FEWEST else 0
+        state = write(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
+        latest, written = np.asarray(state.latest), np.asarray(state.answer).tolist()
+        done = np.flatnonzero((held >= 0) & (latest == stop))
+        for row in done:
+            answers[held[row]] = written[row][: written[row].index(stop)] if stop in written[row] else written[row]
+        held[done] = -1
+        advance(len(done))
     return answers
+
+
+def _slots(longest: int) -> int:
+    """Slots of a cache for prompts of so many tokens: few sizes, so few shapes."""
+    return -(-int(longest) // 64) * 64
+
+
+def _of(gates: np.ndarray | None, held: np.ndarray) -> np.ndarray | None:
+    """The gates of the prompts in the rows; those of a row without one do not matter."""
+    return None if gates is None else gates[held]
+
+
+def _packed(prompts: Sequence[Sequence[int]], held: np.ndarray, free: np.ndarray, time: int, packs_at_once: int):
+    """The arguments of `read` for the prompts that the rows `free` hold: packs, owner, turns, lengths."""
+    texts = [prompts[i] for i in held[free]]
+    assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, len(texts))
+    turns = -(-len(held) // packs_at_once)  # every prompt may need a pack of its own
+    packs = packing.lay_out(texts, assignment, turns * packs_at_once, time)
+    owner = packing.owners(packs, [free[pack].tolist() for pack in assignment], len(held))
+    packs, owner = jax.tree.map(lambda leaf: leaf.reshape(turns, packs_at_once, time), (packs, owner))
+    lengths = np.zeros(len(held), np.int32)
+    lengths[free] = [len(text) for text in texts]
+    return packs, owner, np.int32(-(-len(assignment) // packs_at_once)), lengths

@@ -80,7 +80,7 @@ def test_the_table_divides_what_was_measured(tmp_path):
         "matrix_rate": [6e11, 6e11, 1e11],
     }
     kmeans = {**phase, "unit": "rows", "seconds": {"ours": [1.0], "scikit-learn": [9.0]}}
-    load = dataclasses.asdict(bench_phases.Load(4, 1, 1, 8, 4, 8))
+    load = dataclasses.asdict(bench_phases.Load(4, 1, 1, 8, 4, 8, 1))
     found = {
         "model": "m", "data": "d", "device": "cpu", "torch": "t", "jax": "j", "threads": 2,
         "load": load, "lanes": 8, "slots": 4,

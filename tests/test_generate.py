@@ -66,6 +66,34 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
     assert len({tuple(answer) for answer in expected}) > 2 and any(len(answer) < NEW for answer in expected)
 
 
+def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts):
+    """Forty prompts of 5 to 200 tokens in 32 rows: rows are refilled, the cache shrinks in rows and slots."""
+    stop = 7
+    loud = {  # or every answer is one token repeated, and none stops
+        "blocks": jax.tree.map(lambda leaf: 20 * leaf, tiny.params["blocks"]),
+        "embedding": tiny.params["embedding"].at[stop].mul(2.5),
+    }
+    tiny = tiny._replace(params={**tiny.params, **loud})
+    prompts = [(prompts[i % len(prompts)] * 4)[: 5 * (i + 1)] for i in range(40)]
+    slots = [i % 3 for i in range(40)]
+    gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), 3), LORA))
+    adapters = [jax.tree.map(lambda leaf, s=slot: leaf[s], bank) for slot in range(3)]
+    pairs = zip(prompts, slots, strict=True)
+    expected = [by_full_forwards(tiny, prompt, adapters[slot], stop) for prompt, slot in pairs]
+    lengths = [len(answer) for answer in expected]
+    assert len(set(lengths)) > 6 and max(map(lengths.count, lengths)) < 20, lengths
+    done = []
+    for rows in (32, 64):
+        found = generate(
+            tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW,
+            rows_at_once=rows, advance=done.append,
+        )  # fmt: skip
+        assert found == expected
+    assert sum(done) == 80 and len(done) > 4
+    once = generate(tiny.config, tiny.params, prompts, None, None, stop=stop, new_tokens=1, rows_at_once=8)
+    assert all(len(answer) <= 1 for answer in once)
+
+
 def test_last_states_under_gates_are_those_of_single_texts(tiny, bank, prompts):
     prompts, slots = prompts[:5], [0, 1, 2, 0, 1]
     gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), 3), LORA))

@@ -11,6 +11,8 @@ from fedrouter_jax.models.decoder import (
     logits,
     module_shapes,
     prefill,
+    reuse_rows,
+    select_rows,
 )
 from fedrouter_jax.models.load import Model, load_model, model_config
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
@@ -30,6 +32,8 @@ __all__ = [
     "model_config",
     "module_shapes",
     "prefill",
+    "reuse_rows",
+    "select_rows",
     "tiny_params",
     "tiny_tokenizer",
 ]

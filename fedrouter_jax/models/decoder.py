@@ -35,16 +35,18 @@ _recompute = partial(jax.checkpoint, prevent_cse=False)
 class Cache(NamedTuple):
     """Keys and values already computed: of a row's prompt, and of the tokens written after it.
 
-    Prompts differ in length, but every step writes one token in each row. So a step writes the same slot of all rows,
-    and the prompts, most of what is held, stay in the order that is fastest to read: slots last for keys.
+    Rows may begin at different steps, but every step writes one token in each. So a step writes the same slot of all
+    rows, the slots of answers are a ring that holds the last of them, and the prompts, most of what is held, stay in
+    the order that is fastest to read: slots last for keys.
     """
 
     k: Array  # [layer, row, kv_head, head_dim, slot]: position j in slot j, valid when j < length
     v: Array  # [layer, row, kv_head, slot, head_dim]
     length: Array  # int32 [row], of the prompt
-    new_k: Array  # [layer, row, kv_head, new, head_dim]: position length + j in slot j, valid when j < written
+    began: Array  # int32 [row], `written` when the row's prompt was read
+    new_k: Array  # [layer, row, kv_head, new, head_dim]: the token of step t in slot t mod new, valid from `began` on
     new_v: Array  # [layer, row, kv_head, new, head_dim]
-    written: Array  # int32 []
+    written: Array  # int32 [], steps so far
 
 
 class _Adapter(NamedTuple):
@@ -186,13 +188,14 @@ def _attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: Ca
     q = (q * size**-0.5).reshape(rows, config.kv_heads, -1, size)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     slots, new = (jnp.arange(count) for count in (cache.k.shape[-1], cache.new_k.shape[-2]))
-    length, written = cache.length[:, None], cache.written
-    in_prompt, in_answer = slots < length, new < written
+    length, own = cache.length[:, None], (cache.written - cache.began)[:, None]
+    ago = 1 + (cache.written - 1 - new) % len(new)  # steps since a slot of the ring was written
+    in_prompt, in_answer = slots < length, ago <= own
     if config.sliding_window is not None:
-        in_prompt &= length + written - slots < config.sliding_window
-        in_answer &= written - new < config.sliding_window
+        in_prompt &= length + own - slots < config.sliding_window
+        in_answer &= ago < config.sliding_window
     prompt = jnp.where(in_prompt[:, None, None], product("rkgd,rkds->rkgs", q, cache.k), -jnp.inf)
-    answer = jnp.where(in_answer, product("rkgd,rksd->rkgs", q, cache.new_k), -jnp.inf)
+    answer = jnp.where(in_answer[:, None, None], product("rkgd,rksd->rkgs", q, cache.new_k), -jnp.inf)
     itself = product("rkgd,rkd->rkg", q, k)[..., None]
     top = jnp.maximum(itself, jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in (prompt, answer))))
     prompt, answer, itself = (jnp.exp(part - top) for part in (prompt, answer, itself))
@@ -282,7 +285,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0 if cache is None else Cache(0, 0, same, 0, 0, same), same, same, same, same),
+            in_axes=(0, 0, 0 if cache is None else Cache(0, 0, same, same, 0, 0, same), same, same, same, same),
             length=c.layers,
         )(c, self.rate, self.keep_kv, name="blocks")
         x, kv = blocks(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
@@ -359,7 +362,26 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, new: int, dtype) -
     head = (config.layers, rows, config.kv_heads)
     k, v = jnp.zeros((*head, config.head_dim, slots), dtype), jnp.zeros((*head, slots, config.head_dim), dtype)
     new_k, new_v = jnp.zeros((2, *head, new, config.head_dim), dtype)
-    return Cache(k, v, jnp.zeros(rows, jnp.int32), new_k, new_v, jnp.zeros((), jnp.int32))
+    length, began = jnp.zeros((2, rows), jnp.int32)
+    return Cache(k, v, length, began, new_k, new_v, jnp.zeros((), jnp.int32))
+
+
+def reuse_rows(cache: Cache, rows: Array) -> Cache:
+    """The cache with `rows` (bool [row]) emptied, for other prompts."""
+    return cache._replace(length=jnp.where(rows, 0, cache.length), began=jnp.where(rows, cache.written, cache.began))
+
+
+def select_rows(cache: Cache, rows: Array, slots: int) -> Cache:
+    """The cache of these `rows` (int32 [row]) alone, whose prompts are of at most `slots` tokens."""
+    return Cache(
+        cache.k[:, rows, ..., :slots],
+        cache.v[:, rows, :, :slots],
+        cache.length[rows],
+        cache.began[rows],
+        cache.new_k[:, rows],
+        cache.new_v[:, rows],
+        cache.written,
+    )
 
 
 def prefill(
@@ -399,19 +421,21 @@ def decode_step(
     lora: LoRA | None = None,
     gates: Array | None = None,
 ) -> tuple[Array, Cache]:
-    """Runs one more token a row: `tokens` int32 [row] at position `cache.length + cache.written`.
+    """Runs one more token a row: `tokens` int32 [row], at the position after the row's prompt and what it wrote.
 
-    Returns the hidden states after the final norm [row, width] and the cache with that token in it. When a cache is
-    full a token attends as usual but is not stored.
+    Returns the hidden states after the final norm [row, width] and the cache with that token in it. A row that has
+    written more than the cache has room for forgets the first of it.
     """
     _check(config, lora)
+    positions = cache.length + cache.written - cache.began
     hidden, (k, v) = Decoder(config, keep_kv=True).apply(
-        {"params": params}, tokens, cache.length + cache.written, None, lora, gates, None, cache
+        {"params": params}, tokens, positions, None, lora, gates, None, cache
     )
+    slot = cache.written % cache.new_k.shape[-2]
     # One write after the layers: a loop that carries the cache updates it in place.
     return hidden, cache._replace(
-        new_k=cache.new_k.at[:, :, :, cache.written].set(k, mode="drop"),
-        new_v=cache.new_v.at[:, :, :, cache.written].set(v, mode="drop"),
+        new_k=cache.new_k.at[:, :, :, slot].set(k),
+        new_v=cache.new_v.at[:, :, :, slot].set(v),
         written=cache.written + 1,
     )
 

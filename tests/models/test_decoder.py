@@ -193,11 +193,30 @@ def test_what_has_no_room_is_not_stored():
     whole = filled(BASE, params, tokens, [4, 2], 4, 1)[1]
     np.testing.assert_array_equal(cache.k, whole.k[..., :3])
     np.testing.assert_array_equal(cache.v, whole.v[..., :3, :])
-    _, once = models.decode_step(BASE, params, tokens[:, 0], whole)
-    _, twice = models.decode_step(BASE, params, tokens[:, 1], once)
-    assert np.abs(once.new_k).min() > 0
-    np.testing.assert_array_equal(twice.new_k, once.new_k)
-    np.testing.assert_array_equal(twice.new_v, once.new_v)
+
+
+def test_rows_of_a_cache_begin_at_different_steps():
+    config = dataclasses.replace(BASE, sliding_window=4)
+    params, tokens, other = make_params(config), make_tokens(3, 14), make_tokens(1, 14, seed=8)
+    full, expected = (run(config, params, text, None, None) for text in (tokens, other))
+    lengths = np.array([8, 3, 1])
+    _, cache = filled(config, params, jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96), lengths, 8, 4)
+    step = jax.jit(models.decode_step, static_argnums=0)
+    for number in range(6):  # more than the answers have room for, but a window sees no more than those
+        if number == 3:  # the second row takes another prompt
+            cache = models.reuse_rows(cache, jnp.array([False, True, False]))
+            texts = other[:, :5], jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32), jnp.full((1, 5), 1)
+            hidden, cache = models.prefill(config, params, *texts, cache)
+            close(hidden[0], expected[0, :5])
+            tokens, full = tokens.at[1].set(other[0]), full.at[1].set(expected[0])
+        at = cache.length + cache.written - cache.began
+        hidden, cache = step(config, params, tokens[jnp.arange(3), at], cache)
+        close(hidden, full[jnp.arange(3), at])
+    kept = models.select_rows(cache, jnp.array([2, 1]), 5)
+    assert kept.k.shape[-1] == kept.v.shape[-2] == 5
+    at = (cache.length + cache.written - cache.began)[jnp.array([2, 1])]
+    hidden, _ = step(config, params, tokens[jnp.array([2, 1]), at], kept)
+    close(hidden, full[jnp.array([2, 1]), at])
 
 
 @pytest.mark.parametrize("modules", [decoder.MODULES, ("q_proj", "v_proj"), ("down_proj",)])
