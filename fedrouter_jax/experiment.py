@@ -143,8 +143,8 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
 
 
 def packs_at_once(config: Config) -> int:
-    """Packs of texts that go through the model together."""
-    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 16)
+    """Packs of texts that go through the model together: on a CPU two are up to a tenth faster than one or four."""
+    return config.compute.packs_at_once or (2 if jax.default_backend() == "cpu" else 16)
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:
