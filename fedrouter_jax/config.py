@@ -53,7 +53,7 @@ class ComputeConfig:
     rows_at_once: int = 64
     """Rows that generate together."""
     packs_at_once: int | None = None
-    """Packs of texts that are embedded or read for generation together; by default 1 on a CPU, else 16."""
+    """Packs of texts that are embedded or read for generation together; by default 2 on a CPU, else 16."""
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     checkpoint_every: int = 1
