@@ -230,6 +230,7 @@ def generation(prepared: Prepared, adapters: LoRA, theirs, flows, load: Load, ne
         return generate.generate(
             prepared.model.config, prepared.model.params, prompts, lora.concatenate(adapters), gates,
             stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=config.compute.rows_at_once,
+            packs_at_once=experiment.packs_at_once(config),
         )  # fmt: skip
 
     def other(each):
@@ -308,8 +309,11 @@ def matrix_rate(size: int = 2048, times: int = 5) -> float:
 def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     """The share of useful tokens in what the model sees here: embedding, a round, reading prompts."""
 
+    at_once = experiment.packs_at_once(prepared.config)
+
     def packed(lengths: list[int], time: int, most: int) -> int:
-        return time * len(packing.first_fit([(length, 0) for length in lengths], time, 0, most))
+        packs = len(packing.first_fit([(length, 0) for length in lengths], time, 0, most))
+        return time * at_once * -(-packs // at_once)
 
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
     texts = [len(text) for text in ids]
