@@ -1,7 +1,7 @@
 """Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
-    python -m experiments.table1 --smoke                              the tiny model on synthetic rows, Dual once
+    python -m experiments.table1 --smoke                              the tiny model on synthetic rows, two runs
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
 Personalised scores (Table 1) are on each client's own tasks, generalisation (Table 3) on the mix of all. The methods of
@@ -62,7 +62,7 @@ class Table1:
     out: Path | None = None
     """Folder for summaries, table and figure; by default docs/results/table1, or runs/smoke/table1 with --smoke."""
     smoke: bool = False
-    """The tiny random model on synthetic rows: one seed of the first scenario."""
+    """The tiny random model on synthetic rows: only the first two runs."""
     redraw: bool = False
     """Only draw the table from the summaries in --out."""
 
@@ -102,9 +102,10 @@ def main(options: Table1) -> None:
 
 def configs(options: Table1) -> dict[str, Config]:
     """`{"scenario-method-seed": config}` of the table."""
-    seeds, scenarios = (1, options.scenarios[:1]) if options.smoke else (options.seeds, options.scenarios)
-    jobs = [(seed, s, m) for seed in range(seeds) for s in scenarios for m in options.methods]
+    jobs = [(seed, s, m) for seed in range(options.seeds) for s in options.scenarios for m in options.methods]
     jobs += [(0, "dual", method) for method in options.once]
+    if options.smoke:
+        jobs = jobs[:2]
     return {
         f"{scenario}-{method}-{seed}": variant(budget(options, scenario), method, seed)
         for seed, scenario, method in jobs

@@ -143,7 +143,7 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
 
 
 def packs_at_once(config: Config) -> int:
-    """Packs of texts that go through the model together: on a CPU two are up to a tenth faster than one or four."""
+    """Packs of texts that go through the model together: on a CPU two are faster than one, and four no faster."""
     return config.compute.packs_at_once or (2 if jax.default_backend() == "cpu" else 16)
 
 

@@ -24,7 +24,7 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Array, LoRA, PyTree
 
-_FEWEST = 16  # rows below which a step costs the same however few they are
+_FEWEST = 16  # rows; a program of its own for fewer takes longer to compile than it saves
 
 
 class Answering(NamedTuple):
@@ -159,8 +159,10 @@ def generate(
             held, rows, slots = held[kept], len(kept), enough
             state = select(state, kept, slots)
 
-        refill = min(max(1, rows // 4), len(waiting))
-        few = rows - refill if waiting else rows // 2 if rows // 2 >= _FEWEST else 0
+        if waiting:
+            few = rows - min(max(1, rows // 4), len(waiting))
+        else:
+            few = rows // 2 if rows // 2 >= _FEWEST else 0
         state = write(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
         latest, written = np.asarray(state.latest), np.asarray(state.answer).tolist()
         done = np.flatnonzero((held >= 0) & (latest == stop))

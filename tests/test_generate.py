@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import LORA
 
+from fedrouter_jax import generate as generation
 from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.embed import embed
@@ -66,8 +67,8 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
     assert len({tuple(answer) for answer in expected}) > 2 and any(len(answer) < NEW for answer in expected)
 
 
-def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts):
-    """Forty prompts of 5 to 200 tokens in 32 rows: rows are refilled, the cache shrinks in rows and slots."""
+def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts, monkeypatch):
+    """Forty prompts of 5 to 200 tokens in 8, 32 and 64 rows: rows are refilled, the cache loses rows and slots."""
     stop = 7
     loud = {  # or every answer is one token repeated, and none stops
         "blocks": jax.tree.map(lambda leaf: 20 * leaf, tiny.params["blocks"]),
@@ -82,16 +83,23 @@ def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts):
     expected = [by_full_forwards(tiny, prompt, adapters[slot], stop) for prompt, slot in pairs]
     lengths = [len(answer) for answer in expected]
     assert len(set(lengths)) > 6 and max(map(lengths.count, lengths)) < 20, lengths
-    done = []
-    for rows in (32, 64):
+    done, shapes = [], set()
+
+    def write(config, base, few, state, *rest, write=generation.write, **named):
+        shapes.add((len(state.latest), state.cache.k.shape[-1]))
+        return write(config, base, few, state, *rest, **named)
+
+    monkeypatch.setattr(generation, "write", write)
+    for rows in (8, 32, 64):
         found = generate(
             tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW,
             rows_at_once=rows, advance=done.append,
         )  # fmt: skip
         assert found == expected
-    assert sum(done) == 80 and len(done) > 4
+    assert sum(done) == 120 and len(done) > 9
+    assert {(8, 256), (8, 128), (32, 256), (16, 256), (40, 256), (20, 256)} <= shapes, shapes
     once = generate(tiny.config, tiny.params, prompts, None, None, stop=stop, new_tokens=1, rows_at_once=8)
-    assert all(len(answer) <= 1 for answer in once)
+    assert once == [by_full_forwards(tiny, prompt, None, stop)[:1] for prompt in prompts]
 
 
 def test_last_states_under_gates_are_those_of_single_texts(tiny, bank, prompts):
