@@ -7,7 +7,7 @@ import time as clock
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from fedrouter_jax.types import LoRA
 
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
-Phase = tuple[int, dict[str, Callable[[], Any]]]  # useful tokens or rows, and what each side does
+# Useful tokens or rows (of all sides, or by side with "" for those not named), and what each side does.
+Phase = tuple[int | dict[str, int], dict[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,37 @@ class Load:
     rounds: int  # of training before answers are timed
 
 
+class Peer(NamedTuple):
+    """A flow in PyTorch on a model."""
+
+    name: str
+    flow: flow.Flow
+    model: Any
+
+
 def measure(data: str, load: Load, turns: int, best_effort: bool, console: Console) -> dict[str, Any]:
     """Every phase's seconds on every side, and the tokens it handled."""
     model = load_model()
     config = setting(data, load)
     prepared = experiment.prepare(config, model)
+    mixed = experiment.prepare(replace(config, dtype="mixed"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         peft_io.write_adapter(Path(folder), fresh(prepared), config.lora, model.base_name)
         console.print("loading the model in torch")
         theirs = flow.load(smollm2_path(), Path(folder), device, torch.float32)
-    flows = [flow.PUBLISHED, *([flow.BEST_EFFORT] if best_effort else [])]
+        peers = [Peer("published", flow.PUBLISHED, theirs)]
+        if best_effort:
+            half = flow.load(smollm2_path(), Path(folder), device, torch.bfloat16)
+            peers += [Peer("best effort", flow.BEST_EFFORT, theirs), Peer("best effort, bf16", flow.BEST_EFFORT, half)]
     adapters = trained(prepared, load, console)
     phases = {
-        "embed": embedding(prepared, theirs, flows, load),
+        "embed": embedding(prepared, mixed, peers, load),
         "K-Means": clustering(load),
-        "train a round": training(prepared, theirs, flows),
+        "train a round": training(prepared, mixed, peers),
         "route": nearest(load),
-        "read prompts": generation(prepared, adapters, theirs, flows, load, new=1),
-        "routed generation": generation(prepared, adapters, theirs, flows, load, load.new),
+        "read prompts": generation(prepared, mixed, adapters, peers, load, new=1),
+        "routed generation": generation(prepared, mixed, adapters, peers, load, load.new),
     }
     measured = {}
     for name, (useful, sides) in phases.items():
@@ -80,6 +93,7 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
                     seconds[side].append(spent)
                 else:
                     first[side] = spent
+        useful = useful if isinstance(useful, dict) else {"": useful}
         unit = "rows" if name in ("K-Means", "route") else "tokens"
         measured[name] = {
             "useful": useful, "unit": unit, "seconds": seconds, "first": first, "matrix_rate": matrix[1:]
@@ -141,26 +155,28 @@ def asked(prepared: Prepared, load: Load) -> list[int]:
     return spread(list(prepared.test), load.prompts)
 
 
-def embedding(prepared: Prepared, theirs, flows, load: Load) -> Phase:
+def embedding(prepared: Prepared, mixed: Prepared, peers: list[Peer], load: Load) -> Phase:
     """Mean states of the last layer of some texts."""
     texts = texts_of(prepared, load)
     ids = tokens.encode_texts(prepared.model.tokenizer, texts, prepared.config.data.max_length)
     pad = prepared.model.tokenizer.pad_token_id
-    ours, other = experiment.embed_texts(prepared, texts), flow.embed(theirs, ids, pad, flows[-1])
-    gap = float(np.abs(ours - other).max() / np.abs(other).max())
-    if gap > 1e-3:
-        raise UserError(f"the embeddings of both sides differ by {gap:.1e} of the largest; nothing is timed")
+    other = flow.embed(peers[0].model, ids, pad, peers[0].flow)
+    for ours, most in ((prepared, 1e-3), (mixed, 3e-2)):
+        gap = float(np.abs(experiment.embed_texts(ours, texts) - other).max() / np.abs(other).max())
+        if gap > most:
+            raise UserError(f"the embeddings of both sides differ by {gap:.1e} of the largest; nothing is timed")
     cluster = replace(prepared.config.cluster, recipe="refined")
     shallow = prepared._replace(config=replace(prepared.config, cluster=cluster))
     sides: dict[str, Callable] = {
         "ours": lambda: experiment.embed_texts(prepared, texts),
+        "ours, mixed": lambda: experiment.embed_texts(mixed, texts),
         "ours, refined": lambda: experiment.embed_texts(shallow, texts),
     }
-    sides |= {each.name: lambda each=each: flow.embed(theirs, ids, pad, each) for each in flows}
+    sides |= {each.name: lambda each=each: flow.embed(each.model, ids, pad, each.flow) for each in peers}
     return sum(map(len, ids)), sides
 
 
-def training(prepared: Prepared, theirs, flows) -> Phase:
+def training(prepared: Prepared, mixed: Prepared, peers: list[Peer]) -> Phase:
     """A round of eight lanes on four slots, two lanes to a slot."""
     config, pad = prepared.config, prepared.model.tokenizer.pad_token_id
     labels = [np.arange(len(held)) % 2 for held in prepared.train]
@@ -180,10 +196,10 @@ def training(prepared: Prepared, theirs, flows) -> Phase:
         order = schedule.draw(len(rows), steps * size, np.random.default_rng([config.seed, 1, int(c), int(k)]))
         drawn = [[rows[i] for i in order[step * size :][:size]] for step in range(steps)]
         lanes.append((int(table[c, k]), float(weight), drawn))
-    given = {name: leaf.detach().clone() for name, leaf in flow.get_peft_model_state_dict(theirs).items()}
+    given = {name: leaf.detach().clone() for name, leaf in flow.get_peft_model_state_dict(peers[0].model).items()}
     rate = float(client.learning_rate(config.local, config.rounds.rounds, 1))
 
-    def ours():
+    def ours(prepared):
         state = experiment.start(prepared, enrolment)
         return experiment.train_round(prepared, state, work, batch)[1]
 
@@ -192,16 +208,20 @@ def training(prepared: Prepared, theirs, flows) -> Phase:
     def other(each):
         if each.name not in compiled:
             # On a CPU compiling the backward pass takes longer than this whole bench.
-            here = each.compiled and theirs.device.type == "cuda"
-            compiled[each.name] = torch.compile(theirs, dynamic=True) if here else theirs
-        return flow.train_round(compiled[each.name], [given] * SLOTS, lanes, rate, pad, each)[1]
+            here = each.flow.compiled and each.model.device.type == "cuda"
+            compiled[each.name] = torch.compile(each.model, dynamic=True) if here else each.model
+        return flow.train_round(compiled[each.name], [given] * SLOTS, lanes, rate, pad, each.flow)[1]
 
-    mine = np.array([lane["loss"] for lane in ours()["lanes"]])
-    gap = float(np.abs(mine - np.array(other(flows[0]))).max())
-    if gap > 1e-2:
-        raise UserError(f"the losses of both sides differ by {gap:.1e}; nothing is timed")
+    expected = np.array(other(peers[0]))
+    for side, most in ((prepared, 1e-2), (mixed, 1e-1)):
+        gap = float(np.abs(np.array([lane["loss"] for lane in ours(side)["lanes"]]) - expected).max())
+        if gap > most:
+            raise UserError(f"the losses of both sides differ by {gap:.1e}; nothing is timed")
     useful = sum(row.length for _, _, drawn in lanes for rows in drawn for row in rows)
-    return useful, {"ours": ours} | {each.name: lambda each=each: other(each) for each in flows}
+    return useful, {
+        "ours": lambda: ours(prepared), "ours, mixed": lambda: ours(mixed),
+        **{each.name: lambda each=each: other(each) for each in peers},
+    }  # fmt: skip
 
 
 def trained(prepared: Prepared, load: Load, console: Console) -> LoRA:
@@ -215,7 +235,7 @@ def trained(prepared: Prepared, load: Load, console: Console) -> LoRA:
     return bank.serving(state.bank)
 
 
-def generation(prepared: Prepared, adapters: LoRA, theirs, flows, load: Load, new: int) -> Phase:
+def generation(prepared: Prepared, mixed: Prepared, adapters: LoRA, peers: list[Peer], load: Load, new: int) -> Phase:
     """Answers to prompts of all tasks by their tasks' adapters. Useful are the tokens read and written."""
     config, tokenizer = prepared.config, prepared.model.tokenizer
     rows, tasks = asked(prepared, load), prepared.partition.tasks
@@ -223,27 +243,37 @@ def generation(prepared: Prepared, adapters: LoRA, theirs, flows, load: Load, ne
     slots = [tasks.index(prepared.dataset.test[row].task) for row in rows]
     gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.asarray(slots), len(tasks)), config.lora))
     theirs_bank = [
-        in_torch(jax.tree.map(lambda leaf, s=slot: leaf[s], adapters), theirs.device) for slot in range(len(tasks))
+        in_torch(jax.tree.map(lambda leaf, s=slot: leaf[s], adapters), peers[0].model.device)
+        for slot in range(len(tasks))
     ]
 
-    def ours():
+    def ours(params):
         return generate.generate(
-            prepared.model.config, prepared.model.params, prompts, lora.concatenate(adapters), gates,
+            prepared.model.config, params, prompts, lora.concatenate(adapters), gates,
             stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=config.compute.rows_at_once,
             packs_at_once=experiment.packs_at_once(config),
         )  # fmt: skip
 
     def other(each):
         return flow.generate(
-            theirs, theirs_bank, slots, prompts, tokenizer.pad_token_id, tokenizer.eos_token_id, new, each
+            each.model, theirs_bank, slots, prompts, tokenizer.pad_token_id, tokenizer.eos_token_id, new, each.flow
         )
 
-    found, expected = ours(), other(flows[-1])
+    found, expected = ours(prepared.model.params), other(peers[0])
     same = np.mean([a == b for a, b in zip(found, expected, strict=True)])
     if same < 0.75:  # greedy answers of equal models part ways where two tokens are as likely
         raise UserError(f"only {same:.0%} of the answers of both sides agree; nothing is timed")
-    useful = sum(map(len, prompts)) + sum(len(answer) + 1 for answer in expected)
-    return useful, {"ours": ours} | {each.name: lambda each=each: other(each) for each in flows}
+
+    def useful(answers):
+        return sum(map(len, prompts)) + sum(len(answer) + 1 for answer in answers)
+
+    # Rounded operands end some answers elsewhere.
+    rounded = {"ours, mixed": useful(ours(mixed.model.params))}
+    rounded |= {each.name: useful(other(each)) for each in peers if each.model is not peers[0].model}
+    return {"": useful(expected)} | rounded, {
+        "ours": lambda: ours(prepared.model.params), "ours, mixed": lambda: ours(mixed.model.params),
+        **{each.name: lambda each=each: other(each) for each in peers},
+    }  # fmt: skip
 
 
 def in_torch(adapter: LoRA, device) -> dict:

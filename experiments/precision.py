@@ -32,6 +32,7 @@ from fedrouter_jax.presets import flan4_cpu, smoke
 # Name: the type of computation, and how kernels are stored.
 PRECISIONS = {
     "float32": ("float32", "none"),
+    "mixed": ("mixed", "none"),
     "bfloat16": ("bfloat16", "none"),
     "int8": ("float32", "int8"),
     "nf4": ("float32", "nf4"),

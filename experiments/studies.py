@@ -1,7 +1,7 @@
 """One choice at a time: what becomes of FedRouter and FedIT when clients, rounds, rows, cluster counts or tests change.
 
     python -m experiments.studies clients --data ../shared/data/flan4      one study: runs what is missing, then draws
-    python -m experiments.studies --smoke                                  all studies, the tiny model, synthetic rows
+    python -m experiments.studies --smoke                                  the tiny model, synthetic rows, two studies
     python -m experiments.studies --redraw                                 from the committed summaries alone
 
 Every study starts from Table 1's Dual at its reduced budget and changes one thing (`STUDIES`).
@@ -72,7 +72,7 @@ STUDIES = {
         lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
     ),
     "precision": Study(
-        "precision of the frozen base", ("float32", "bfloat16", "int8", "nf4"),
+        "precision of the frozen base", ("float32", "mixed", "bfloat16", "int8", "nf4"),
         lambda name: dict(zip(("dtype", "quantise"), PRECISIONS[name], strict=True)), ("fedrouter",),
     ),
     "model": Study(
@@ -87,8 +87,8 @@ STUDIES = {
 class Studies:
     """One choice at a time."""
 
-    study: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(STUDIES)
-    """Which studies; by default all."""
+    study: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Which studies; by default all, with --smoke the first two."""
     data: str = "flan4"
     """Folder of the real rows."""
     seeds: int = 2
@@ -109,7 +109,7 @@ def main(options: Studies) -> None:
     unknown = sorted(set(options.study) - set(STUDIES))
     if unknown:
         raise UserError(f"no study is called {unknown[0]!r}; choose among {', '.join(STUDIES)}")
-    for name in options.study:
+    for name in options.study or (tuple(STUDIES)[:2] if options.smoke else tuple(STUDIES)):
         kept = out / name
         if not options.redraw:
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name

@@ -51,7 +51,7 @@ class Table1:
 
     data: str = "flan4"
     """Folder of the real rows."""
-    seeds: int = 3
+    seeds: int = 5
     """Seeds 0 .. N-1."""
     methods: tuple[str, ...] = FIRST
     """Methods that run in every scenario and with every seed."""

@@ -89,8 +89,9 @@ class Config:
     """The embedded default "smollm2-135m", the random "tiny", a GGUF file, a Hugging Face folder, or a hub id."""
     seed: int = 0
     """Seed of everything: who holds what, adapters, clusters, batches, dropout."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen base model's weights and compute; adapters are always float32."""
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Type of the frozen base and of what is computed; adapters are always float32. mixed: matrices, and what is
+    multiplied with them, in bfloat16, all else in float32."""
     quantise: Quantise = "none"
     """How the frozen linear layers are stored: as they are, in 8 bits, or in 4 (NF4, as in QLoRA)."""
     data: DataConfig = field(default_factory=DataConfig)

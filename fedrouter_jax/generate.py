@@ -66,7 +66,7 @@ def read(
         return last.at[ends].set(hidden, mode="drop"), cache
 
     fresh = lengths > 0
-    last = jnp.zeros((rows, config.width), base["embedding"].dtype)
+    last = jnp.zeros((rows, config.width), base["norm"].dtype)
     last, cache = jax.lax.fori_loop(0, turns, turn, (last, models.reuse_rows(state.cache, fresh)))
     first = jnp.argmax(models.logits(config, base, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((rows, new), stop, jnp.int32).at[:, 0].set(first)

@@ -23,6 +23,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
 from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.matrices import computation
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.routing import Enrolment, Router
 from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
@@ -172,7 +173,7 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     decoder, config = federation.decoder, federation.config
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
     lanes = asked(federation, pack.lanes)
-    width = jnp.dtype(config.dtype).itemsize
+    width = computation(config.dtype).itemsize
     # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel.
     head = pack.predicted * decoder.vocab_size * 4 * 2
     block = pack.tokens * decoder.mlp_width * width * 4

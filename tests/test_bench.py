@@ -71,12 +71,17 @@ def test_both_flows_embed_and_answer_as_we_do(sides):
 
 
 def test_the_table_divides_what_was_measured(tmp_path):
-    seconds = {"ours": [2.0, 1.0, 4.0], "published": [8.0, 6.0, 7.0], "best effort": [3.0, 3.0, 3.0]}
+    seconds = {
+        "ours": [2.0, 1.0, 4.0],
+        "ours, mixed": [1.0, 1.0, 1.0],
+        "published": [8.0, 6.0, 7.0],
+        "best effort": [3.0, 3.0, 3.0],
+    }
     phase = {
-        "useful": 600,
+        "useful": {"": 600, "ours, mixed": 300},
         "unit": "tokens",
         "seconds": seconds,
-        "first": {"ours": 5.0},
+        "first": {"ours": 5.0, "ours, mixed": 4.0},
         "matrix_rate": [6e11, 6e11, 1e11],
     }
     kmeans = {**phase, "unit": "rows", "seconds": {"ours": [1.0], "scikit-learn": [9.0]}}
@@ -91,10 +96,13 @@ def test_the_table_divides_what_was_measured(tmp_path):
         },
     }  # fmt: skip
     text = bench.markdown(json.loads(json.dumps(found)))
-    assert "| train a round (tokens) | 300 | 5.0 | 86 | **3.50** | 200 | **1.50** |" in text
+    assert "| train a round (tokens) | 300 | 5.0 | 86 | **3.50** | 200 | **1.50** |  |  |" in text
+    assert (
+        "| train a round, mixed (tokens) | 300 | 4.0 | 86 | **3.50** | 200 | **1.50** |  |  |" in text
+    )  # half of the work
     assert "| **9.00** |" in text
     assert (
-        "| all of it, 6 rounds (seconds) | 17 |  | 65 | **3.82** | 33 | **1.94** |" in text
+        "| all of it, 6 rounds (seconds) | 17 |  | 65 | **3.82** | 33 | **1.94** |  |  |" in text
     )  # 8 x 2 + 1, 8 x 7 + 9 ...
     # Turn by turn: 300, 600 and 150 GFLOP/s are 50, 100 and 150 % of that turn's matrix rate.
     assert "reaches 300 GFLOP/s" in text and "100 % of a large matrix product's 600, measured in the same turns" in text

@@ -174,7 +174,7 @@ def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
         for name, (dtype, quantise) in precision.PRECISIONS.items()
     }
     whole = found["float32"]
-    assert found["bfloat16"]["bytes"] == whole["bytes"] / 2
+    assert found["bfloat16"]["bytes"] == whole["bytes"] / 2 and found["mixed"]["bytes"] < 0.51 * whole["bytes"]
     assert found["nf4"]["block_bytes"] < whole["block_bytes"] / 5 and found["int8"]["bytes"] < whole["bytes"]
     for row in found.values():
         assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)

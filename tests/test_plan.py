@@ -16,6 +16,7 @@ from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import model_config
 from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.matrices import as_bits
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import STRATEGIES, fedrouter
@@ -35,7 +36,7 @@ def compiled(decoder, config, pack, groups, at_once):
     lead = (groups, config.local.steps)
     rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
     work = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32))
-    base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
+    base = jax.eval_shape(as_bits, stored_shapes(param_shapes(decoder, config.dtype), config.quantise))
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = run.lower(state, base, work, Batch(rows, ints(*lead)), key).compile().memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -46,6 +47,7 @@ CASES = {
     "135m": (SMOLLM, {}, 1, 1),
     "135m, two of four groups": (SMOLLM, {}, 4, 2),
     "135m, recomputed": (SMOLLM, {"remat": True}, 1, 1),
+    "135m, mixed": (SMOLLM, {"dtype": "mixed"}, 1, 1),
     "135m, nf4": (SMOLLM, {"quantise": "nf4"}, 1, 1),
     "wide": (dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6), {}, 1, 1),
 }
@@ -54,8 +56,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_planned_memory_is_that_of_the_compiled_round(name):
     decoder, changes, groups, at_once = CASES[name]
-    config = Config(local=LocalConfig(steps=4, batch=2), quantise=changes.get("quantise", "none"))
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=changes.get("remat", False)))
+    changes = dict(changes)
+    remat = changes.pop("remat", False)
+    config = Config(local=LocalConfig(steps=4, batch=2), **changes)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
     pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=groups * pack.lanes))
     found = plan.memory(plan.federation(decoder, config, fedrouter(), 4), pack, groups, at_once)

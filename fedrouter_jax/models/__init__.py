@@ -1,20 +1,18 @@
 """The base model: one decoder, loaded from Hugging Face safetensors or GGUF, used through plain functions."""
 
+from fedrouter_jax.models.cache import Cache, empty_cache, reuse_rows, select_rows
 from fedrouter_jax.models.config import DecoderConfig, Llama3Scaling
 from fedrouter_jax.models.decoder import (
     MODULES,
-    Cache,
     decode_step,
-    empty_cache,
     hidden_states,
     init_params,
     logits,
     module_shapes,
     prefill,
-    reuse_rows,
-    select_rows,
 )
 from fedrouter_jax.models.load import Model, load_model, model_config
+from fedrouter_jax.models.matrices import values
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
 __all__ = [
@@ -36,4 +34,5 @@ __all__ = [
     "select_rows",
     "tiny_params",
     "tiny_tokenizer",
+    "values",
 ]

@@ -5,7 +5,9 @@ of the project sees only the functions at the bottom; Flax Linen stays inside.
 
 Parameters: {"embedding": [vocab, width], "norm": [width], "blocks": {module: {"kernel": [layer, in, out], "bias"?:
 [layer, out]}, norm: [layer, size]}, "head"?: [vocab, width]}, or with {"codes", "scales"} for a kernel (`quantise.py`).
-All computation is in their dtype, except RMSNorm, rotary positions and softmax, which are in float32.
+All computation is in the dtype of the norms, except RMSNorm, rotary positions and softmax, which are in float32.
+Where kernels, embedding and head are of fewer bits ("mixed"), the operands of their products are rounded to that, and
+sums are float32.
 """
 
 from __future__ import annotations
@@ -21,32 +23,17 @@ import numpy as np
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import quantise
+from fedrouter_jax.models.attention import attend, attention_mask
+from fedrouter_jax.models.cache import Cache, attend_cache, stored
 from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.models.matrices import MATRICES, computation, rounded_product, values
 from fedrouter_jax.types import Array, LoRA, PyTree
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _INIT = nn.initializers.normal(0.02)
-_QUERIES = 128  # queries of one attention tile
 # Recomputing these cheap parts in the backward pass beats storing what they need: less memory, and less time too.
 # Inside a scan the barrier against common subexpressions is not needed.
 _recompute = partial(jax.checkpoint, prevent_cse=False)
-
-
-class Cache(NamedTuple):
-    """Keys and values already computed: of a row's prompt, and of the tokens written after it.
-
-    Rows may begin at different steps, but every step writes one token in each. So a step writes the same slot of all
-    rows, the slots of answers are a ring that holds the last of them, and the prompts, most of what is held, stay in
-    the order that is fastest to read: slots last for keys.
-    """
-
-    k: Array  # [layer, row, kv_head, head_dim, slot]: position j in slot j, valid when j < length
-    v: Array  # [layer, row, kv_head, slot, head_dim]
-    length: Array  # int32 [row], of the prompt
-    began: Array  # int32 [row], `written` when the row's prompt was read
-    new_k: Array  # [layer, row, kv_head, new, head_dim]: the token of step t in slot t mod new, valid from `began` on
-    new_v: Array  # [layer, row, kv_head, new, head_dim]
-    written: Array  # int32 [], steps so far
 
 
 class _Adapter(NamedTuple):
@@ -90,20 +77,44 @@ def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-@partial(_recompute, static_argnums=2)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x, scale, eps):
     x32 = x.astype(jnp.float32)
-    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normal.astype(x.dtype) * scale
+    factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * factor).astype(x.dtype) * scale, (x, scale, factor)
+
+
+def _rms_norm_backward(eps, kept, gradient):
+    x, scale, factor = kept
+    normal, slope = x.astype(jnp.float32) * factor, (gradient * scale).astype(jnp.float32)
+    # A product with ones adds up several times faster on a CPU than a reduction of two factors.
+    ones = jnp.ones((x.shape[-1], 8), jnp.float32)
+    along = jnp.matmul(normal * slope, ones, precision="highest")[..., :1] / x.shape[-1]
+    of_scale = jnp.sum(gradient * normal.astype(x.dtype), axis=range(x.ndim - 1))
+    return (factor * (slope - normal * along)).astype(x.dtype), of_scale
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def _dropout(keys: Array, rate: float, x: Array) -> Array:
-    """Drop elements of x [*rows, in], whose tokens have `keys` [*rows]: the same whatever they are packed with."""
-    # 16 random bits an element cost half of what a uniform float does, and leave the rate exact to 1e-5.
-    threshold = round(rate * 2**16)
-    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[-1:], jnp.uint16))(keys.ravel())
-    kept = bits.reshape(x.shape) >= threshold
-    return jnp.where(kept, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)
+    """Drop elements of x [*rows, in], whose tokens have `keys` [*rows]: the same whatever they are packed with.
+
+    A token's key seeds a hash of the element's number (two multiplications, three shifts: a finaliser of 32 bits); a
+    cryptographic generator for every element would take a tenth of a small model's training on a CPU.
+    """
+    seeds = jax.random.key_data(keys)
+    element = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    bits = (seeds[..., :1] + element) ^ seeds[..., 1:]
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    threshold = jnp.uint32(round(rate * 2**32))
+    kept = bits ^ (bits >> 16) >= threshold
+    return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def _low_rank(x: Array, module: str, adapter: _Adapter, rate: float) -> Array:
@@ -151,61 +162,6 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
-@_recompute
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Causal attention [batch, time, head * head_dim] of q [batch, time, head, head_dim] over k, v [.., kv_head, ..].
-
-    Queries go by in tiles, each against the keys up to its own end: that skips the keys a causal mask hides anyway,
-    and a tile's scores stay in cache. A column of ones beside the values sums the softmax in the same product, so
-    scores are divided after mixing, head_dim numbers a query and not one a key. Three times as fast on a CPU as
-    `jax.nn.dot_product_attention`, against which it is tested.
-    """
-    batch, time, heads, size = q.shape
-    kv_heads = k.shape[2]
-    q = (q * size**-0.5).reshape(batch, time, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    tiles = []
-    for start in range(0, time, _QUERIES):
-        end = min(start + _QUERIES, time)
-        tile = q[:, :, :, start:end]
-        scores = jnp.einsum("bkgqd,bksd->bkgqs", tile, k[:, :, :end], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, :, None, start:end, :end], scores, -jnp.inf)
-        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - top).astype(v.dtype)
-        mixed = jnp.einsum("bkgqs,bksd->bkgqd", weights, v[:, :, :end], preferred_element_type=jnp.float32)
-        tiles.append((mixed[..., :-1] / mixed[..., -1:]).astype(v.dtype))
-    mixed = jnp.concatenate(tiles, axis=3)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
-
-
-def _attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache) -> Array:
-    """One new token a row: scores against the cache and the new key stay apart, so the cache is only read.
-
-    q [row, head, head_dim], k and v [row, kv_head, head_dim], `cache` without the layer axis.
-    """
-    rows, _, size = q.shape
-    q = (q * size**-0.5).reshape(rows, config.kv_heads, -1, size)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    slots, new = (jnp.arange(count) for count in (cache.k.shape[-1], cache.new_k.shape[-2]))
-    length, own = cache.length[:, None], (cache.written - cache.began)[:, None]
-    ago = 1 + (cache.written - 1 - new) % len(new)  # steps since a slot of the ring was written
-    in_prompt, in_answer = slots < length, ago <= own
-    if config.sliding_window is not None:
-        in_prompt &= length + own - slots < config.sliding_window
-        in_answer &= ago < config.sliding_window
-    prompt = jnp.where(in_prompt[:, None, None], product("rkgd,rkds->rkgs", q, cache.k), -jnp.inf)
-    answer = jnp.where(in_answer[:, None, None], product("rkgd,rksd->rkgs", q, cache.new_k), -jnp.inf)
-    itself = product("rkgd,rkd->rkg", q, k)[..., None]
-    top = jnp.maximum(itself, jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in (prompt, answer))))
-    prompt, answer, itself = (jnp.exp(part - top) for part in (prompt, answer, itself))
-    total = jnp.sum(prompt, axis=-1, keepdims=True) + jnp.sum(answer, axis=-1, keepdims=True) + itself
-    mixed = product("rkgs,rksd->rkgd", prompt.astype(v.dtype), cache.v)
-    mixed += product("rkgs,rksd->rkgd", answer.astype(v.dtype), cache.new_v)
-    mixed += itself * v[:, :, None].astype(jnp.float32)
-    return (mixed / total).astype(v.dtype).reshape(rows, -1)
-
-
 class _Linear(nn.Module):
     width: int
     bias: bool
@@ -216,7 +172,8 @@ class _Linear(nn.Module):
         if self.has_variable("params", "codes"):
             y = _product(x, *(self.variables["params"][name] for name in ("codes", "scales")))
         else:
-            y = x @ self.param("kernel", _INIT, (x.shape[-1], self.width), x.dtype)
+            kernel = self.param("kernel", _INIT, (x.shape[-1], self.width), x.dtype)
+            y = x @ kernel if kernel.dtype == x.dtype else rounded_product(x, kernel, 0).astype(x.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.width,), x.dtype)
         if adapter is not None and self.name in adapter.lora.a:
@@ -254,9 +211,9 @@ class _Block(nn.Module):
             q, k = norm("q_norm", q), norm("k_norm", k)
         q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is None:
-            mixed = _attend(q, k, v, mask)
+            mixed = attend(q, k, v, mask)
         else:
-            mixed = _attend_cache(c, q, k, v, cache)
+            mixed = attend_cache(c, q, k, v, cache)
         x = x + linear("o_proj", mixed)
         y = norm("mlp_norm", x)
         x = x + linear("down_proj", _swiglu(linear("gate_proj", y), linear("up_proj", y)))
@@ -277,7 +234,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, mask, lora=None, gates=None, keys=None, cache=None):
         """`mask` is [batch, 1, time, time]; with a cache, attention is against that and needs none."""
         c = self.config
-        x = self.param("embedding", _INIT, (c.vocab_size, c.width), self.dtype)[tokens]
+        embedding = self.param("embedding", _INIT, (c.vocab_size, c.width), self.dtype)
+        scale = self.param("norm", nn.initializers.ones, (c.width,), self.dtype)
+        x = values(embedding[tokens]).astype(scale.dtype)
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
         same = nn.broadcast
@@ -289,7 +248,6 @@ class Decoder(nn.Module):
             length=c.layers,
         )(c, self.rate, self.keep_kv, name="blocks")
         x, kv = blocks(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
-        scale = self.param("norm", nn.initializers.ones, (c.width,), self.dtype)
         if not c.tied:
             self.param("head", _INIT, (c.vocab_size, c.width), self.dtype)
         return _rms_norm(x, scale, c.norm_eps) if self.final_norm else x, kv
@@ -299,18 +257,6 @@ def _check(config: DecoderConfig, lora: LoRA | None) -> None:
     unknown = sorted(set(lora.a) - set(MODULES)) if lora is not None else []
     if unknown:
         raise UserError(f"the adapter names the module {unknown[0]!r}; expected any of {', '.join(MODULES)}")
-
-
-def attention_mask(config: DecoderConfig, segments: Array) -> Array:
-    """Which index sees which: bool [batch, 1, time, time] from segments int [batch, time].
-
-    Causal, inside one segment and inside the sliding window. Every index sees itself, padding too, so that no row
-    of the softmax is empty.
-    """
-    time = jnp.arange(segments.shape[1])
-    ago = time[:, None] - time[None, :]
-    near = ago >= 0 if config.sliding_window is None else (ago >= 0) & (ago < config.sliding_window)
-    return (near & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def hidden_states(
@@ -357,33 +303,6 @@ def hidden_states(
     return model.apply({"params": params}, tokens, positions, mask, lora, gates, keys)[0]
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int, new: int, dtype) -> Cache:
-    """A cache of `rows` rows that hold nothing yet, with room for prompts of `slots` tokens and `new` tokens more."""
-    head = (config.layers, rows, config.kv_heads)
-    k, v = jnp.zeros((*head, config.head_dim, slots), dtype), jnp.zeros((*head, slots, config.head_dim), dtype)
-    new_k, new_v = jnp.zeros((2, *head, new, config.head_dim), dtype)
-    length, began = jnp.zeros((2, rows), jnp.int32)
-    return Cache(k, v, length, began, new_k, new_v, jnp.zeros((), jnp.int32))
-
-
-def reuse_rows(cache: Cache, rows: Array) -> Cache:
-    """The cache with `rows` (bool [row]) emptied, for other prompts."""
-    return cache._replace(length=jnp.where(rows, 0, cache.length), began=jnp.where(rows, cache.written, cache.began))
-
-
-def select_rows(cache: Cache, rows: Array, slots: int) -> Cache:
-    """The cache of these `rows` (int32 [row]) alone, whose prompts are of at most `slots` tokens."""
-    return Cache(
-        cache.k[:, rows, ..., :slots],
-        cache.v[:, rows, :, :slots],
-        cache.length[rows],
-        cache.began[rows],
-        cache.new_k[:, rows],
-        cache.new_v[:, rows],
-        cache.written,
-    )
-
-
 def prefill(
     config: DecoderConfig,
     params: PyTree,
@@ -405,7 +324,9 @@ def prefill(
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
     mask = attention_mask(config, segments)
     hidden, (k, v) = Decoder(config, keep_kv=True).apply({"params": params}, tokens, positions, mask, lora, gates)
-    k, v = (jnp.moveaxis(leaf, 0, 2) for leaf in (k, v))  # an index of [batch, time] puts the layers behind both
+    k, v = (
+        jnp.moveaxis(stored(leaf, cache), 0, 2) for leaf in (k, v)
+    )  # an index of [batch, time] puts the layers behind both
     return hidden, cache._replace(
         k=cache.k.at[:, owner, :, :, positions].set(k, mode="drop"),
         v=cache.v.at[:, owner, :, positions].set(v, mode="drop"),
@@ -434,8 +355,8 @@ def decode_step(
     slot = cache.written % cache.new_k.shape[-2]
     # One write after the layers: a loop that carries the cache updates it in place.
     return hidden, cache._replace(
-        new_k=cache.new_k.at[:, :, :, slot].set(k),
-        new_v=cache.new_v.at[:, :, :, slot].set(v),
+        new_k=cache.new_k.at[:, :, :, slot].set(stored(k, cache)),
+        new_v=cache.new_v.at[:, :, :, slot].set(stored(v, cache)),
         written=cache.written + 1,
     )
 
@@ -443,31 +364,40 @@ def decode_step(
 def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
     """Next-token scores, float32 [..., vocab], from hidden states after the final norm [..., width]."""
     head = params["embedding" if config.tied else "head"]
+    if head.dtype != hidden.dtype:
+        return rounded_product(hidden, head, 1)
     return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def param_shapes(config: DecoderConfig, dtype=jnp.float32) -> PyTree:
-    """The tree of `jax.ShapeDtypeStruct` that `params` must match."""
+def param_shapes(config: DecoderConfig, dtype="float32") -> PyTree:
+    """The tree of `jax.ShapeDtypeStruct` that `params` must match; `dtype` is one of `DTYPES`."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1, 1, 1), bool)
     key = jax.eval_shape(jax.random.key, 0)
-    return jax.eval_shape(Decoder(config, dtype=jnp.dtype(dtype)).init, key, tokens, tokens, mask)["params"]
+    whole = computation(dtype)
+    shapes = jax.eval_shape(Decoder(config, dtype=whole).init, key, tokens, tokens, mask)["params"]
+
+    def rounded(path, leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if path[-1].key in MATRICES else whole)
+
+    return jax.tree_util.tree_map_with_path(rounded, shapes) if dtype == "mixed" else shapes
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def init_params(config: DecoderConfig, key: Array, dtype=jnp.float32) -> PyTree:
+def init_params(config: DecoderConfig, key: Array, dtype="float32") -> PyTree:
     """Fresh parameters: normal with standard deviation 0.02, biases zero, norms one."""
     shapes = param_shapes(config, dtype)
     # One draw for all leaves compiles many times faster than Linen's one draw a leaf inside the scan.
-    draws = 0.02 * jax.random.normal(key, (sum(leaf.size for leaf in jax.tree.leaves(shapes)),), dtype)
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    draws = 0.02 * jax.random.normal(key, (size,), computation(dtype))
     used = 0
 
     def leaf(path, shape):
         nonlocal used
         used += shape.size
         name = path[-1].key
-        if name in ("kernel", "embedding", "head"):
-            return draws[used - shape.size : used].reshape(shape.shape)
-        return jnp.full(shape.shape, 0 if name == "bias" else 1, dtype)
+        if name in MATRICES:
+            return draws[used - shape.size : used].reshape(shape.shape).astype(shape.dtype)
+        return jnp.full(shape.shape, 0 if name == "bias" else 1, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)

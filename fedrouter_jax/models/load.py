@@ -10,17 +10,18 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import gguf, hf, tiny
 from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.models.matrices import DTYPES, as_bits
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.models.quantise import quantise as quantise_params
 from fedrouter_jax.types import PyTree
 
 DEFAULT = "smollm2-135m"
-DTYPES = ("float32", "bfloat16")
 
 
 class Model(NamedTuple):
@@ -104,13 +105,14 @@ def model_config(name: str) -> DecoderConfig:
 def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise = "none") -> Model:
     """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
 
-    `dtype` ("float32" or "bfloat16") is that of the parameters; `quantise` stores the linear layers in fewer bits.
+    `dtype` (one of `DTYPES`) is that of the parameters; `quantise` stores the linear layers in fewer bits.
     Raises `UserError` for anything not found, not whole or not supported.
     """
     if dtype not in DTYPES:
         raise UserError(f"asked for the parameter dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     model = _load(name, dtype)
-    return model._replace(params=quantise_params(model.params, quantise))
+    params = quantise_params(model.params, quantise)
+    return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
 
 
 def _load(name: str, dtype: str) -> Model:

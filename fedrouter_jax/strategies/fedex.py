@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fedrouter_jax.bank import expand
 from fedrouter_jax.federation import only_slot, owned
+from fedrouter_jax.models import values
 from fedrouter_jax.types import Strategy
 
 OWNERS = {"main": "shared"}
@@ -56,8 +57,8 @@ def fedex(scale: float = 2.0) -> Strategy:
     def base(state, params):
         blocks = dict(params["blocks"])
         for module, delta in state.memory.items():
-            kernel = blocks[module]["kernel"]
-            blocks[module] = {**blocks[module], "kernel": (kernel + scale * delta).astype(kernel.dtype)}
+            kernel = values(blocks[module]["kernel"]).astype(jnp.float32)  # bfloat16 would round the shift away
+            blocks[module] = {**blocks[module], "kernel": kernel + scale * delta}
         return {**params, "blocks": blocks}
 
     return Strategy(

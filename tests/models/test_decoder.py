@@ -10,7 +10,7 @@ import pytest
 
 from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import decoder
+from fedrouter_jax.models import attention, decoder, matrices
 from fedrouter_jax.types import LoRA
 
 BASE = models.DecoderConfig(
@@ -125,8 +125,8 @@ def test_attention_equals_dot_product_attention(time, window):
     config = dataclasses.replace(BASE, sliding_window=window)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, time, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    mask = decoder.attention_mask(config, jnp.asarray(np.sort(rng.integers(0, 3, (2, time)))))
-    ours = lambda *qkv: decoder._attend(*qkv, mask)  # noqa: E731
+    mask = attention.attention_mask(config, jnp.asarray(np.sort(rng.integers(0, 3, (2, time)))))
+    ours = lambda *qkv: attention.attend(*qkv, mask)  # noqa: E731
     oracle = lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask).reshape(2, time, -1)  # noqa: E731
     close(ours(q, k, v), oracle(q, k, v))
     weights = jnp.asarray(rng.normal(size=(2, time, 32)), jnp.float32)
@@ -297,6 +297,9 @@ def test_dropout_is_on_the_branch_only_unbiased_and_different_everywhere():
     x = jnp.ones((200, 500))
     dropped = decoder._dropout(jax.random.split(jax.random.key(0), 200), 0.25, x)
     assert abs(float(jnp.mean(dropped == 0)) - 0.25) < 0.01 and abs(float(jnp.mean(dropped)) - 1) < 0.01
+    level = np.asarray(dropped) - 1
+    for one, other in ((level[1:], level[:-1]), (level[:, 1:], level[:, :-1]), (level[:, 3:], level[:, :-3])):
+        assert abs(np.mean(one * other)) / np.mean(level**2) < 0.015  # neither tokens nor elements drop together
     params, tokens, lora = make_params(BASE), make_tokens(1, 9), make_lora(BASE)
     keys = [jax.random.split(jax.random.key(seed), (1, 9)) for seed in (0, 1)]
     silent = run(BASE, params, tokens, None, None, lora, jnp.zeros(RANK), dropout=0.5, keys=keys[0])
@@ -320,6 +323,58 @@ def test_bfloat16_is_close_and_stays_bfloat16():
     _, cache = jax.eval_shape(lambda: filled(BASE, half, tokens, [9, 4], 12))
     step, cache = jax.eval_shape(lambda cache: models.decode_step(BASE, half, tokens[:, 0], cache), cache)
     assert step.dtype == cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def rounded(params):
+    """Mixed precision: matrices in bfloat16, the rest in float32."""
+    shapes = decoder.param_shapes(BASE, "mixed")
+    return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, shapes)
+
+
+def test_mixed_precision_rounds_operands_and_keeps_float32():
+    params, tokens, lora = make_params(BASE), make_tokens(2, 9), make_lora(BASE)
+    mixed = rounded(params)
+    assert mixed["norm"].dtype == jnp.float32 and mixed["embedding"].dtype == jnp.bfloat16
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mixed)
+
+    def loss(params, lora):
+        hidden = run(BASE, params, tokens, None, None, lora)
+        assert hidden.dtype == jnp.float32
+        return jnp.mean(jax.nn.logsumexp(models.logits(BASE, params, hidden), axis=-1))
+
+    ours, theirs = (jax.value_and_grad(loss, 1)(params, lora) for params in (mixed, widened))
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-3)  # operands of eight bits, on the same weights
+    for one, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
+
+
+def test_bits_are_the_matrices_they_stand_for():
+    params, tokens, lora = rounded(make_params(BASE)), make_tokens(2, 9), make_lora(BASE)
+    bits = matrices.as_bits(params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(bits)} == {"uint16", "float32"}
+    for one, other in zip(jax.tree.leaves(bits), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(matrices.values(one), other)
+
+    def everything(params):
+        loss = lambda lora: jnp.sum(run(BASE, params, tokens, None, None, lora) ** 2)  # noqa: E731
+        cache = filled(BASE, params, tokens, [9, 4], 12, lora=lora)[1]
+        hidden, cache = models.decode_step(BASE, params, tokens[:, 0], cache, lora)
+        assert cache.k.dtype == cache.new_v.dtype == params["embedding"].dtype
+        keys = [matrices.values(part) for part in (cache.k, cache.v, cache.new_k, cache.new_v)]
+        return jax.grad(loss)(lora), hidden, models.logits(BASE, params, hidden), keys
+
+    jax.tree.map(partial(close, tolerance=1e-3), everything(bits), everything(params))
+
+
+def test_the_norms_gradient_is_that_of_its_formula():
+    rng = np.random.default_rng(0)
+    x, scale, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 7, 32), (32,), (2, 7, 32)))
+    formula = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1) * scale  # noqa: E731
+    found, expected = (
+        jax.grad(lambda x, scale, f=f: jnp.sum(f(x, scale) * weights), (0, 1))(x, scale)
+        for f in (lambda x, scale: decoder._rms_norm(x, scale, 0.1), formula)
+    )
+    jax.tree.map(close, found, expected)
 
 
 def test_decoding_in_a_loop_compiles_to_one_cache_in_place():

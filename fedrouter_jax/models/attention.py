@@ -1,0 +1,95 @@
+"""Attention among packed tokens, with a backward pass of its own: on a CPU several times as fast as
+`jax.nn.dot_product_attention`, against which it is tested.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.types import Array
+
+_QUERIES = 64  # of one tile
+product32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def attention_mask(config: DecoderConfig, segments: Array) -> Array:
+    """Which index sees which: bool [batch, 1, time, time] from segments int [batch, time].
+
+    Causal, inside one segment and inside the sliding window. Every index sees itself, padding too, so that no row
+    of the softmax is empty.
+    """
+    time = jnp.arange(segments.shape[1])
+    ago = time[:, None] - time[None, :]
+    near = ago >= 0 if config.sliding_window is None else (ago >= 0) & (ago < config.sliding_window)
+    return (near & (segments[:, :, None] == segments[:, None, :]))[:, None]
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Causal attention [batch, time, head * head_dim] of q [batch, time, head, head_dim] over k, v [.., kv_head, ..].
+
+    Queries go by in tiles, each against the keys up to its own end: that skips the keys a causal mask hides anyway,
+    and a tile's scores stay in cache. Products are of operands in the dtype of q, k and v, summed in float32.
+    """
+    batch, time, heads, size = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, time, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    mixed = _attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
+
+
+def _tiles(time: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _QUERIES, time)) for start in range(0, time, _QUERIES)]
+
+
+def _scores(q: Array, k: Array, mask: Array, start: int, end: int) -> tuple[Array, Array]:
+    """The queries of a tile, the group of heads that share keys beside them, and their masked scores (float32)."""
+    tile = q[:, :, :, start:end].reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = product32("bkqd,bksd->bkqs", tile, k[:, :, :end]) * q.shape[-1] ** -0.5
+    seen = jnp.tile(mask[:, :, start:end, :end], (1, 1, q.shape[2], 1))
+    return tile, jnp.where(seen, scores, -jnp.inf)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q, result [batch, kv_head, group, time, head_dim]; k, v [batch, kv_head, time, head_dim]."""
+    return _attention_forward(q, k, v, mask)[0]
+
+
+def _attention_forward(q, k, v, mask):
+    # A column of ones beside the values sums the softmax in the same product, so that scores are divided after mixing,
+    # head_dim numbers a query and not one a key.
+    ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    outputs, sums = [], []
+    for start, end in _tiles(q.shape[3]):
+        _, scores = _scores(q, k, mask, start, end)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        mixed = product32("bkqs,bksd->bkqd", jnp.exp(scores - top).astype(v.dtype), ones[:, :, :end])
+        outputs.append((mixed[..., :-1] / mixed[..., -1:]).reshape(*q.shape[:3], -1, v.shape[-1]))
+        sums.append(top + jnp.log(mixed[..., -1:]))
+    output = jnp.concatenate(outputs, axis=3).astype(v.dtype)
+    return output, (q, k, v, mask, sums, output)
+
+
+def _attention_backward(kept, gradient):
+    """As in FlashAttention (Dao et al., NeurIPS 2022, arXiv 2205.14135): the softmax again, from the sums it had."""
+    q, k, v, mask, sums, output = kept
+    level = jnp.sum((gradient * output).astype(jnp.float32), axis=-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for (start, end), total in zip(_tiles(q.shape[3]), sums, strict=True):
+        tile, scores = _scores(q, k, mask, start, end)
+        weights = jnp.exp(scores - total)
+        above = gradient[:, :, :, start:end].reshape(tile.shape)
+        dv = dv.at[:, :, :end].add(product32("bkqs,bkqd->bksd", weights.astype(v.dtype), above))
+        slopes = product32("bkqd,bksd->bkqs", above, v[:, :, :end])
+        slopes -= level[:, :, :, start:end].reshape(*tile.shape[:3], 1)
+        slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(k.dtype)
+        dk = dk.at[:, :, :end].add(product32("bkqs,bkqd->bksd", slopes, tile))
+        dq.append(product32("bkqs,bksd->bkqd", slopes, k[:, :, :end]).reshape(*q.shape[:3], -1, q.shape[-1]))
+    return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
