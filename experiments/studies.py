@@ -70,6 +70,7 @@ STUDIES = {
     "shift": Study(
         "places by which clients' tests are shifted, any adapter allowed", (0, 1, 2),
         lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
+        ("fedrouter", "fedit", "local"),
     ),
     "precision": Study(
         "precision of the frozen base", ("float32", "mixed", "bfloat16", "int8", "nf4"),
@@ -185,7 +186,7 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     shown = [value for value in (*study.values, *study.smoke) if any(value == key[1] for key in table)]
     drawn = Figure((4.2 * len(parts), 3.4))
     for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for method, colour in zip(study.methods, ("#d55e00", "#0072b2"), strict=False):
+        for method, colour in zip(study.methods, ("#d55e00", "#0072b2", "#009e73"), strict=False):
             points = [
                 (shown.index(value), [summaries.score(s, part) for s in same if part in s["scores"]])
                 for (who, value), same in table.items()

@@ -33,7 +33,18 @@ from fedrouter_jax.strategies import STRATEGIES
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = ("oracle", "centralised")  # not rivals
 OURS = ("fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # not baselines
-FIRST = ("fedrouter", "fedrouter-warm", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")
+FIRST = (
+    "fedrouter",
+    "fedrouter-warm",
+    "fedrouter-a",
+    "fedrouter-sum",
+    "fedit",
+    "fedsa",
+    "feddpa-t",
+    "local",
+    "clustered",
+    "oracle",
+)
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     **{name: (name, {}) for name in STRATEGIES},
