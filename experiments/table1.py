@@ -171,8 +171,8 @@ def scores(found: dict[str, dict], shown: tuple[str, ...]) -> list[str]:
             best = max(full, key=lambda m, c=column: means[(*c, m)])
             row.append(text(values, method == best) if values else "")
         lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {' | '.join(row)} |")
-    for ours in ("fedrouter", "fedrouter-warm"):
-        if ours in methods:
+    for ours in OURS:
+        if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
             gains = " | ".join(gain(table, column, ours) for column in columns)
             lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
     return lines
