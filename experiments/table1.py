@@ -1,6 +1,7 @@
 """Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
+    python -m experiments.table1 --data ... --budget long ...         five times the rows and steps, more test rows
     python -m experiments.table1 --smoke                              the tiny model on synthetic rows, two runs
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -48,6 +50,10 @@ FIRST = (
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     **{name: (name, {}) for name in STRATEGIES},
+    "fedrouter-staggered": ("fedrouter", {"rounds": {"turns": "staggered"}}),
+    "fedrouter-warm-staggered": ("fedrouter-warm", {"rounds": {"turns": "staggered"}}),
+    "fedrouter-sum-staggered": ("fedrouter-sum", {"rounds": {"turns": "staggered"}}),
+    "oracle-staggered": ("oracle", {"rounds": {"turns": "staggered"}}),
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
     "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
@@ -70,8 +76,10 @@ class Table1:
     """Methods that run in Dual with seed 0 only."""
     scenarios: tuple[str, ...] = SCENARIOS
     """Scenarios."""
+    budget: Literal["short", "long"] = "short"
+    """24 optimiser steps of 2 rows, or 60 of 4, on all rows there are and with several times the test rows."""
     out: Path | None = None
-    """Folder for summaries, table and figure; by default docs/results/table1, or runs/smoke/table1 with --smoke."""
+    """Folder for summaries, table and figure; by default docs/results/table1 (table1-long), or runs/smoke/table1."""
     smoke: bool = False
     """The tiny random model on synthetic rows: only the first two runs."""
     redraw: bool = False
@@ -79,13 +87,21 @@ class Table1:
 
 
 def budget(options: Table1, scenario: str) -> Config:
-    """The reduced budget of the table: 4 clients, 24 optimiser steps of 2 rows."""
+    """The reduced budget of the table: 4 clients, 24 optimiser steps of 2 rows; or 60 of 4, in mixed precision."""
     if options.smoke:
         config = smoke()
         return replace(config, data=replace(config.data, scenario=scenario))
     config = flan4_cpu(scenario)
     data = replace(config.data, data=options.data, clients=4, test_rows=16, mix_rows=24, balanced=True)
-    return replace(config, data=data, rounds=replace(config.rounds, rounds=6))
+    if options.budget == "short":
+        return replace(config, data=data, rounds=replace(config.rounds, rounds=6))
+    return replace(
+        config,
+        dtype="mixed",
+        data=replace(data, train_rows=300, test_rows=96, mix_rows=96),
+        rounds=replace(config.rounds, rounds=10),
+        local=replace(config.local, steps=6, batch=4, learning_rate=3e-3, min_learning_rate=3e-4),
+    )
 
 
 def variant(config: Config, method: str, seed: int) -> Config:
@@ -99,14 +115,14 @@ def main(options: Table1) -> None:
     """Run what is missing, then draw."""
     keep_programs()
     console = Console()
-    out = options.out or Path("runs/smoke/table1" if options.smoke else "docs/results/table1")
+    name = "table1" if options.budget == "short" else "table1-long"
+    out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
     unknown = sorted({*options.methods, *options.once} - set(METHODS))
     if unknown:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
     if not options.redraw:
-        sweep(
-            configs(options), Path("runs/smoke/table1-runs" if options.smoke else "runs/table1"), console, out / "runs"
-        )
+        folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
+        sweep(configs(options), folder, console, out / "runs")
     draw(out)
     console.print(Markdown((out / "table1.md").read_text(encoding="utf-8")))
 
@@ -281,8 +297,10 @@ def setting(found: dict[str, dict]) -> list[str]:
         c = summary["config"]
         data, local = c["data"], c["local"]
         kind = "**synthetic** rows" if data["data"] == "synthetic" else f"rows of {data['data']}"
+        precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
         said.add(
-            f"{c['model']}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows each; "
+            f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
+            "each; "
             f"{c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal for "
             f"all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
             f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."

@@ -152,19 +152,21 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     rows = [len(held.train) for held in prepared.partition.clients]
     config = prepared.config
     local, total = cluster_counts(config, prepared.partition)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if prepared.strategy.enrolling in ("nothing", "random"):
+        return routing.one_cluster_each(rows, total or 1, key if prepared.strategy.enrolling == "random" else None)
     if prepared.strategy.enrolling == "tasks":
         tasks = prepared.partition.tasks
         numbers = [
             [tasks.index(prepared.dataset.train[i].task) for i in held.train] for held in prepared.partition.clients
         ]
-        return routing.one_cluster_a_task(numbers, len(tasks))
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    if prepared.strategy.enrolling in ("nothing", "random"):
-        return routing.one_cluster_each(rows, total or 1, key if prepared.strategy.enrolling == "random" else None)
-    ends = np.cumsum(rows)
-    clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
-    recipe = routing.RECIPES[config.cluster.recipe]
-    return routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, config.data.newcomers)
+        found = routing.one_cluster_a_task(numbers, len(tasks))
+    else:
+        ends = np.cumsum(rows)
+        clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
+        recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
+        found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)
+    return routing.staggered(found, config.data.newcomers) if config.rounds.turns == "staggered" else found
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import kmeans, refine
 from fedrouter_jax.errors import UserError
@@ -203,6 +204,29 @@ def enroll(
         labels,
         silhouettes,
     )
+
+
+def staggered(enrolment: Enrolment, newcomers: int = 0) -> Enrolment:
+    """The same clusters with clients' local ones in another order, so that their turns reach all slots in every round.
+
+    A client trains its local clusters in turn, in an order that means nothing (K-Means'). So in some rounds clients
+    meet at a slot while nobody trains another. The server, which knows `table`, tells one client after the other the
+    order that meets the fewest lanes so far in the same turn: an assignment of clusters to turns. Where all clients
+    hold all slots, that is a Latin square. The last `newcomers` clients take no part.
+    """
+    table, labels = np.array(enrolment.table), np.array(enrolment.labels)
+    lanes = np.zeros((table.shape[1], enrolment.clusters), int)  # by turn and slot
+    for client in range(len(table) - newcomers):
+        held = np.flatnonzero(table[client] >= 0)
+        slots = table[client, held]
+        turns, order = linear_sum_assignment(lanes[: len(held), slots])
+        lanes[turns, slots[order]] += 1
+        place = np.full(table.shape[1], -1, np.int32)
+        place[held[order]] = turns
+        labels[client] = np.where(labels[client] >= 0, place[labels[client]], -1)
+        table[client] = -1
+        table[client, turns] = slots[order]
+    return enrolment._replace(table=jnp.asarray(table), labels=labels)
 
 
 def check_counts(rows: Sequence[int], local: int | None, total: int | None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedrouter_jax import embed, routing
-from fedrouter_jax.data import synthetic, tokens
+from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
 from fedrouter_jax.strategies import feddpa_t, fedrouter
@@ -148,3 +148,31 @@ def test_feddpa_weighs_by_likeness_to_the_clients_own_prompts(weight_on):
     assert asked[0].tolist() == [[0, 0, 1], [0, 0, 1]]  # states under the client's own local adapter
     w = np.array([0.5, 0.0]) if weight_on == "local" else np.array([0.5, 1.0])
     np.testing.assert_allclose(weights, np.stack([1 - w, 0 * w, w], axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("held", [[[0, 1, 2, 3]] * 4, [[0, 1], [1, 2], [2, 3], [3, 0]], [[0, 1, 2, 3]] * 8])
+def test_staggered_turns_reach_every_slot_in_every_round(held):
+    """The same rows in the same slots, in another order: as many lanes at each slot as at any other."""
+    embeddings, _ = clients_of(held)
+    found = routing.enroll(KEY, embeddings, routing.RECIPES["refined"], len(held[0]), 4)
+    order = routing.staggered(found)
+    for client, labels in enumerate(found.labels):
+        before, after = (np.asarray(e.table)[client, e.labels[client]] for e in (found, order))
+        np.testing.assert_array_equal(before[labels >= 0], after[labels >= 0])
+        np.testing.assert_array_equal(order.labels[client] == -1, labels == -1)
+    sizes = np.array([[np.sum(row == k) for k in range(len(held[0]))] for row in order.labels])
+    for t in range(1, 5):
+        work = schedule.lanes(sizes, t, schedule.RoundConfig(), seed=0)
+        lanes = np.bincount(np.asarray(order.table)[work.client, work.cluster], minlength=4)
+        assert lanes.tolist() == [len(held) // 4] * 4
+
+
+def test_staggered_turns_of_clients_with_fewer_clusters_or_none_yet():
+    """Local clusters come first in a client's line; a newcomer's stay as they are and count for nothing."""
+    table = jnp.asarray([[2, -1, 0], [0, -1, -1], [0, 2, 1]], jnp.int32)
+    labels = np.array([[0, 2, 2], [0, 0, -1], [2, 1, 0]], np.int32)
+    found = routing.staggered(routing.Enrolment(table, 3, (), labels, {}), newcomers=1)
+    assert sorted(np.asarray(found.table)[0].tolist()[:2]) == [0, 2] and found.table[0, 2] == -1
+    np.testing.assert_array_equal(np.asarray(found.table)[0, found.labels[0]], [2, 0, 0])
+    np.testing.assert_array_equal(found.table[2], table[2])
+    np.testing.assert_array_equal(found.labels[1:], labels[1:])

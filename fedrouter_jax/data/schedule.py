@@ -18,6 +18,7 @@ from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.types import Server, Work
 
 Weighting = Literal["cluster", "client", "uniform"]
+Turns = Literal["own", "staggered"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class RoundConfig:
     """Share of the clients that take part in a round, drawn anew each round (at least one)."""
     clusters_per_round: int = 1
     """Local clusters a client trains in a round, in turn; 0: all of them (n_l times the compute and upload)."""
+    turns: Turns = "own"
+    """The order of a client's turns: that of its own clustering, or one from the server that spreads the clients over
+    the global clusters in every round (staggered)."""
     weighting: Weighting = "cluster"
     """An adapter's weight in averages: rows of its local cluster, rows of its client (as released), or 1."""
     server: Server = "average"
