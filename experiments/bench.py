@@ -60,7 +60,7 @@ def main(options: Bench) -> None:
     small = options.quick or options.smoke
     load = Load(96, 2, 2, 96, 48, 64, 6)
     if small:
-        load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(24, 1, 2, 32, 16, 64, 6)
+        load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(16, 1, 2, 24, 16, 64, 3)
     turns = 1 if small else options.turns
     found = measure(options.data, load, turns, options.best_effort, Console(stderr=True))
     out = options.out or Path("runs/bench" if small else "docs/bench")

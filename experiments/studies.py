@@ -41,7 +41,10 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "clients": Study("clients (Figure 6)", (4, 8, 16, 32, 64), lambda n: {"data": {"clients": n}}),
+    "clients": Study(
+        "clients (Figure 6)", (4, 8, 16, 32, 64), lambda n: {"data": {"clients": n}},
+        ("fedrouter+", "fedrouter", "fedit"),
+    ),
     "rounds": Study("rounds", (2, 4, 8, 16), lambda n: {"rounds": {"rounds": n}}),
     "rows": Study("training rows a client", (10, 20, 40, 80), lambda n: {"data": {"train_rows": n}}),
     "local-clusters": Study(
@@ -97,7 +100,7 @@ class Studies:
     out: Path | None = None
     """Folder for summaries, tables and figures; by default docs/results/studies, or runs/smoke/studies."""
     smoke: bool = False
-    """The tiny random model on synthetic rows: fedrouter alone, one seed, the first two values of a study."""
+    """The tiny random model on synthetic rows: one method, one seed, the first two values of a study."""
     redraw: bool = False
     """Only draw from the summaries in --out."""
 
@@ -136,7 +139,8 @@ def configs(name: str, options: Studies) -> dict:
                 for part, new in study.changes(value).items()
             }
             for method in methods:
-                made[f"{method}-{label(value)}-{seed}"] = replace(basis, strategy=method, seed=seed, **parts)
+                config = table1.variant(replace(basis, **parts), method, seed)
+                made[f"{method}-{label(value)}-{seed}"] = config
     return made
 
 

@@ -34,8 +34,9 @@ from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = ("oracle", "centralised")  # not rivals
-OURS = ("fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # not baselines
+OURS = ("fedrouter+", "fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # no baselines
 FIRST = (
+    "fedrouter+",
     "fedrouter",
     "fedrouter-warm",
     "fedrouter-a",
@@ -49,11 +50,8 @@ FIRST = (
 )
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
+    "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
     **{name: (name, {}) for name in STRATEGIES},
-    "fedrouter-staggered": ("fedrouter", {"rounds": {"turns": "staggered"}}),
-    "fedrouter-warm-staggered": ("fedrouter-warm", {"rounds": {"turns": "staggered"}}),
-    "fedrouter-sum-staggered": ("fedrouter-sum", {"rounds": {"turns": "staggered"}}),
-    "oracle-staggered": ("oracle", {"rounds": {"turns": "staggered"}}),
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
     "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
@@ -300,9 +298,8 @@ def setting(found: dict[str, dict]) -> list[str]:
         precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
         said.add(
             f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
-            "each; "
-            f"{c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal for "
-            f"all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
+            f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal "
+            f"for all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
             f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."
         )
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
@@ -321,9 +318,8 @@ def figure(found: dict[str, dict]) -> Figure:
         methods = sorted(scores, key=lambda m, of=scores: np.mean(of[m]))
         for place, method in enumerate(methods):
             values = scores[method]
-            colour = {"fedrouter": "#d55e00", "base model": "0.6"}.get(
-                method, "0.85" if method in BOUNDS else "#0072b2"
-            )
+            rest = "0.85" if method in BOUNDS else "#0072b2"
+            colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", "base model": "0.6"}.get(method, rest)
             axes.barh(place, np.mean(values), color=colour)
             axes.plot(values, [place] * len(values), "k.", markersize=5)
         axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")

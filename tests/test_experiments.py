@@ -112,8 +112,10 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     results = ROOT / "docs" / "results"
     found = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
     assert clustering_figures.table(found) == (results / "clustering" / "clustering.md").read_text(encoding="utf-8")
+    for name in ("table1", "table1-long"):
+        drawn = table1.markdown(summaries.load(results / name / "runs"))
+        assert drawn == (results / name / "table1.md").read_text(encoding="utf-8")
     runs = summaries.load(results / "table1" / "runs")
-    assert table1.markdown(runs) == (results / "table1" / "table1.md").read_text(encoding="utf-8")
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
         drawn = studies.markdown(folder.name, summaries.load(folder))
         assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
@@ -151,6 +153,9 @@ def test_no_committed_run_would_run_again():
     results = ROOT / "docs" / "results"
     for name, config in table1.configs(table1.Table1()).items():
         assert summaries.known(results / "table1" / "runs" / f"{name}.json", config), name
+    of_table = table1.configs(table1.Table1(budget="long"))
+    for name in summaries.load(results / "table1-long" / "runs"):
+        assert summaries.known(results / "table1-long" / "runs" / f"{name}.json", of_table[name]), name
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
         of_study = studies.configs(folder.name, studies.Studies())
         for name in summaries.load(folder):
