@@ -169,8 +169,10 @@ def enroll(
     centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
 
     here = filled & (jnp.arange(len(filled)) < founders)[:, None]
+    available = int(here.sum())
+    if recipe.lloyd:  # a centre stands for its rows: tasks that few rows hold must not draw the centres of large ones
+        here = here * (labels[:, :, None] == np.arange(here.shape[1])).sum(axis=1, where=np.asarray(present)[..., None])
     flat, weight = centres.reshape(-1, centres.shape[-1]), here.reshape(-1).astype(jnp.float32)
-    available = int(weight.sum())
     founding = present & (jnp.arange(len(present)) < founders)[:, None]
     if total is None and recipe.lloyd:
         ks = _candidates("global", available, max_clusters)

@@ -176,3 +176,16 @@ def test_staggered_turns_of_clients_with_fewer_clusters_or_none_yet():
     np.testing.assert_array_equal(np.asarray(found.table)[0, found.labels[0]], [2, 0, 0])
     np.testing.assert_array_equal(found.table[2], table[2])
     np.testing.assert_array_equal(found.labels[1:], labels[1:])
+
+
+def test_few_rows_do_not_take_a_centroid_from_many():
+    """Three tasks of twenty rows on every client, two of them alike, and a single row of a fourth; three clusters."""
+    rng = np.random.default_rng(0)
+    centres, tasks = 6 * rng.normal(size=(4, 16)), np.repeat(np.arange(4), [20, 20, 20, 1])
+    centres[1] = centres[:2].mean(axis=0)
+    clients = [(centres[tasks] + rng.normal(size=(61, 16))).astype(np.float32) for _ in range(4)]
+    found = routing.enroll(KEY, clients, routing.RECIPES["refined"], 4, 3)
+    slots = [np.asarray(found.table)[c, found.labels[c]] for c in range(4)]
+    for task in range(3):
+        assert len({int(slot) for row in slots for slot in row[tasks == task]}) == 1
+    assert len(set(slots[0][[0, 20, 40]].tolist())) == 3
