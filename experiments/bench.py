@@ -111,6 +111,7 @@ def markdown(found: dict) -> str:
     limit = {name: against_matrix(found, name) for name in ("train a round", "embed", "read prompts")}
     reached, share_reached, matrix = limit["train a round"]
     share = {phase: f"{100 * value:.0f} %" for phase, value in found["useful_share"].items()}
+    product = {name: f"{rate / 1e9:,.0f}" for name, rate in found["products"].items()}
     lines += [
         "",
         "Ratios are of useful work a second, ours over theirs. K-Means is against scikit-learn, routing against "
@@ -122,7 +123,10 @@ def markdown(found: dict) -> str:
         f"{100 * share_reached:.0f} % of a large matrix product's {matrix / 1e9:,.0f}, measured in the same turns; "
         f"embedding and reading prompts (2 a parameter) reach {100 * limit['embed'][1]:.0f} and "
         f"{100 * limit['read prompts'][1]:.0f} % of theirs. Useful tokens, in per cent of those computed: "
-        f"{share['embed']} embedding, {share['train']} training, {share['read']} reading prompts.",
+        f"{share['embed']} embedding, {share['train']} training, {share['read']} reading prompts. A product of two "
+        f"matrices of 2,048 reaches {product['ours, float32']} GFLOP/s here in float32 and "
+        f"{product['ours, bfloat16']} in bfloat16, in PyTorch {product['torch, float32']} and "
+        f"{product['torch, bfloat16']}.",
         "",
         "![rates](bench.png)",
         "",

@@ -6,6 +6,7 @@ import tempfile
 import time as clock
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from fedrouter_jax.types import LoRA
 
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
+SIZE = 2048  # of the square matrices whose product is the machine's rate
 # Useful tokens or rows (of all sides, or by side with "" for those not named), and what each side does.
 Phase = tuple[int | dict[str, int], dict[str, Callable[[], Any]]]
 
@@ -111,6 +113,11 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         "slots": len(prepared.partition.tasks),
         "flops_a_token": 4 * blocks,
         "useful_share": useful_share(prepared, load),
+        "products": {
+            f"{side}, {dtype}": rate(dtype)
+            for side, rate in (("ours", matrix_rate), ("torch", partial(torch_matrix_rate, device)))
+            for dtype in ("float32", "bfloat16")
+        },
         "phases": measured,
     }
 
@@ -323,17 +330,28 @@ def nearest(load: Load) -> Phase:
     return len(rows), {"ours": ours, "torch": theirs}
 
 
-def matrix_rate(size: int = 2048, times: int = 5) -> float:
-    """FLOP/s of a large matrix product in the type that training uses; the best of several."""
-    product = jax.jit(lambda a, b: a @ b)
-    a = b = jnp.ones((size, size))
-    product(a, b).block_until_ready()
+def matrix_rate(dtype: str = "float32") -> float:
+    """FLOP/s of a large product of that type with float32 sums, as our training makes them."""
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+    a = jnp.ones((SIZE, SIZE), dtype)
+    return best_rate(lambda: product(a, a).block_until_ready())
+
+
+def torch_matrix_rate(device: str, dtype: str) -> float:
+    """The same of PyTorch."""
+    a = torch.ones((SIZE, SIZE), dtype=getattr(torch, dtype), device=device)
+    return best_rate(lambda: (a @ a).sum().item())
+
+
+def best_rate(product: Callable[[], Any], times: int = 5) -> float:
+    """FLOP/s of a product of two square matrices of `SIZE`; the best of several, after one that compiles."""
+    product()
     best = np.inf
     for _ in range(times):
         before = clock.perf_counter()
-        product(a, b).block_until_ready()
+        product()
         best = min(best, clock.perf_counter() - before)
-    return 2 * size**3 / best
+    return 2 * SIZE**3 / best
 
 
 def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:

@@ -48,6 +48,7 @@ FIRST = (
     "clustered",
     "oracle",
 )
+HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")  # in README
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),

@@ -89,6 +89,7 @@ def test_the_table_divides_what_was_measured(tmp_path):
     found = {
         "model": "m", "data": "d", "device": "cpu", "torch": "t", "jax": "j", "threads": 2,
         "load": load, "lanes": 8, "slots": 4,
+        "products": {f"{side}, {kind}": 5e11 for side in ("ours", "torch") for kind in ("float32", "bfloat16")},
         "flops_a_token": 1e9, "useful_share": {"embed": 0.9, "train": 0.8, "read": 0.7},
         "phases": {
             "embed": phase, "K-Means": kmeans, "train a round": phase, "read prompts": phase,
@@ -106,5 +107,6 @@ def test_the_table_divides_what_was_measured(tmp_path):
     )  # 8 x 2 + 1, 8 x 7 + 9 ...
     # Turn by turn: 300, 600 and 150 GFLOP/s are 50, 100 and 150 % of that turn's matrix rate.
     assert "reaches 300 GFLOP/s" in text and "100 % of a large matrix product's 600, measured in the same turns" in text
+    assert "500 GFLOP/s here in float32 and 500 in bfloat16, in PyTorch 500 and 500." in text
     assert "(2 a parameter) reach 50 and 50 % of theirs" in text
     bench.figure(found).savefig(tmp_path / "bench.png")
