@@ -43,6 +43,7 @@ def read(
     owner: Array,
     turns: Array,
     lengths: Array,
+    pages: tuple[Array, Array],
     state: Answering,
     lora: LoRA | None,
     gates: Array | None,
@@ -53,7 +54,7 @@ def read(
 
     The prompts lie in `packs` [turn, pack, time], of which the first `turns` (int32 []) are filled; `owner` int32
     [turn, pack, time] is the row of a token, past the last for padding. `lengths` int32 [row], 0 for rows without a
-    prompt; `gates` float32 [row, rank].
+    prompt; `pages` are the cache's `owner` and `start` with these prompts in it; `gates` float32 [row, rank].
     """
     rows, new = state.answer.shape
 
@@ -67,7 +68,7 @@ def read(
 
     fresh = lengths > 0
     last = jnp.zeros((rows, config.width), base["norm"].dtype)
-    last, cache = jax.lax.fori_loop(0, turns, turn, (last, models.reuse_rows(state.cache, fresh)))
+    last, cache = jax.lax.fori_loop(0, turns, turn, (last, models.reuse_rows(state.cache, fresh, *pages)))
     first = jnp.argmax(models.logits(config, base, last), axis=-1).astype(jnp.int32)
     answer = jnp.full((rows, new), stop, jnp.int32).at[:, 0].set(first)
     latest = jnp.where(fresh, first if new > 1 else stop, state.latest)
@@ -105,10 +106,11 @@ def write(
     return jax.lax.while_loop(unfinished, advance, state)
 
 
-@partial(jax.jit, static_argnames="slots")
-def select(state: Answering, rows: Array, slots: int) -> Answering:
-    """These `rows` (int32 [row]) alone, whose prompts are of at most `slots` tokens."""
-    return Answering(models.select_rows(state.cache, rows, slots), state.latest[rows], state.answer[rows])
+@jax.jit
+def select(state: Answering, rows: Array, pages: Array, owner: Array, start: Array) -> Answering:
+    """These `rows` (int32 [row]) and `pages` (int32 [page]) alone; `owner` and `start` are those of the pages."""
+    cache = models.select_rows(state.cache, rows, pages, owner, start)
+    return Answering(cache, state.latest[rows], state.answer[rows])
 
 
 def generate(
@@ -128,19 +130,22 @@ def generate(
 
     At most `rows_at_once` prompts are answered side by side, the longest first; `packs_at_once` packs of prompts go
     through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Finished
-    rows take the next prompts once they are a quarter of all. Few shapes are compiled: the cache shrinks to half its
-    rows or slots at least.
+    rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free hold them.
+    Few shapes are compiled: the cache shrinks to half its rows or pages at least.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return answers
     sizes = np.array([len(prompt) for prompt in prompts])
+    needs = -(-sizes // models.PAGE)
     waiting = sorted(range(len(prompts)), key=lambda i: (sizes[i], -i))  # the longest last: the next to be taken
-    rows, slots = min(rows_at_once, -(-len(prompts) // 8) * 8), _slots(sizes.max())
+    rows = min(rows_at_once, -(-len(prompts) // 8) * 8)
     time = packing.pack_length(int(sizes.max()))
     held = np.full(rows, -1)  # the prompt that each row answers
+    owner = np.full(_pages(needs[waiting[-rows:]].sum()), rows, np.int32)  # of each page
+    start = np.zeros_like(owner)
     state = Answering(
-        models.empty_cache(config, rows, slots, new_tokens, base["embedding"].dtype),
+        models.empty_cache(config, rows, owner, start, new_tokens, base["embedding"].dtype),
         jnp.full(rows, stop, jnp.int32),
         jnp.full((rows, new_tokens), stop, jnp.int32),
     )
@@ -148,16 +153,20 @@ def generate(
         if waiting:  # as many rows are free as are to be filled
             free = np.flatnonzero(held < 0)[: len(waiting)]
             held[free] = [waiting.pop() for _ in free]
+            owner, start = _dealt(owner, start, held, free, needs)
             turn = _packed(prompts, held, free, time, packs_at_once)
-            state = read(config, base, *turn, state, lora, _of(gates, held), stop=stop)
+            state = read(config, base, *turn, (owner, start), state, lora, _of(gates, held), stop=stop)
 
         live = np.flatnonzero(held >= 0)
-        enough = _slots(sizes[[*held[live], *waiting[-1:]]].max())
         half = not waiting and _FEWEST <= rows // 2 >= len(live)
-        if half or enough <= slots // 2:
+        enough = _pages(needs[held[live]].sum() + sum(needs[waiting[-1:]]) * (rows - len(live)))
+        if half or enough <= len(owner) // 2:
             kept = np.argsort(held < 0, kind="stable")[: rows // 2 if half else rows]
-            held, rows, slots = held[kept], len(kept), enough
-            state = select(state, kept, slots)
+            pages = np.argsort(~np.isin(owner, live), kind="stable")[:enough]
+            place = np.full(rows + 1, len(kept), np.int32)
+            place[live] = np.searchsorted(kept[: len(live)], live)
+            held, rows, owner, start = held[kept], len(kept), place[owner[pages]], start[pages]
+            state = select(state, kept, pages, owner, start)
 
         if waiting:
             few = rows - min(max(1, rows // 4), len(waiting))
@@ -173,9 +182,20 @@ def generate(
     return answers
 
 
-def _slots(longest: int) -> int:
-    """Slots of a cache for prompts of so many tokens: few sizes, so few shapes."""
-    return -(-int(longest) // 64) * 64
+def _pages(count: int) -> int:
+    """Pages of a cache that holds so many: few sizes, so few shapes."""
+    return -(-int(count) // 32) * 32
+
+
+def _dealt(owner: np.ndarray, start: np.ndarray, held: np.ndarray, free: np.ndarray, needs: np.ndarray):
+    """`owner` and `start` of the cache's pages when the rows `free` have taken the prompts they hold."""
+    others = np.setdiff1d(np.flatnonzero(held >= 0), free)
+    owner = np.where(np.isin(owner, others), owner, len(held)).astype(np.int32)
+    taken = np.flatnonzero(owner == len(held))[: needs[held[free]].sum()]
+    start = start.copy()
+    owner[taken] = np.repeat(free, needs[held[free]])
+    start[taken] = np.concatenate([np.arange(needs[held[row]]) for row in free]) * models.PAGE
+    return owner, start
 
 
 def _of(gates: np.ndarray | None, held: np.ndarray) -> np.ndarray | None:

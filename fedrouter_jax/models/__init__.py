@@ -1,6 +1,6 @@
 """The base model: one decoder, loaded from Hugging Face safetensors or GGUF, used through plain functions."""
 
-from fedrouter_jax.models.cache import Cache, empty_cache, reuse_rows, select_rows
+from fedrouter_jax.models.cache import PAGE, Cache, empty_cache, reuse_rows, select_rows
 from fedrouter_jax.models.config import DecoderConfig, Llama3Scaling
 from fedrouter_jax.models.decoder import (
     MODULES,
@@ -17,6 +17,7 @@ from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
 __all__ = [
     "MODULES",
+    "PAGE",
     "Cache",
     "DecoderConfig",
     "Llama3Scaling",

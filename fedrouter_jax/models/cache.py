@@ -12,17 +12,23 @@ from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.matrices import values
 from fedrouter_jax.types import Array
 
+PAGE = 64  # slots: few enough that little of a row's last page is empty, enough for a product worth its name
+
 
 class Cache(NamedTuple):
-    """Keys and values already computed: of a row's prompt, and of the tokens written after it.
+    """Keys and values already computed: of rows' prompts, and of the tokens written after them.
 
-    Rows may begin at different steps, but every step writes one token in each. So a step writes the same slot of all
-    rows, the slots of answers are a ring that holds the last of them, and the prompts, most of what is held, stay in
-    the order that is fastest to read: slots last for keys.
+    Prompts lie in pages, as many to a row as its prompt needs (PagedAttention, Kwon et al., SOSP 2023, arXiv
+    2309.06180): tasks differ several times over in the length of their prompts, and slots for the longest in every row
+    would be mostly empty. Rows may begin at different steps, but every step writes one token in each. So a step writes
+    the same slot of all rows, the slots of answers are a ring that holds the last of them, and the prompts, most of
+    what is held, stay in the order that is fastest to read: slots last for keys.
     """
 
-    k: Array  # [layer, row, kv_head, head_dim, slot]: position j in slot j, valid when j < length
-    v: Array  # [layer, row, kv_head, slot, head_dim]
+    k: Array  # [layer, page, kv_head, head_dim, PAGE]: position start + j in slot j, valid below the row's length
+    v: Array  # [layer, page, kv_head, PAGE, head_dim]
+    owner: Array  # int32 [page]: the row, past the last for a page that is free
+    start: Array  # int32 [page], a multiple of PAGE
     length: Array  # int32 [row], of the prompt
     began: Array  # int32 [row], `written` when the row's prompt was read
     new_k: Array  # [layer, row, kv_head, new, head_dim]: the token of step t in slot t mod new, valid from `began` on
@@ -30,16 +36,26 @@ class Cache(NamedTuple):
     written: Array  # int32 [], steps so far
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int, new: int, dtype) -> Cache:
-    """A cache of `rows` rows that hold nothing yet, with room for prompts of `slots` tokens and `new` tokens more.
+def empty_cache(config: DecoderConfig, rows: int, owner: Array, start: Array, new: int, dtype) -> Cache:
+    """A cache of `rows` rows that hold nothing yet, with room for `new` tokens more than their prompts.
 
-    `dtype` is best that of the embedding; uint16 holds bfloat16, as in `as_bits`.
+    `owner` and `start` int32 [page] deal the pages to rows; `dtype` is best that of the embedding; uint16 holds
+    bfloat16, as in `as_bits`.
     """
-    head = (config.layers, rows, config.kv_heads)
-    k, v = jnp.zeros((*head, config.head_dim, slots), dtype), jnp.zeros((*head, slots, config.head_dim), dtype)
-    new_k, new_v = jnp.zeros((2, *head, new, config.head_dim), dtype)
+    head = (config.kv_heads, config.head_dim)
+    k = jnp.zeros((config.layers, len(owner), *head, PAGE), dtype)
+    new_k, new_v = jnp.zeros((2, config.layers, rows, config.kv_heads, new, config.head_dim), dtype)
     length, began = jnp.zeros((2, rows), jnp.int32)
-    return Cache(k, v, length, began, new_k, new_v, jnp.zeros((), jnp.int32))
+    deal = (jnp.asarray(part, jnp.int32) for part in (owner, start))
+    return Cache(k, jnp.swapaxes(k, -1, -2), *deal, length, began, new_k, new_v, jnp.zeros((), jnp.int32))
+
+
+def pages_of(cache: Cache, owner: Array, positions: Array) -> Array:
+    """The page of each token from its row and position, past the last page for what has none; all of one shape."""
+    rows, pages = len(cache.length), len(cache.owner)
+    table = jnp.full((rows, pages), pages)
+    table = table.at[cache.owner, cache.start // PAGE].set(jnp.arange(pages), mode="drop")
+    return table.at[owner, positions // PAGE].get(mode="fill", fill_value=pages)
 
 
 def stored(part: Array, cache: Cache) -> Array:
@@ -49,16 +65,19 @@ def stored(part: Array, cache: Cache) -> Array:
     return part.astype(cache.k.dtype)
 
 
-def reuse_rows(cache: Cache, rows: Array) -> Cache:
-    """The cache with `rows` (bool [row]) emptied, for other prompts."""
-    return cache._replace(length=jnp.where(rows, 0, cache.length), began=jnp.where(rows, cache.written, cache.began))
+def reuse_rows(cache: Cache, rows: Array, owner: Array, start: Array) -> Cache:
+    """The cache with `rows` (bool [row]) emptied, for other prompts, and pages dealt anew."""
+    length, began = jnp.where(rows, 0, cache.length), jnp.where(rows, cache.written, cache.began)
+    return cache._replace(length=length, began=began, owner=owner, start=start)
 
 
-def select_rows(cache: Cache, rows: Array, slots: int) -> Cache:
-    """The cache of these `rows` (int32 [row]) alone, whose prompts are of at most `slots` tokens."""
+def select_rows(cache: Cache, rows: Array, pages: Array, owner: Array, start: Array) -> Cache:
+    """The cache of these `rows` (int32 [row]) and `pages` (int32 [page]) alone; `owner` and `start` are the pages'."""
     return Cache(
-        cache.k[:, rows, ..., :slots],
-        cache.v[:, rows, :, :slots],
+        cache.k[:, pages],
+        cache.v[:, pages],
+        owner,
+        start,
         cache.length[rows],
         cache.began[rows],
         cache.new_k[:, rows],
@@ -76,20 +95,32 @@ def attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cac
     q = (q * size**-0.5).reshape(rows, config.kv_heads, -1, size)
     held_k, held_v, new_k, new_v = (values(part) for part in (cache.k, cache.v, cache.new_k, cache.new_v))
     rounded = q.astype(held_k.dtype)
-    slots, new = (jnp.arange(count) for count in (cache.k.shape[-1], cache.new_k.shape[-2]))
-    length, own = cache.length[:, None], (cache.written - cache.began)[:, None]
+    own = cache.written - cache.began
+
+    # Of a free page, which the first row seems to own, nothing is seen.
+    owns = cache.owner == jnp.arange(rows)[:, None]  # [row, page]
+    owner = jnp.where(cache.owner < rows, cache.owner, 0)
+    place = cache.start[:, None] + jnp.arange(PAGE)
+    in_prompt = (place < cache.length[owner][:, None]) & (cache.owner < rows)[:, None]
+    new = jnp.arange(cache.new_k.shape[-2])
     ago = 1 + (cache.written - 1 - new) % len(new)  # steps since a slot of the ring was written
-    in_prompt, in_answer = slots < length, ago <= own
+    in_answer = ago <= own[:, None]
     if config.sliding_window is not None:
-        in_prompt &= length + own - slots < config.sliding_window
+        in_prompt &= (cache.length + own)[owner][:, None] - place < config.sliding_window
         in_answer &= ago < config.sliding_window
-    prompt = jnp.where(in_prompt[:, None, None], product32("rkgd,rkds->rkgs", rounded, held_k), -jnp.inf)
+    prompt = jnp.where(in_prompt[:, None, None], product32("pkgd,pkds->pkgs", rounded[owner], held_k), -jnp.inf)
     answer = jnp.where(in_answer[:, None, None], product32("rkgd,rksd->rkgs", rounded, new_k), -jnp.inf)
     itself = product32("rkgd,rkd->rkg", q, k)[..., None]
-    top = jnp.maximum(itself, jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in (prompt, answer))))
-    prompt, answer, itself = (jnp.exp(part - top) for part in (prompt, answer, itself))
-    total = jnp.sum(prompt, axis=-1, keepdims=True) + jnp.sum(answer, axis=-1, keepdims=True) + itself
-    mixed = product32("rkgs,rksd->rkgd", prompt.astype(held_v.dtype), held_v)
+
+    highest = jnp.where(owns[..., None, None], jnp.max(prompt, axis=-1), -jnp.inf).max(axis=1)[..., None]
+    top = jnp.maximum(itself, jnp.maximum(highest, jnp.max(answer, axis=-1, keepdims=True)))
+    prompt, answer, itself = jnp.exp(prompt - top[owner]), jnp.exp(answer - top), jnp.exp(itself - top)
+
+    def of_rows(parts):  # a row's sum over its pages; as a product, for scattering takes longer
+        return jnp.einsum("rp,p...->r...", owns.astype(jnp.float32), parts, precision="highest")
+
+    total = of_rows(jnp.sum(prompt, axis=-1, keepdims=True)) + jnp.sum(answer, axis=-1, keepdims=True) + itself
+    mixed = of_rows(product32("pkgs,pksd->pkgd", prompt.astype(held_v.dtype), held_v))
     mixed += product32("rkgs,rksd->rkgd", answer.astype(held_v.dtype), new_v)
     mixed += itself * v[:, :, None].astype(jnp.float32)
     return (mixed / total).astype(v.dtype).reshape(rows, -1)

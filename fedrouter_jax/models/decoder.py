@@ -24,7 +24,7 @@ import numpy as np
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import quantise
 from fedrouter_jax.models.attention import attend, attention_mask
-from fedrouter_jax.models.cache import Cache, attend_cache, stored
+from fedrouter_jax.models.cache import PAGE, Cache, attend_cache, pages_of, stored
 from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.matrices import MATRICES, computation, rounded_product, values
 from fedrouter_jax.types import Array, LoRA, PyTree
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0 if cache is None else Cache(0, 0, same, same, 0, 0, same), same, same, same, same),
+            in_axes=(0, 0, 0 if cache is None else Cache(0, 0, *[same] * 4, 0, 0, same), same, same, same, same),
             length=c.layers,
         )(c, self.rate, self.keep_kv, name="blocks")
         x, kv = blocks(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
@@ -318,7 +318,7 @@ def prefill(
 
     `tokens`, `positions`, `segments` int32 [batch, time] as for `hidden_states`; `owner` int32 [batch, time] is the row
     of the cache that a token belongs to, and past its last row for padding. Returns the hidden states after the final
-    norm [batch, time, width] (arbitrary but finite at padding) and the cache. Tokens past its slots are not stored.
+    norm [batch, time, width] (arbitrary but finite at padding) and the cache. Tokens past a row's pages are not stored.
     """
     _check(config, lora)
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
@@ -327,9 +327,10 @@ def prefill(
     k, v = (
         jnp.moveaxis(stored(leaf, cache), 0, 2) for leaf in (k, v)
     )  # an index of [batch, time] puts the layers behind both
+    page, slot = pages_of(cache, owner, positions), positions % PAGE
     return hidden, cache._replace(
-        k=cache.k.at[:, owner, :, :, positions].set(k, mode="drop"),
-        v=cache.v.at[:, owner, :, positions].set(v, mode="drop"),
+        k=cache.k.at[:, page, :, :, slot].set(k, mode="drop"),
+        v=cache.v.at[:, page, :, slot].set(v, mode="drop"),
         length=cache.length.at[owner].max(positions + 1, mode="drop"),
     )
 

@@ -153,8 +153,8 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
     lengths = np.array([8, 3, 1])
     prompts = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 96)
     hidden, cache = filled(config, params, prompts, lengths, 8, 6, lora, gate)
-    assert cache.k.shape == (config.layers, 3, config.kv_heads, config.head_dim, 8)
-    assert cache.v.shape == (config.layers, 3, config.kv_heads, 8, config.head_dim)
+    assert cache.k.shape == (config.layers, 4, config.kv_heads, config.head_dim, models.PAGE)
+    assert cache.v.shape == (config.layers, 4, config.kv_heads, models.PAGE, config.head_dim)
     for row, length in enumerate(lengths):
         close(hidden[row, :length], full[row, :length])
     step = jax.jit(models.decode_step, static_argnums=0)
@@ -165,12 +165,21 @@ def test_prefill_and_decode_equal_the_full_forward(config, gates):
     np.testing.assert_array_equal(cache.length + cache.written, lengths + 6)
 
 
+def empty(config, rows, slots, new, dtype):
+    """A cache whose rows have room for prompts of so many tokens; their pages lie scattered, one is free."""
+    each = -(-slots // models.PAGE)
+    owner, start = np.repeat(np.arange(rows), each), np.tile(np.arange(each) * models.PAGE, rows)
+    mixed = np.random.default_rng(0).permutation(len(owner))
+    owner, start = np.append(owner[mixed], rows), np.append(start[mixed], 0)
+    return models.empty_cache(config, rows, owner, start, new, dtype)
+
+
 def filled(config, params, tokens, lengths, slots, new=1, lora=None, gate=None):
     """Right-padded prompts read into a cache of their own."""
     rows = len(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     owner = jnp.where(positions < jnp.asarray(lengths)[:, None], jnp.arange(rows)[:, None], rows)
-    cache = models.empty_cache(config, rows, slots, new, params["embedding"].dtype)
+    cache = empty(config, rows, slots, new, params["embedding"].dtype)
     prefill = jax.jit(models.prefill, static_argnums=0)
     return prefill(config, params, tokens, positions, jnp.ones_like(tokens), owner, cache, lora, gate)
 
@@ -182,17 +191,28 @@ def test_packed_prompts_fill_the_cache_as_each_alone():
     packed = jnp.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)]).reshape(1, 12)
     positions = jnp.concatenate([jnp.arange(length) for length in lengths]).reshape(1, 12)
     owner = jnp.repeat(jnp.arange(3), jnp.asarray(lengths)).reshape(1, 12)
-    empty = models.empty_cache(BASE, 3, 6, 1, jnp.float32)
-    _, found = models.prefill(BASE, params, packed, positions, owner + 1, owner, empty)
+    _, found = models.prefill(BASE, params, packed, positions, owner + 1, owner, empty(BASE, 3, 6, 1, jnp.float32))
     jax.tree.map(close, found, expected)
 
 
+def test_prompts_of_several_pages_are_read_where_they_lie():
+    """Prompts of one and three pages: as a full forward, whatever the order of the pages."""
+    size = models.PAGE
+    params, lengths = make_params(BASE), np.array([2 * size + 5, 3])
+    tokens = make_tokens(2, 2 * size + 6)
+    full = run(BASE, params, tokens, None, None)
+    _, cache = filled(BASE, params, tokens[:, :-1], lengths, 3 * size)
+    hidden, _ = models.decode_step(BASE, params, tokens[jnp.arange(2), lengths], cache)
+    close(hidden, full[jnp.arange(2), lengths])
+
+
 def test_what_has_no_room_is_not_stored():
-    params, tokens = make_params(BASE), make_tokens(2, 4)
-    _, cache = filled(BASE, params, tokens, [4, 2], 3, 1)  # the longer prompt loses its last token
-    whole = filled(BASE, params, tokens, [4, 2], 4, 1)[1]
-    np.testing.assert_array_equal(cache.k, whole.k[..., :3])
-    np.testing.assert_array_equal(cache.v, whole.v[..., :3, :])
+    size = models.PAGE
+    params, tokens = make_params(BASE), make_tokens(2, size + 1)
+    _, cache = filled(BASE, params, tokens, [size + 1, 2], size, 1)  # the longer prompt loses its last token
+    whole = filled(BASE, params, tokens[:, :size], [size, 2], size, 1)[1]
+    close(cache.k, whole.k)
+    close(cache.v, whole.v)
 
 
 def test_rows_of_a_cache_begin_at_different_steps():
@@ -204,7 +224,7 @@ def test_rows_of_a_cache_begin_at_different_steps():
     step = jax.jit(models.decode_step, static_argnums=0)
     for number in range(6):  # more than the answers have room for, but a window sees no more than those
         if number == 3:  # the second row takes another prompt
-            cache = models.reuse_rows(cache, jnp.array([False, True, False]))
+            cache = models.reuse_rows(cache, jnp.array([False, True, False]), cache.owner, cache.start)
             texts = other[:, :5], jnp.arange(5)[None], jnp.ones((1, 5), jnp.int32), jnp.full((1, 5), 1)
             hidden, cache = models.prefill(config, params, *texts, cache)
             close(hidden[0], expected[0, :5])
@@ -212,8 +232,9 @@ def test_rows_of_a_cache_begin_at_different_steps():
         at = cache.length + cache.written - cache.began
         hidden, cache = step(config, params, tokens[jnp.arange(3), at], cache)
         close(hidden, full[jnp.arange(3), at])
-    kept = models.select_rows(cache, jnp.array([2, 1]), 5)
-    assert kept.k.shape[-1] == kept.v.shape[-2] == 5
+    pages = jnp.array([int(np.flatnonzero(cache.owner == row)[0]) for row in (1, 2)])
+    kept = models.select_rows(cache, jnp.array([2, 1]), pages, jnp.array([1, 0]), cache.start[pages])
+    assert kept.k.shape[1] == kept.new_k.shape[1] == 2
     at = (cache.length + cache.written - cache.began)[jnp.array([2, 1])]
     hidden, _ = step(config, params, tokens[jnp.array([2, 1]), at], kept)
     close(hidden, full[jnp.array([2, 1]), at])
@@ -381,7 +402,7 @@ def test_decoding_in_a_loop_compiles_to_one_cache_in_place():
     # The step reads the cache and writes one slot: a loop that carries it must not hold a second copy.
     config = dataclasses.replace(BASE, layers=4)
     params = models.init_params(config, jax.random.key(0))
-    cache = models.empty_cache(config, 8, 2048, 2048, jnp.float32)
+    cache = empty(config, 8, 2048, 2048, jnp.float32)
 
     def loop(params, cache):
         body = lambda _, cache: models.decode_step(config, params, jnp.zeros(8, jnp.int32), cache)[1]  # noqa: E731
