@@ -1,14 +1,17 @@
 """Enrolment and routing: recipes, local and global clusters, and who may be sent where."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import embed, routing
+from fedrouter_jax import embed, experiment, routing
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
+from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import feddpa_t, fedrouter
 from fedrouter_jax.types import LoRA, View
 
@@ -189,3 +192,14 @@ def test_few_rows_do_not_take_a_centroid_from_many():
     for task in range(3):
         assert len({int(slot) for row in slots for slot in row[tasks == task]}) == 1
     assert len(set(slots[0][[0, 20, 40]].tolist())) == 3
+
+
+def test_a_config_asks_for_staggered_turns():
+    """An oracle of four clients that hold all four tasks: a Latin square instead of one order for everybody."""
+    config = replace(smoke(), strategy="oracle", data=replace(smoke().data, scenario="all"))
+    plain, staggered = (
+        np.asarray(experiment.enroll(experiment.prepare(replace(config, rounds=rounds)), None).table)
+        for rounds in (config.rounds, replace(config.rounds, turns="staggered"))
+    )
+    assert (plain == np.arange(4)).all()
+    assert (np.sort(staggered, axis=0).T == np.arange(4)).all() and (np.sort(staggered, axis=1) == np.arange(4)).all()
