@@ -1,7 +1,7 @@
 """Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
-    python -m experiments.table1 --data ... --budget long ...         five times the rows and steps, more test rows
+    python -m experiments.table1 --data ... --budget long ...         five times the rows, more test rows
     python -m experiments.table1 --smoke                              the tiny model on synthetic rows, two runs
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
