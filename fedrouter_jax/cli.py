@@ -37,12 +37,25 @@ fedrouter COMMAND --help shows what a command takes.
 
 
 @dataclass(frozen=True)
+class Processes:
+    """Several processes that run this together: start the same command on every host (docs/scaling.md)."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, or "auto" where JAX finds the others (TPU pods, Slurm, Open MPI)."""
+    num_processes: int | None = None
+    """How many they are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Run one experiment. Start from a --preset and change any field of it."""
 
     config: Annotated[Config, tyro.conf.OmitArgPrefixes]
+    processes: Annotated[Processes, tyro.conf.OmitArgPrefixes] = Processes()
     out: Path | None = None
-    """Run directory; by default runs/PRESET-STRATEGY-SEED."""
+    """Run directory; by default runs/PRESET-STRATEGY-SEED. Several processes must all see it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Resume:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    processes: Annotated[Processes, tyro.conf.OmitArgPrefixes] = Processes()
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,7 @@ def run(arguments: list[str]) -> None:
         description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it.",
     )
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{parsed.config.strategy}-{parsed.config.seed}"
+    together(parsed.processes)
     with progress() as track:
         runs.run(parsed.config, out, track)
     finish(out)
@@ -186,15 +201,31 @@ def resume(arguments: list[str]) -> None:
     """`fedrouter resume`."""
     from fedrouter_jax import runs
 
-    out = tyro.cli(Resume, prog="fedrouter resume", args=arguments).run
+    parsed = tyro.cli(Resume, prog="fedrouter resume", args=arguments)
+    together(parsed.processes)
     with progress() as track:
-        runs.proceed(out, track)
-    finish(out)
+        runs.proceed(parsed.run, track)
+    finish(parsed.run)
+
+
+def together(asked: Processes) -> None:
+    """Join the other processes, if there are any."""
+    import jax
+
+    from fedrouter_jax import processes
+
+    if asked.coordinator is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", None)  # programs of one process are kept, not those of several
+    processes.join(asked.coordinator, asked.num_processes, asked.process_id)
 
 
 def finish(out: Path) -> None:
     """What a finished run shows: its tables, and where everything is."""
+    from fedrouter_jax import processes
     from fedrouter_jax import report as report_lib
+
+    if not processes.first():
+        return
 
     report_lib.write([out], out)
     console = Console()
@@ -286,7 +317,12 @@ def progress() -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
+    from fedrouter_jax import processes, runs
+
     console = Console(stderr=True)
+    if not processes.first():
+        yield runs.silent
+        return
     if not console.is_terminal:
         yield logged
         return

@@ -61,6 +61,8 @@ def embed(
     `depth` is the share of the blocks to run (None: all and the final norm); `packs_at_once` packs go through the
     model together; `advance` is called with the number of texts done. `gates` [text, rank] open adapters of `lora`.
     """
+    if not texts:
+        return np.zeros((0, config.width), np.float32)
     layers = None if depth is None else max(1, round(depth * config.layers))
     time = packing.pack_length(max(map(len, texts)))
     assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, TEXTS_PER_PACK)

@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import embed, generate, lora, routing
+from fedrouter_jax import embed, generate, lora, processes, routing
 from fedrouter_jax.experiment import Advance, Prepared, packs_at_once, test_rows
 from fedrouter_jax.types import FederationState, View
 
@@ -171,9 +171,11 @@ def answer(
     config, model, base = prepared.config, prepared.model, prepared.strategy.base
     gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
     adapted = np.asarray(weights).any(axis=1) if base else np.ones(len(prompts), bool)
-    ids: list = [None] * len(prompts)
+    ids = np.full((len(prompts), config.data.max_response), -1, np.int32)
+    mine = np.zeros(len(prompts), bool)
+    mine[processes.share()] = True
     for params, chosen in ((base(state, model.params) if base else model.params, adapted), (model.params, ~adapted)):
-        rows = np.flatnonzero(chosen)
+        rows = np.flatnonzero(chosen & mine)
         found = generate.generate(
             model.config,
             params,
@@ -187,8 +189,10 @@ def answer(
             advance=advance,
         )
         for row, tokens in zip(rows, found, strict=True):
-            ids[row] = tokens
-    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            ids[row, : len(tokens)] = tokens
+    advance(len(prompts) - mine.sum())
+    answers = [row[row >= 0] for row in processes.together(ids[processes.share()], len(prompts))]
+    return [text.strip() for text in model.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def evaluate_state(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import client, embed, lora, mesh, plan, routing
+from fedrouter_jax import client, embed, lora, mesh, plan, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
@@ -88,6 +88,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
     at_once = config.compute.groups_at_once or groups_at_once(config, model, strategy, pack)
+    at_once = processes.agreed(at_once or 0) or None  # free memory differs between hosts, programs may not
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora)
@@ -137,9 +138,11 @@ def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.n
 def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lambda rows: None) -> np.ndarray:
     """Embeddings float32 [text, width] by the config's recipe."""
     config, model = prepared.config, prepared.model
-    ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
+    ids = tokens.encode_texts(model.tokenizer, texts[processes.share()], config.data.max_length)
     depth = routing.RECIPES[config.cluster.recipe].depth
-    return embed.embed(model.config, model.params, ids, depth, packs_at_once(config), advance)
+    found = embed.embed(model.config, processes.own(model.params), ids, depth, packs_at_once(config), advance)
+    advance(len(texts) - len(ids))
+    return processes.together(found, len(texts))
 
 
 def packs_at_once(config: Config) -> int:
@@ -185,6 +188,11 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     return placed(prepared, state._replace(server=server_lib.init(server, state.bank)))
+
+
+def alone(prepared: Prepared) -> Prepared:
+    """The same for what each of several processes computes by itself, on its own devices."""
+    return prepared._replace(model=prepared.model._replace(params=processes.own(prepared.model.params)))
 
 
 def placed(prepared: Prepared, state: FederationState) -> FederationState:
@@ -263,7 +271,7 @@ def train_round(
     ]
     clients = len(set(work.client[trained].tolist()))
     if prepared.strategy.regroup is not None:
-        state = placed(prepared, prepared.strategy.regroup(state))
+        state = placed(prepared, prepared.strategy.regroup(processes.whole(state)))
     regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
     slots = max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank))
     down = prepared.strategy.received(len(lanes), slots)

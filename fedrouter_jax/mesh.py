@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from fedrouter_jax import bank
 from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.types import FederationState, PyTree, Strategy
+from fedrouter_jax.types import Array, FederationState, PyTree, Strategy
 
 CLIENTS, MODEL = "clients", "model"
 _INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -27,11 +27,23 @@ _INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
     """The mesh of all devices, `model_parallel` of which share one copy of the base."""
     devices = jax.devices() if devices is None else devices
-    if len(devices) % model_parallel:
+    several = jax.process_count() > 1  # each of which embeds and answers by itself, with a whole base
+    count = jax.local_device_count() if several else len(devices)
+    if count % model_parallel:
         raise UserError(
-            f"--model-parallel is {model_parallel}, but there are {len(devices)} devices; choose a divisor of that"
+            f"--model-parallel is {model_parallel}, but there are {count} devices{' a process' if several else ''}; "
+            "choose a divisor of that"
         )
     return Mesh(np.array(devices).reshape(-1, model_parallel), (CLIENTS, MODEL))
+
+
+def put(leaf: Array, sharding: NamedSharding) -> Array:
+    """An array of this process where the sharding says; of several processes each gives its devices' parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # `device_put` of an array on one device to one device each of several processes leaves an unusable array (0.10).
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def place_base(mesh: Mesh, params: PyTree) -> PyTree:
@@ -50,7 +62,7 @@ def place_base(mesh: Mesh, params: PyTree) -> PyTree:
         spec = [None] * leaf.ndim
         if axis is not None and leaf.shape[axis] % mesh.shape[MODEL] == 0:
             spec[axis] = MODEL
-        return jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
+        return put(leaf, NamedSharding(mesh, P(*spec)))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -69,7 +81,7 @@ def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> F
 
 def place_state(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:
     """A state on the mesh."""
-    return jax.tree.map(jax.device_put, state, state_shardings(mesh, strategy, state))
+    return jax.tree.map(put, state, state_shardings(mesh, strategy, state))
 
 
 def place_batches(mesh: Mesh, batches: Batch) -> Batch:
@@ -79,4 +91,4 @@ def place_batches(mesh: Mesh, batches: Batch) -> Batch:
     """
     if mesh.shape[MODEL] > 1:
         batches = batches._replace(count=np.broadcast_to(batches.count.max(axis=0), batches.count.shape))
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(CLIENTS))), batches)
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P(CLIENTS))), batches)

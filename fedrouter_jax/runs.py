@@ -4,7 +4,8 @@
     scores.json      predictions.jsonl     timings.json     adapters/     router/     report.md     plots/
 
 A round's line is written before its checkpoint: on resume, lines past the checkpoint are dropped and done again.
-Whole files appear at once (written beside, then renamed).
+Whole files appear at once (written beside, then renamed). Of several processes (`processes.py`) the first writes, but
+for checkpoints, and all read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, routing
+from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
@@ -76,7 +77,9 @@ def claim(out: Path, config: Config) -> None:
         raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
+    processes.meet("nothing is written yet")
     write(path, config_lib.to_json(config))
+    processes.meet("the config is written")
 
 
 def run(config: Config, out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
@@ -91,7 +94,8 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         resumed = int(loaded.state.round) > 0
-        loaded = loaded._replace(state=experiment.settle(loaded.prepared, train(out, loaded, track)))
+        loaded = alone(loaded._replace(state=train(out, loaded, track)))
+        loaded = loaded._replace(state=experiment.settle(loaded.prepared, loaded.state))
         if not (out / "scores.json").exists():
             with timed(timings, "evaluate"):
                 known = _base_answers(shared, loaded.prepared.config)
@@ -100,13 +104,21 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
             write(out / "predictions.jsonl", lines)
             write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
-        export(loaded, out)
+        if processes.first():
+            export(loaded, out)
     if resumed:
         del timings["total"]  # nobody knows how long the processes before this one ran
     if not (out / "timings.json").exists():
         record = {"device": str(jax.devices()[0].device_kind), **timings}
         write(out / "timings.json", json.dumps(record, indent=2) + "\n")
+    processes.meet("all is written")
     return json.loads((out / "scores.json").read_text(encoding="utf-8"))
+
+
+def alone(loaded: Loaded) -> Loaded:
+    """The run as each of several processes has it for itself: to answer with, to export."""
+    prepared, state = experiment.alone(loaded.prepared), processes.whole(loaded.state)
+    return loaded._replace(prepared=prepared, state=state)
 
 
 @contextmanager
@@ -124,6 +136,7 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
     done = checkpoint.latest(out / "checkpoints")
+    processes.meet("nothing is saved since")
     if done is None:
         with timed(timings, "cluster"):
             enrolment = experiment.enroll(prepared, embeddings)
@@ -155,7 +168,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
                 upcoming = packer.submit(experiment.round_inputs, prepared, rows, t + 1)
             state, record = experiment.train_round(prepared, state, work, batch)
             if t in config.evaluation.evaluate_at and t < last:
-                record["scores"] = score(loaded._replace(state=state), False, track).scores
+                record["scores"] = score(alone(loaded._replace(state=state)), False, track).scores
             append(log, json.dumps(record) + "\n")
             if t % config.compute.checkpoint_every == 0 or t == last:
                 checkpoint.save(out / "checkpoints", t, state)
@@ -285,8 +298,10 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
         rows = sum(len(held.train) for held in prepared.partition.clients)
         with track("embedding", rows + len(experiment.test_rows(prepared.partition))) as advance:
             found = experiment.embed_rows(prepared, advance)
-        with replaced(path) as beside, beside.open("wb") as file:
-            np.save(file, found, allow_pickle=False)
+        if processes.first():
+            with replaced(path) as beside, beside.open("wb") as file:
+                np.save(file, found, allow_pickle=False)
+        processes.meet("embeddings are written")
     return np.load(path, allow_pickle=False)
 
 
@@ -318,8 +333,9 @@ def _lines(path: Path) -> list[str]:
 
 def write(path: Path, text: str) -> None:
     """Write a whole text file at once."""
-    with replaced(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    if processes.first():
+        with replaced(path) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -334,8 +350,9 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def append(path: Path, line: str) -> None:
     """Add a line to a log."""
-    with guarded(path), path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    if processes.first():
+        with guarded(path), path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import LOCAL, inputs
 from safetensors.numpy import load_file
 
 from fedrouter_jax import mesh
+from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round
@@ -40,11 +42,16 @@ def work_on(devices: int, *asked: dict) -> list[dict]:
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 
 
-def joined(count: int, cases: list[dict]) -> list[dict]:
-    """The same cases for `count` processes that find each other at a free port."""
+def free_port() -> int:
+    """A port nobody listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def joined(count: int, cases: list[dict]) -> list[dict]:
+    """The same cases for `count` processes that find each other at a free port."""
+    address = f"localhost:{free_port()}"
     return [{"process": [number, count, address], "cases": cases} for number in range(count)]
 
 
@@ -108,21 +115,63 @@ def test_a_round_lowers_for_accelerators(federation, platform):
     assert exported.platforms == (platform,) and len(exported.mlir_module_serialized) > 10_000
 
 
-def test_a_whole_run_on_four_devices_ends_as_on_one(tmp_path):
-    """Two rows of devices, each with the base in halves: the same clusters, losses and adapters, and scores."""
-    found = []
-    for name, devices in (("one", 1), ("four", 4)):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        out, parallel = tmp_path / name, ["--model-parallel", str(min(2, devices)), "--lanes-together", "2"]
-        command = [sys.executable, "-m", "fedrouter_jax", "run", "--preset", "smoke", "--out", str(out), *parallel]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "XLA_FLAGS": flags})
-        rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-        clusters = json.loads((out / "clusters.json").read_text())
-        adapter = load_file(out / "adapters" / "cluster_0" / "adapter_model.safetensors")
-        assert (out / "scores.json").exists() and (out / "report.md").exists()
-        found.append(([lane["loss"] for record in rounds for lane in record["lanes"]], clusters["table"], adapter))
-    (losses, table, adapter), (other_losses, other_table, other_adapter) = found
-    np.testing.assert_allclose(losses, other_losses, rtol=1e-3)
-    assert table == other_table
-    for name, leaf in adapter.items():
-        np.testing.assert_allclose(leaf, other_adapter[name], atol=5e-3)
+def command(devices: int, count: int, *arguments: str) -> None:
+    """`fedrouter ...` as so many processes of so many fake devices that find each other."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    joining = [[]]
+    if count > 1:
+        address = f"localhost:{free_port()}"
+        joining = [
+            ["--coordinator", address, "--num-processes", str(count), "--process-id", str(number)]
+            for number in range(count)
+        ]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fedrouter_jax", *arguments, *join], env={**os.environ, "XLA_FLAGS": flags},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for join in joining
+    ]  # fmt: skip
+    outputs = [process.communicate() for process in started]
+    assert not any(process.returncode for process in started), [error[-2000:] for _, error in outputs]
+    others = [line for said, _ in outputs[1:] for line in said.splitlines() if "[Gloo]" not in line]
+    assert not others, "the first process alone talks to the user"
+
+
+def outcome(run: Path) -> tuple[list, dict, dict, list]:
+    """Losses, clusters, an adapter and answers of a finished run."""
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    clusters = json.loads((run / "clusters.json").read_text())
+    adapter = load_file(run / "adapters" / "cluster_0" / "adapter_model.safetensors")
+    assert (run / "scores.json").exists() and (run / "report.md").exists()
+    answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    asked = [(a["part"], a["client"], a["row"], a["slot"]) for a in answers]
+    return [lane["loss"] for record in rounds for lane in record["lanes"]], clusters, adapter, asked
+
+
+def test_a_whole_run_on_many_devices_or_in_two_processes_ends_as_on_one(tmp_path):
+    """Two rows of devices, each with the base in halves; two processes; and one that goes on where two stopped."""
+    one, four, two = (tmp_path / name for name in ("one", "four", "two"))
+    run = ("run", "--preset", "smoke", "--lanes-together", "2")
+    command(1, 1, *run, "--out", str(one))
+    command(4, 1, *run, "--out", str(four), "--model-parallel", "2")
+    command(1, 2, *run, "--out", str(two))
+    stopped = tmp_path / "stopped"
+    shutil.copytree(two, stopped, ignore=shutil.ignore_patterns("3", "scores.json", "adapters", "report.md"))
+    command(1, 1, "resume", str(stopped))
+    losses, clusters, adapter, asked = outcome(one)
+    for other in (four, two, stopped):
+        other_losses, other_clusters, other_adapter, other_asked = outcome(other)
+        np.testing.assert_allclose(losses, other_losses, rtol=1e-3)
+        assert clusters["table"] == other_clusters["table"] and asked == other_asked
+        for name, leaf in adapter.items():
+            np.testing.assert_allclose(leaf, other_adapter[name], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "joining",
+    [["--num-processes", "2"], ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"]],
+)
+def test_processes_that_cannot_join_are_told_what_is_missing(joining, capsys, tmp_path):
+    assert main(["run", "--preset", "smoke", "--out", str(tmp_path / "run"), *joining]) == 2
+    assert "--coordinator" in capsys.readouterr().err and not (tmp_path / "run").exists()

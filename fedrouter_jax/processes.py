@@ -1,0 +1,91 @@
+"""Several processes that run one experiment together (`jax.distributed`), the same program on every host.
+
+All decide alike, for they have the same config and rows. What divides (texts to embed, prompts to answer) each does a
+share of, and all then hold everything. The first writes the files; checkpoints are written by all. With one process
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.types import PyTree
+
+AUTO = "auto"
+
+
+def join(coordinator: str | None, count: int | None, number: int | None) -> None:
+    """Wait for the other processes; to be called before JAX sees a device. Nothing to do without a coordinator.
+
+    `coordinator` is HOST:PORT of the first of `count` processes, or "auto" where JAX finds all three by itself.
+    """
+    given = (count, number)
+    if coordinator is None:
+        if given != (None, None):
+            raise UserError("--num-processes and --process-id need --coordinator HOST:PORT (or auto)")
+        return
+    if coordinator == AUTO:
+        coordinator = None
+    elif None in given or not 0 <= number < count:
+        raise UserError(
+            f"--coordinator {coordinator} needs --num-processes N and --process-id 0 to N-1, found {count} and {number}"
+        )
+    try:
+        jax.distributed.initialize(coordinator, count, number)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes did not find each other ({' '.join(str(error).split())[:200]}); "
+            "give --coordinator HOST:PORT of the first, --num-processes and --process-id"
+        ) from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def agreed(number: int) -> int:
+    """The first process's number."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def share() -> slice:
+    """What this process does of a list that divides."""
+    return slice(jax.process_index(), None, jax.process_count())
+
+
+def together(mine: np.ndarray, total: int) -> np.ndarray:
+    """All `total` rows, on every process, of which each did its `share`, `mine` [row, ...]."""
+    count = jax.process_count()
+    if count == 1:
+        return mine
+    padded = np.zeros((-(-total // count), *mine.shape[1:]), mine.dtype)
+    padded[: len(mine)] = mine
+    return multihost_utils.process_allgather(padded).swapaxes(0, 1).reshape(-1, *mine.shape[1:])[:total]
+
+
+def whole(tree: PyTree) -> PyTree:
+    """Arrays that lie on several processes' devices, whole on this one's."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(jax.numpy.asarray, multihost_utils.process_allgather(tree, tiled=True))
+
+
+def own(tree: PyTree) -> PyTree:
+    """The copy of arrays spread over a mesh that this process's devices hold (`mesh.make`: each holds a whole one)."""
+
+    def local(leaf):
+        if leaf.is_fully_addressable:
+            return leaf
+        return multihost_utils.global_array_to_host_local_array(leaf, leaf.sharding.mesh, leaf.sharding.spec)
+
+    return jax.tree.map(local, tree)
