@@ -75,6 +75,11 @@ STUDIES = {
         lambda n: {"data": {"shift": n}, "evaluation": {"personalised_routing": "global"}},
         ("fedrouter", "fedit", "local"),
     ),
+    "unseen": Study(
+        "task that no client holds", ("none", "gigaword", "glue_qqp", "samsum", "web_nlg_en"),
+        lambda task: {"data": {"unseen": () if task == "none" else (task,), "mix_rows": 96}},
+        ("fedrouter+", "fedit"), smoke=("none", "headline"),
+    ),
     "precision": Study(
         "precision of the frozen base", ("float32", "mixed", "bfloat16", "int8", "nf4"),
         lambda name: dict(zip(("dtype", "quantise"), PRECISIONS[name], strict=True)), ("fedrouter",),
@@ -161,7 +166,7 @@ def cells(study: Study, found: dict[str, dict]) -> dict[tuple[str, Any], list[di
 
 
 def markdown(name: str, found: dict[str, dict]) -> str:
-    """A row a (method, value): scores of every part, clustering and routing accuracy."""
+    """A row a (method, value): scores of every part and task, clustering and routing accuracy."""
     study = STUDIES[name]
     table = cells(study, found)
     parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
@@ -169,17 +174,27 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     first = {str(number): summary for number, summary in enumerate(basis)}
     lines = [f"# Study: {study.what}", "", "The first row, from which the others differ in that alone:", ""]
     lines += [*table1.setting(first), ""]
-    lines += [f"| {name} | method | {' | '.join(parts)} | rows clustered right | own texts routed right |"]
-    lines += ["|---" * (len(parts) + 4) + "|"]
+    tasks = sorted({task for same in table.values() for s in same for part in parts for task in by_task(s, part)})
+    columns = [name, "method", *parts, *tasks, "rows clustered right", "own texts routed right"]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (method, value), same in table.items():
         scores = [[summaries.score(s, part) for s in same if part in s["scores"]] for part in parts]
         row = [table1.text(values, False) if values else "" for values in scores]
         clustered = [s["accuracy"]["global"] for s in same if s["accuracy"]]
         routed = [s["scores"]["personalised"].get("routing_accuracy") for s in same]
         shares = [values if values and None not in values else None for values in (clustered, routed)]
+        for task in tasks:
+            values = [[by_task(s, part)[task] for s in same if task in by_task(s, part)] for part in parts]
+            row.append(" / ".join(f"{np.mean(scores):.3f}" if scores else "-" for scores in values))
         row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
         lines.append(f"| {value} | {method} | {' | '.join(row)} |")
+    lines += ["", f"In a task's column: {' / '.join(parts)}."]
     return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
+
+
+def by_task(summary: dict, part: str) -> dict[str, float]:
+    """ROUGE-1 of a part by task."""
+    return summary["scores"].get(part, {}).get("rouge1", {}).get("per_task", {})
 
 
 def figure(name: str, found: dict[str, dict]) -> Figure:

@@ -141,12 +141,19 @@ def guarded(action: Callable[[], None]) -> int:
     try:
         action()
     except UserError as error:
-        print(f"fedrouter: {error}", file=sys.stderr)
-        return 2
+        return failed(2, str(error))
     except KeyboardInterrupt:
-        print("fedrouter: interrupted; `fedrouter resume RUN` continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return failed(130, "interrupted; `fedrouter resume RUN` continues from the last checkpoint")
     return 0
+
+
+def failed(code: int, why: str) -> int:
+    """Say in one line what was wrong; returns the exit code."""
+    print(f"fedrouter: {why}", file=sys.stderr, flush=True)
+    from fedrouter_jax import processes
+
+    processes.leave(code)
+    return code
 
 
 def keep_programs() -> None:
