@@ -8,12 +8,14 @@ Owners are a prefix tree of the adapters, as optax.partition labels are: {"main"
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax.types import Adapters, Array, LoRA, Owner, PyTree
+from fedrouter_jax import lora
+from fedrouter_jax.types import Adapters, Array, LoRA, Owner, Phase, PyTree
 
 Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
 _LEFT = ("fixed", "copied")  # what no lane writes
@@ -94,16 +96,15 @@ def expand(values: Array, like: Array) -> Array:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def wire_bytes(owners: PyTree, bank: Adapters) -> int:
-    """Bytes one lane sends (and receives) in a round: client-owned, fixed and copied leaves never travel."""
-    sizes = jax.tree.map(
-        lambda owner, leaf: (
-            0 if owner in ("client", "fixed", "copied") else math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-        ),
-        spread(owners, bank),
-        bank,
-    )
-    return sum(jax.tree.leaves(sizes))
+def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> int:
+    """Bytes one lane sends in a round: client-owned, fixed and copied leaves never travel, nor what no phase moves."""
+    moved = [spread(phase.train, bank) for phase in phases] or [spread(True, bank)]
+
+    def size(owner, leaf, *trains):
+        at_home = owner in ("client", "fixed", "copied") or not any(map(bool, trains))
+        return 0 if at_home else math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, spread(owners, bank), bank, *moved)))
 
 
 def serving(bank: Adapters) -> LoRA:
@@ -117,7 +118,7 @@ def serving(bank: Adapters) -> LoRA:
         slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape[1:])), adapter)
 
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(whole(adapter) for adapter in bank.values()))
+    return lora.stack(whole(adapter) for adapter in bank.values())
 
 
 def weights(bank: Adapters, by_name: dict[str, Array]) -> Array:

@@ -64,7 +64,7 @@ def response_losses(
     with short answers that saves most of the head's work, a fifth of a small model's.
     """
     lanes = keys.shape[0]
-    slots = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *adapters.values())
+    slots = lora_lib.stack(adapters.values())
     lane = jax.nn.one_hot(pack.lane, lanes)
     own = jnp.concatenate([lane * weights[name] for name in adapters], axis=-1)
     tokens, positions, segments = (field[None] for field in pack.packs)

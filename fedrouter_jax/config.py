@@ -134,6 +134,18 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{flag} is {count}; give 1 or more, or 0 (for clusters: chosen by silhouette; a round: all)"
             )
+    if config.cluster.max_clusters < 2:
+        raise UserError(f"--max-clusters is {config.cluster.max_clusters}; a silhouette chooses among 2 or more")
+    if config.strategy in ("ifca", "clustered") and config.cluster.global_clusters == 0:
+        raise UserError(
+            f"--global-clusters is 0, chosen by silhouette, but {config.strategy} clusters no rows; give the number of "
+            "its slots"
+        )
+    if config.dtype == "mixed" and config.quantise != "none":
+        raise UserError(
+            f"--dtype mixed rounds the matrices that --quantise {config.quantise} stores as codes; choose one of them, "
+            "or --dtype bfloat16 with codes"
+        )
     if config.local.proximal < 0:
         raise UserError(f"--proximal is {config.local.proximal}; it is a pull of at least 0")
     if config.rounds.server_rate <= 0:

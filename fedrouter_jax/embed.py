@@ -44,6 +44,11 @@ def pooled(
     return sums / jnp.maximum(member.sum(axis=1), 1)[..., None]
 
 
+def blocks(config: DecoderConfig, depth: float | None) -> int:
+    """How many blocks a share of them is; None: all."""
+    return config.layers if depth is None else max(1, round(depth * config.layers))
+
+
 def embed(
     config: DecoderConfig,
     base: PyTree,
@@ -63,7 +68,7 @@ def embed(
     """
     if not texts:
         return np.zeros((0, config.width), np.float32)
-    layers = None if depth is None else max(1, round(depth * config.layers))
+    layers = None if depth is None else blocks(config, depth)
     time = packing.pack_length(max(map(len, texts)))
     assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, TEXTS_PER_PACK)
     embeddings = np.zeros((len(texts), config.width), np.float32)

@@ -77,10 +77,10 @@ def summary(questions: Sequence[Question], tasks: Sequence[str], scores: Sequenc
 def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
     """Training rows of each task in each slot, int [task, slot]."""
     tasks = prepared.partition.tasks
-    counts = np.zeros((len(tasks), enrolment.clusters), int)
+    counts, table = np.zeros((len(tasks), enrolment.clusters), int), np.asarray(enrolment.table)
     for number, held in enumerate(prepared.partition.clients):
         for i, label in zip(held.train, enrolment.labels[number], strict=False):
-            counts[tasks.index(prepared.dataset.train[i].task), enrolment.table[number, label]] += 1
+            counts[tasks.index(prepared.dataset.train[i].task), table[number, label]] += 1
     return counts
 
 
@@ -101,7 +101,8 @@ def questions(
     config, split = prepared.config, prepared.partition
     asked = {row: place for place, row in enumerate(test_rows(split))}
     where = None if embeddings is None else embeddings[-len(asked) :]
-    task_slot = slot_tasks(prepared, enrolment).argmax(axis=1)
+    counts = slot_tasks(prepared, enrolment)
+    task_slot = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)  # nobody may hold rows of a task
 
     def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[Question]:
         clients = jnp.asarray([c for c, _ in pairs])
@@ -220,11 +221,13 @@ def evaluate_state(
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
     if prepared.strategy.enrolling in ("clustering", "tasks"):
         counts = slot_tasks(prepared, enrolment)
-        names = [prepared.partition.tasks[i] for i in counts.argmax(axis=0)]
+        tasks = prepared.partition.tasks
+        names = [tasks[i] for i in counts.argmax(axis=0)]
+        held = [task for task, rows_of in zip(tasks, counts, strict=True) if rows_of.any()]
         slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
         for part in ("personalised", "generalisation", "newcomers"):
-            known = [q for q in asked if q.part == part and rows[q.row].task in prepared.partition.tasks]
-            right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in known]
+            routed = [q for q in asked if q.part == part and rows[q.row].task in held]
+            right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in routed]
             if right:
                 scores[part]["routing_accuracy"] = float(np.mean(right))
     records = [

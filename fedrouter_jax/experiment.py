@@ -77,6 +77,15 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
             f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
             "follow; use --quantise none"
         )
+    if strategy.base is not None and config.rounds.server != "average":
+        raise UserError(
+            f"--server is {config.rounds.server}, but {strategy.name} corrects the plain average; use --server average"
+        )
+    if data.max_length > model.config.max_positions:
+        raise UserError(
+            f"--max-length is {data.max_length}, but {config.model} knows {model.config.max_positions} positions; "
+            "lower it to that"
+        )
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:
         raise UserError(
@@ -108,10 +117,12 @@ def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple
         return None
     # As many clusters as there may be, for they are not found yet; the rest of the memory is for what nobody plans.
     federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
-    lanes = config.data.clients * max(1, config.rounds.clusters_per_round)
+    held = config.cluster.local_clusters or config.cluster.max_clusters
+    lanes = config.data.clients * (config.rounds.clusters_per_round or held)
     together = min(lanes, config.compute.lanes_together)
     shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together)
-    return plan.groups_that_fit(federation, shape, -(-lanes // together), 0.85 * limit)
+    rows = jax.device_count() // config.compute.model_parallel
+    return plan.groups_that_fit(federation, shape, -(-lanes // (together * rows)), 0.85 * limit, rows > 1)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -257,7 +268,9 @@ def train_round(
     state, info = prepared.round(state, prepared.model.params, work, spread, key)
     loss = np.asarray(info.loss)
     seconds = clock.perf_counter() - before
-    size = 0 if prepared.strategy.pooled else bank_lib.wire_bytes(prepared.strategy.owners, state.bank)
+    strategy = prepared.strategy
+    phases = strategy.phases(int(state.round), prepared.config.rounds.rounds)
+    size = 0 if strategy.pooled else bank_lib.wire_bytes(strategy.owners, state.bank, phases)
     trained = work.weight > 0
     lanes = [
         {
@@ -270,18 +283,17 @@ def train_round(
         for i in np.flatnonzero(trained)
     ]
     clients = len(set(work.client[trained].tolist()))
-    if prepared.strategy.regroup is not None:
-        state = placed(prepared, prepared.strategy.regroup(processes.whole(state)))
+    received = strategy.received(state, len(lanes), size)
+    if strategy.regroup is not None:
+        state = placed(prepared, strategy.regroup(processes.whole(state)))
     regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
-    slots = max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank))
-    down = prepared.strategy.received(len(lanes), slots)
     return state, {
         "round": int(state.round),
         "loss": float(loss[trained].mean()),
         "learning_rate": float(info.learning_rate),
         "seconds": round(seconds, 3),
         "bytes_up": len(lanes) * size,
-        "bytes_down": len(lanes) * down * size,
+        "bytes_down": len(lanes) * received,
         "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
         "adapters_per_client": len(lanes) / clients,
         "tokens": int((batch.rows.packs.segments > 0).sum()),

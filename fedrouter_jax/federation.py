@@ -167,6 +167,8 @@ def make_round(
         told = strategy.tell(state, sums)
         bank, states = server_lib.step(server, strategy.owners, state.bank, told.bank, state.server)
         told = told._replace(bank=bank, server=states)
+        if strategy.derive is not None:
+            told = strategy.derive(told)
         if mesh is not None:  # where it was, or the next round would be another program
             told = jax.lax.with_sharding_constraint(told, mesh_lib.state_shardings(mesh, strategy, told))
         info = RoundInfo(loss_of, rate, rejected)

@@ -6,6 +6,7 @@ ones is plain LoRA. So the model only ever sees one LoRA and one gate array.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -46,6 +47,18 @@ def init(key: Array, shapes: dict[str, tuple[int, int]], layers: int, rank: int)
     }
     b = {module: jnp.zeros((layers, rank, width_out)) for module, (_, width_out) in sorted(shapes.items())}
     return LoRA(a, b)
+
+
+def stack(adapters: Iterable[LoRA]) -> LoRA:
+    """Adapters with leaves `[slot, ...]` one after the other; those with fewer seats than others get empty ones."""
+    adapters = list(adapters)
+    seats = max((gate.shape[-1] for adapter in adapters for gate in adapter.gate.values()), default=0)
+
+    def seated(adapter: LoRA) -> LoRA:
+        room = {m: [(0, 0)] * (g.ndim - 1) + [(0, seats - g.shape[-1])] for m, g in adapter.gate.items()}
+        return adapter._replace(gate={m: jnp.pad(g, room[m]) for m, g in adapter.gate.items()})
+
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(seated, adapters))
 
 
 def concatenate(slots: LoRA) -> LoRA:

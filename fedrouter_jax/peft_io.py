@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.models import DecoderConfig, module_shapes
+from fedrouter_jax.models import DecoderConfig, module_shapes, values
 from fedrouter_jax.routing import Router
 from fedrouter_jax.types import LoRA, PyTree
 
@@ -64,7 +64,8 @@ def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[s
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module in targets:
-        shift = np.asarray(after["blocks"][module]["kernel"]) - np.asarray(before["blocks"][module]["kernel"])
+        new, old = (values(tree["blocks"][module]["kernel"]).astype(jnp.float32) for tree in (after, before))
+        shift = np.asarray(new - old)
         for layer, delta in enumerate(shift):
             tensors[f"model.layers.{layer}.{BLOCK[module]}.{module}.weight"] = np.ascontiguousarray(delta.T)
     _write_tensors(folder / "base_shift.safetensors", tensors)

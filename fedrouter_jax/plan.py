@@ -190,9 +190,9 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     )
 
 
-def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float) -> int:
-    """The most groups of lanes, of `groups`, that may run at once in `limit` bytes; 1 where not even that fits."""
-    one, two = (memory(federation, pack, groups, at_once).total for at_once in (1, 2))
+def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> int:
+    """The most groups of lanes, of `groups` on a device, that may run at once in `limit` bytes; 1 where none fits."""
+    one, two = (memory(federation, pack, groups, at_once, spread).total for at_once in (1, 2))
     return int(min(groups, max(1, 1 + (limit - one) // (two - one))))
 
 
@@ -223,7 +223,7 @@ def plan(
     pack = pack._replace(lanes=min(pack.lanes, lanes))
     groups = -(-lanes // pack.lanes)
     here = -(-groups // devices)
-    at_once = config.compute.groups_at_once or (groups_that_fit(start, pack, here, limit) if limit else 1)
+    at_once = config.compute.groups_at_once or (groups_that_fit(start, pack, here, limit, devices > 1) if limit else 1)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
     tokens = lanes * config.local.steps * config.local.batch * row_tokens
@@ -239,7 +239,7 @@ def plan(
         groups_at_once=at_once,
         memory=memory(start, pack, here, at_once, devices > 1),
         bytes_up=lanes * size,
-        bytes_down=lanes * strategy.received(lanes, clusters) * size,
+        bytes_down=lanes * strategy.received(start.state, lanes, size),
         tokens=tokens,
         flops=flops,
         seconds=None if rate is None else flops / (rate * devices),

@@ -8,6 +8,7 @@ scaled to unit length, keep them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -175,7 +176,7 @@ def enroll(
     flat, weight = centres.reshape(-1, centres.shape[-1]), here.reshape(-1).astype(jnp.float32)
     founding = present & (jnp.arange(len(present)) < founders)[:, None]
     if total is None and recipe.lloyd:
-        ks = _candidates("global", available, max_clusters)
+        ks = _candidates("global", available, min(available, max_clusters))  # rows are scored: a centre may be alone
         found = refine.choose_k(global_choice, flat, weight, points, founding, ks, recipe.restarts, recipe.lloyd)
         scores = np.asarray(found)
         silhouettes["global"] = {k: float(score) for k, score in zip(ks, scores, strict=True)}
@@ -213,16 +214,18 @@ def staggered(enrolment: Enrolment, newcomers: int = 0) -> Enrolment:
 
     A client trains its local clusters in turn, in an order that means nothing (K-Means'). So in some rounds clients
     meet at a slot while nobody trains another. The server, which knows `table`, tells one client after the other the
-    order that meets the fewest lanes so far in the same turn: an assignment of clusters to turns. Where all clients
+    order that meets the fewest lanes so far in the same rounds: an assignment of clusters to turns. Where all clients
     hold all slots, that is a Latin square. The last `newcomers` clients take no part.
     """
     table, labels = np.array(enrolment.table), np.array(enrolment.labels)
-    lanes = np.zeros((table.shape[1], enrolment.clusters), int)  # by turn and slot
-    for client in range(len(table) - newcomers):
+    founders = table[: len(table) - newcomers]
+    lanes = np.zeros((math.lcm(*(founders >= 0).sum(axis=1).tolist()), enrolment.clusters), int)  # by round and slot
+    for client in range(len(founders)):
         held = np.flatnonzero(table[client] >= 0)
         slots = table[client, held]
-        turns, order = linear_sum_assignment(lanes[: len(held), slots])
-        lanes[turns, slots[order]] += 1
+        by_turn = lanes.reshape(-1, len(held), enrolment.clusters)  # a turn comes again in every len(held)th round
+        turns, order = linear_sum_assignment(by_turn.sum(axis=0)[:, slots])
+        by_turn[:, turns, slots[order]] += 1
         place = np.full(table.shape[1], -1, np.int32)
         place[held[order]] = turns
         labels[client] = np.where(labels[client] >= 0, place[labels[client]], -1)
@@ -294,7 +297,8 @@ def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tu
 
 def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
     """The k of highest silhouette for each client (leading axis); scores go to `record`."""
-    ks = _candidates(name, int(jnp.min(jnp.sum(present, axis=1))), most)
+    fewest = int(jnp.min(jnp.sum(present, axis=1)))
+    ks = _candidates(name, fewest, min(fewest - 1, most))
     scores, best = _score_each(keys, points, present, ks, restarts)
     for number, row in enumerate(np.asarray(scores)):
         label = name if name == "global" else f"{name} {number}"
@@ -303,10 +307,10 @@ def _choose(record: dict, name: str, keys, points, present, most: int, restarts:
 
 
 def _candidates(name: str, points: int, most: int) -> tuple[int, ...]:
-    """The cluster counts that a silhouette of so many points may choose."""
-    if points < 3:
-        raise UserError(f"the silhouette needs at least 3 {name} points to choose from, found {points}; give the count")
-    return tuple(range(2, min(most, points - 1) + 1))
+    """The cluster counts that a silhouette may choose; `points` are named in errors."""
+    if most < 2:
+        raise UserError(f"{points} {name} points are too few for a silhouette to choose a count from; give the count")
+    return tuple(range(2, most + 1))
 
 
 def _pad(rows: Array, to: int) -> Array:

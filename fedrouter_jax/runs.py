@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, evaluate, experiment, peft_io, processes, routing
+from fedrouter_jax import checkpoint, embed, evaluate, experiment, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
@@ -94,8 +94,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         resumed = int(loaded.state.round) > 0
-        loaded = alone(loaded._replace(state=train(out, loaded, track)))
-        loaded = loaded._replace(state=experiment.settle(loaded.prepared, loaded.state))
+        loaded = answering(loaded._replace(state=train(out, loaded, track)))
         if not (out / "scores.json").exists():
             with timed(timings, "evaluate"):
                 known = _base_answers(shared, loaded.prepared.config)
@@ -115,10 +114,10 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     return json.loads((out / "scores.json").read_text(encoding="utf-8"))
 
 
-def alone(loaded: Loaded) -> Loaded:
-    """The run as each of several processes has it for itself: to answer with, to export."""
-    prepared, state = experiment.alone(loaded.prepared), processes.whole(loaded.state)
-    return loaded._replace(prepared=prepared, state=state)
+def answering(loaded: Loaded) -> Loaded:
+    """The run as it answers: newcomers have joined, and each of several processes has it for itself."""
+    prepared = experiment.alone(loaded.prepared)
+    return loaded._replace(prepared=prepared, state=experiment.settle(prepared, processes.whole(loaded.state)))
 
 
 @contextmanager
@@ -168,7 +167,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
                 upcoming = packer.submit(experiment.round_inputs, prepared, rows, t + 1)
             state, record = experiment.train_round(prepared, state, work, batch)
             if t in config.evaluation.evaluate_at and t < last:
-                record["scores"] = score(alone(loaded._replace(state=state)), False, track).scores
+                record["scores"] = score(answering(loaded._replace(state=state)), False, track).scores
             append(log, json.dumps(record) + "\n")
             if t % config.compute.checkpoint_every == 0 or t == last:
                 checkpoint.save(out / "checkpoints", t, state)
@@ -251,7 +250,7 @@ def export(loaded: Loaded, to: Path) -> None:
             "dtype": config.dtype,
             "quantise": config.quantise,
             "recipe": config.cluster.recipe,
-            "layers": model.config.layers if recipe.depth is None else round(recipe.depth * model.config.layers),
+            "layers": embed.blocks(model.config, recipe.depth),
             "final_norm": recipe.depth is None,
             "pooling": "mean over tokens",
             "text": "the bare instruction, no template",
@@ -292,8 +291,10 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     taken = None if path.exists() else next((other for other in found if other.exists()), None)
     if taken is not None:
         timings["taken_over"].append("embeddings")
-        with replaced(path) as beside:
-            shutil.copyfile(taken, beside)
+        if processes.first():
+            with replaced(path) as beside:
+                shutil.copyfile(taken, beside)
+        processes.meet("embeddings are taken over")
     elif not path.exists():
         rows = sum(len(held.train) for held in prepared.partition.clients)
         with track("embedding", rows + len(experiment.test_rows(prepared.partition))) as advance:

@@ -119,4 +119,6 @@ class Strategy(NamedTuple):
     choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round
     base: Callable[[FederationState, PyTree], PyTree] | None = None  # what the frozen parameters have become
-    received: Callable[[int, int], int] = lambda lanes, slots: 1  # adapters on a lane's way down; one goes up
+    # (state, lanes, bytes that one sends) -> bytes that it receives in a round of so many
+    received: Callable[[FederationState, int, int], int] = lambda state, lanes, sent: sent
+    derive: Callable[[FederationState], FederationState] | None = None  # what follows from the new adapters

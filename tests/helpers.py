@@ -43,7 +43,8 @@ def inputs(federation: Federation, t: int, clusters_per_round: int = 1, particip
 def told(strategy: Strategy, state: FederationState, work: Work, adapters: Adapters) -> FederationState:
     """The state after lanes have come back all together."""
     nothing, add = strategy.collect(state, work)
-    return strategy.tell(state, add(nothing, work, adapters))
+    after = strategy.tell(state, add(nothing, work, adapters))
+    return after if strategy.derive is None else strategy.derive(after)
 
 
 def word_rows(rng: np.random.Generator, count: int) -> list[tokens.Tokens]:

@@ -66,6 +66,11 @@ def one_line(capsys, *arguments):
         (["--columns", "question"], "--columns has 'question'"),
         (["--scenario", "single", "--clients", "1"], "raise --clients to at least"),
         (["--train-rows", "4", "--local-clusters", "5"], "client 0 has 4 rows but 5 local clusters"),
+        (["--max-clusters", "1", "--global-clusters", "0"], "--max-clusters is 1"),
+        (["--strategy", "ifca", "--global-clusters", "0"], "but ifca clusters no rows"),
+        (["--dtype", "mixed", "--quantise", "nf4"], "choose one of them"),
+        (["--strategy", "fedex", "--server", "adam"], "fedex corrects the plain average"),
+        (["--max-length", "4096"], "tiny knows 2048 positions"),
     ],
 )
 def test_values_that_cannot_run(arguments, expected, data, tmp_path, capsys, monkeypatch):

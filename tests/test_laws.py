@@ -201,6 +201,28 @@ def test_structure_never_changes_and_the_second_round_compiles_nothing(federatio
 
 
 @every_strategy
+def test_what_a_client_owns_reaches_nobody_else(federation, strategy):
+    """Another value of client 1's own leaves as they come back: what others hold and the server knows is the same."""
+    state, (work, _) = begin(federation, strategy), inputs(federation, 1)
+    asked = strategy.ask(state, work)
+    spread = bank.spread(strategy.owners, asked)
+
+    def change(owner, leaf):
+        return leaf + 5.0 * bank.expand(work.client == 1, leaf) if owner == "client" else leaf
+
+    after = [
+        told(strategy, begin(federation, strategy), work, lanes)
+        for lanes in (asked, jax.tree.map(change, spread, asked))
+    ]
+
+    def others(owner, leaf):
+        return jnp.delete(leaf, 1, axis=0) if owner == "client" else leaf
+
+    one, other = ((jax.tree.map(others, spread, state.bank), state.memory) for state in after)
+    assert_close(one, other, 0)
+
+
+@every_strategy
 def test_client_owned_leaves_never_travel(federation, strategy):
     """Poison them on the server: what is sent stays clean, and the bytes are those of the rest."""
     state = begin(federation, strategy)
@@ -249,7 +271,7 @@ def test_one_cluster_of_clients_is_fedit_and_one_each_is_local_after_the_first_r
     assert_close(play(pooled, clustered(), nudge)[0].bank, play(federation, BY_NAME["fedit"], nudge)[0].bank)
     each = federation._replace(enrolment=federation.enrolment._replace(clusters=CLIENTS))
     state = play(each, clustered(), nudge, rounds=1)[0]
-    state = clustered().regroup(state._replace(memory=jnp.eye(CLIENTS)))
+    state = clustered().regroup(state._replace(memory=(jnp.eye(CLIENTS), jnp.ones(CLIENTS))))
     assert state.table[:, 0].tolist() == list(range(CLIENTS))
     assert all(bool((leaf == leaf[:1]).all()) for leaf in jax.tree.leaves(state.bank))
 
@@ -257,8 +279,13 @@ def test_one_cluster_of_clients_is_fedit_and_one_each_is_local_after_the_first_r
 def test_clients_that_move_alike_are_one_cluster():
     similar = jnp.array([[1, 0.1, 0.9, 0], [0.1, 1, 0.2, 0.8], [0.9, 0.2, 1, 0.1], [0, 0.8, 0.1, 1]])
     bank = {"main": LoRA({"q": jnp.arange(2.0)[:, None]}, {"q": jnp.arange(2.0)[:, None]})}
-    state = FederationState(jnp.ones((), int), bank, jnp.zeros((4, 1), int), similar)
+    state = FederationState(jnp.ones((), int), bank, jnp.zeros((4, 1), int), (similar, jnp.ones(4)))
     assert clustered().regroup(state).table[:, 0].tolist() == [0, 1, 0, 1]
+    # Who sent nothing takes no cluster of its own, however unlike it is to all: it joins the largest.
+    late = jnp.eye(6).at[jnp.array([0, 2, 3, 5])[:, None], jnp.array([0, 2, 3, 5])].set(similar)
+    met = jnp.array([1, 0, 1, 1, 0, 1])
+    state = state._replace(table=jnp.zeros((6, 1), int), memory=(late, met))
+    assert clustered().regroup(state).table[:, 0].tolist() == [0, 0, 1, 0, 0, 1]
     later = state._replace(round=jnp.full((), 2))
     assert clustered().regroup(later) is later
 
@@ -330,6 +357,50 @@ def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):
     assert all(bool((leaf[0] != leaf[1]).any()) for leaf in jax.tree.leaves((own, rest.gate)))
     together, _ = play(federation, BY_NAME["fedalt"], federation.update, rounds=1, together=4)
     assert_close(together, state, 5e-4)
+
+
+def test_the_rest_of_the_world_is_those_who_have_trained(federation):
+    """Of four clients two train, the others come later: who has trained sees the other, the others both."""
+
+    def absent(work, batch):
+        return work._replace(weight=work.weight * (work.client < 2)), batch
+
+    state, _ = play(federation, BY_NAME["fedalt"], nudge, rounds=1, change=absent)
+    for side in ("a", "b"):
+        for leaf, rest in zip(*(getattr(state.bank[name], side).values() for name in ("own", "rest")), strict=True):
+            mean = (leaf[0] + leaf[1]) / 2
+            for who, expected in enumerate((leaf[1], leaf[0], mean, mean)):
+                np.testing.assert_allclose(rest[who], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["feddpa-f", "fedlease"])
+def test_copies_are_of_what_the_servers_optimiser_made(federation, name):
+    strategy, server = BY_NAME[name], server_lib.optimiser("adam", 0.01)
+    run = make_round(strategy, nudge, rate, 5, server=server)
+    state = begin(federation, strategy)
+    state = state._replace(server=server_lib.init(server, state.bank))
+    state, _ = run(state, federation.model.params, *inputs(federation, 1), KEY)
+    plain, _ = play(federation, strategy, nudge, rounds=1)
+    own, copy = ("global", "local") if name == "feddpa-f" else ("own", "other_1")
+    for side in ("a", "b"):
+        made = (state.bank[own], state.bank[copy], plain.bank[own])
+        for leaf, copied, other in zip(*(getattr(adapter, side).values() for adapter in made), strict=True):
+            np.testing.assert_array_equal(copied[0], leaf[0])
+            assert (leaf[0] != other[0]).any()  # or the server's step would not show
+
+
+def test_what_no_phase_moves_is_not_sent(federation):
+    """FedDPA-F's last rounds are private; FedLEASE's scores rest in the first."""
+
+    def sent(strategy):
+        held = begin(federation, strategy).bank
+        return [bank.wire_bytes(strategy.owners, held, strategy.phases(t, 5)) for t in range(1, 6)]
+
+    adapter = sent(BY_NAME["fedit"])[0]
+    assert sent(feddpa_f(private=0.4)) == [adapter] * 3 + [0] * 2
+    first, *later = sent(BY_NAME["fedlease"])
+    scores = 7 * 4 * sum(a.shape[0] * a.shape[1] for a in federation.adapters["main"].a.values())  # 2 M - 1, float32
+    assert first == adapter and later == [adapter + scores] * 4
 
 
 def test_fedex_loses_nothing_of_the_mean_of_the_products(federation):

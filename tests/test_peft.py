@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, tiny_llama, word_rows
+from safetensors.numpy import load_file
 
 from fedrouter_jax import client, lora, peft_io
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
-from fedrouter_jax.models import hf, hidden_states, logits, module_shapes, tiny_tokenizer
+from fedrouter_jax.models import hf, hidden_states, load_model, logits, module_shapes, tiny_tokenizer, values
 from fedrouter_jax.types import LoRA, Work, one_phase
 
 torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
@@ -169,6 +170,16 @@ def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
     found, config = peft_io.read_adapter(tmp_path, decoder)
     assert config == CONFIG
     assert_close(found, adapter, tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
+def test_what_fedex_added_to_weights_is_written_whatever_they_are_held_in(dtype, tmp_path):
+    params = load_model("tiny", dtype).params
+    kernels = {module: values(params["blocks"][module]["kernel"]).astype(jnp.float32) for module in CONFIG.targets}
+    shifted = {module: {"kernel": kernel + 0.002} for module, kernel in kernels.items()}
+    peft_io.write_shift(tmp_path, params, {"blocks": shifted}, CONFIG.targets)
+    for tensor in load_file(tmp_path / "base_shift.safetensors").values():
+        np.testing.assert_allclose(tensor, 0.002, atol=1e-6)
 
 
 def test_an_adapter_that_is_not_plain_lora_is_refused(base, adapter, tmp_path):

@@ -65,6 +65,16 @@ def test_local_clusters_follow_the_centroids_and_strays_go_to_the_nearest_kept()
     assert table.tolist() == [[0, 1, 2], [1, -1, -1]]
 
 
+def test_as_many_clusters_as_there_are_centres_may_be_found():
+    """Four clients of one task each, as in Single: every centre is a cluster. Two clients: the least there can be."""
+    for count in (4, 2):
+        centres = 20 * np.random.default_rng(0).normal(size=(count, 8))
+        clients = [
+            (c + np.random.default_rng(i).normal(size=(12, 8))).astype(np.float32) for i, c in enumerate(centres)
+        ]
+        assert routing.enroll(jax.random.key(0), clients, routing.RECIPES["refined"], 1, None).clusters == count
+
+
 def test_the_refined_recipe_finds_k_where_each_client_has_few_rows():
     """Six tasks, four rows of each on a client, too noisy to cluster alone; local counts twice too large, n_g found."""
     rng = np.random.default_rng(3)

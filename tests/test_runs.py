@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import evaluate, experiment, runs
+from fedrouter_jax import evaluate, experiment, runs, serve
 from fedrouter_jax.cli import main, progress
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
@@ -227,6 +227,45 @@ def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path)
         assert ("headline" in scores[part]["rouge1"]["per_task"]) == (part == "generalisation")
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text())
     assert len(clusters["table"]) == 5 and clusters["never_trained"] == []
+
+
+def test_an_oracle_has_no_adapter_for_a_task_that_nobody_holds():
+    config = dataclasses.replace(smoke(), strategy="oracle")
+    prepared = experiment.prepare(config)
+    enrolment = experiment.enroll(prepared, None)
+    missing, *tasks = prepared.partition.tasks
+    clients = [
+        held._replace(train=[i for i in held.train if prepared.dataset.train[i].task != missing])
+        for held in prepared.partition.clients
+    ]
+    rows = [prepared.dataset.train[i].task for held in clients for i in held.train]
+    assert set(rows) == set(tasks)
+    labels = np.full_like(enrolment.labels, -1)
+    table = np.asarray(enrolment.table)
+    for client, held in enumerate(clients):
+        slots = [prepared.partition.tasks.index(prepared.dataset.train[i].task) for i in held.train]
+        labels[client, : len(slots)] = [table[client].tolist().index(slot) for slot in slots]
+    prepared = prepared._replace(partition=prepared.partition._replace(clients=clients))
+    enrolment = enrolment._replace(labels=labels)
+    state = experiment.start(prepared, enrolment)
+    for question in evaluate.questions(prepared, state, enrolment, None, False):
+        task = prepared.dataset.test[question.row].task
+        assert any(question.weights) == (task != missing)
+
+
+def test_a_newcomer_is_routed_as_it_was_scored(tmp_path):
+    data = dataclasses.replace(smoke().data, clients=6, newcomers=4, mix_rows=4, test_rows=4)
+    once = dataclasses.replace(smoke().rounds, rounds=1)
+    config = dataclasses.replace(smoke(), strategy="ifca", data=data, rounds=once)
+    runs.run(config, tmp_path / "run")
+    scored = {}
+    for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        if answer["part"] == "newcomers":
+            scored[answer["client"]] = answer["slot"]
+    assert sorted(scored) == [2, 3, 4, 5]
+    for client, slot in scored.items():
+        assert serve.route(tmp_path / "run", ["A text."], client)[0]["slot"] == slot
 
 
 def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():

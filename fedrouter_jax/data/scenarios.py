@@ -32,7 +32,8 @@ class DataConfig:
     newcomers: int = 0
     """Clients, the last ones, that join when training is over; their scores are a part of their own."""
     shift: int = 0
-    """A client is tested on what the client so many places further on holds; 0: on what it holds itself."""
+    """A client is tested on what the client so many places further on holds; 0: on what it holds itself. Such texts
+    want --personalised-routing global: a client's own clusters are of other tasks."""
     clients: int = 8
     """Number of clients."""
     train_rows: int = 600

@@ -2,7 +2,7 @@
 
 The baseline of FedRouter's paper (arXiv 2604.00050), after clustered federated learning by cosine similarity of updates
 (Sattler et al., arXiv 1910.01991). One round of FedAvg; Ward's clustering of the cosine similarities of the clients'
-LoRA-B; then FedAvg inside each cluster. A client that missed the first round is similar to nobody.
+LoRA-B; then FedAvg inside each cluster. A client that missed the first round joins the largest one.
 """
 
 import jax
@@ -22,8 +22,9 @@ def clustered() -> Strategy:
     create, ask, means, average = owned(OWNERS)
 
     def init(adapters, enrolment):
-        state = create(adapters, enrolment)
-        return state._replace(table=jnp.zeros_like(state.table), memory=jnp.eye(len(state.table)))
+        state, clients = create(adapters, enrolment), len(enrolment.table)
+        similar, met = jnp.eye(clients), jnp.zeros(clients, jnp.int32)
+        return state._replace(table=jnp.zeros_like(state.table), memory=(similar, met))
 
     def collect(state, work):
         """Beside the sums, each client's direction [client, number]: its B, which starts at zero, at unit length."""
@@ -37,28 +38,33 @@ def clustered() -> Strategy:
             met, directions = sums[1].at[lanes.client].add(here), sums[2].at[lanes.client].add(unit * here[:, None])
             return add(sums[0], lanes, adapters), met, directions
 
-        clients = len(state.table)
-        return (nothing, jnp.zeros(clients, jnp.int32), jnp.zeros((clients, size))), added
+        met = jnp.zeros_like(state.memory[1])
+        return (nothing, met, jnp.zeros((len(met), size))), added
 
     def tell(state, sums):
         averages, met, directions = sums
-        similar = jnp.where((met > 0)[:, None] & (met > 0), directions @ directions.T, state.memory)
-        return average(state, averages)._replace(memory=jnp.where(state.round == 0, similar, state.memory))
+        memory = jax.tree.map(
+            lambda new, old: jnp.where(state.round == 0, new, old), (directions @ directions.T, met), state.memory
+        )
+        return average(state, averages)._replace(memory=memory)
 
     def regroup(state):
         if int(state.round) != 1:
             return state
-        similar = np.clip(np.asarray(state.memory, np.float64), -1, 1)
+        slots = jax.tree.leaves(state.bank)[0].shape[0]
+        present = np.asarray(state.memory[1]) > 0
+        similar = np.clip(np.asarray(state.memory[0], np.float64), -1, 1)[present][:, present]
         distance = np.sqrt(2 - 2 * (similar + similar.T) / 2)  # Euclidean, between unit vectors
         np.fill_diagonal(distance, 0)
-        slots = jax.tree.leaves(state.bank)[0].shape[0]
-        found = np.ones(1, int)
+        found = np.ones(len(distance), int)
         if len(distance) > 1:
             found = fcluster(linkage(squareform(distance, checks=False), "ward"), slots, "maxclust")
         first = list(dict.fromkeys(found.tolist()))  # clusters are numbered as clients meet them
-        table = jnp.asarray([[first.index(label)] for label in found.tolist()], state.table.dtype)
-        bank = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], slots, axis=0), state.bank)
-        return state._replace(table=table, bank=bank)
+        table = np.full(present.shape, np.bincount(found).argmax() if len(found) else 0)
+        table[present] = found
+        table = [[first.index(label) if label in first else 0] for label in table.tolist()]
+        everywhere = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], slots, axis=0), (state.bank, state.server))
+        return state._replace(table=jnp.asarray(table, state.table.dtype), bank=everywhere[0], server=everywhere[1])
 
     def route(state, clients, view, mode):
         return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])

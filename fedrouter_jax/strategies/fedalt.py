@@ -7,7 +7,7 @@ arXiv 2503.11880.
              trains own and the scores, never rest, and goes on from its own adapter of the round before
     server   rest of client i = mean of the own adapters of all others, A and B separately
 
-The scores stay at home. An adapter goes up and another one comes down.
+The others are those that have trained so far. The scores stay at home. An adapter goes up and another one comes down.
 """
 
 import jax
@@ -17,6 +17,7 @@ from fedrouter_jax import bank
 from fedrouter_jax.federation import own_slot, owned
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
+# `rest` comes down in place of one's own, and is never sent up.
 OWNERS = {"own": LoRA(a="public", b="public", gate="client"), "rest": LoRA(a="client", b="client", gate="client")}
 
 
@@ -26,17 +27,20 @@ def fedalt() -> Strategy:
 
     def init(adapters, enrolment):
         scores = {module: jnp.zeros((*a.shape[:-1], 1)) for module, a in adapters["own"].a.items()}
-        return create({name: adapter._replace(gate=scores) for name, adapter in adapters.items()}, enrolment)
+        state = create({name: adapter._replace(gate=scores) for name, adapter in adapters.items()}, enrolment)
+        return state._replace(memory=jnp.zeros(len(state.table)))  # 1: the client has trained
 
     def tell(state, sums):
         told = write(state, sums)
+        met = jnp.maximum(state.memory, sums.weight["public"] > 0)
 
         def others(leaf):
-            return (leaf.sum(axis=0, keepdims=True) - leaf) / max(len(leaf) - 1, 1)
+            known = leaf * bank.expand(met, leaf)
+            return (known.sum(axis=0, keepdims=True) - known) / bank.expand(jnp.maximum(met.sum() - met, 1), leaf)
 
         own, rest = told.bank["own"], told.bank["rest"]
         rest = rest._replace(a=jax.tree.map(others, own.a), b=jax.tree.map(others, own.b))
-        return told._replace(bank={"own": own, "rest": rest})
+        return told._replace(bank={"own": own, "rest": rest}, memory=met)
 
     def phases(round, rounds):
         moves = {"own": True, "rest": LoRA(a=False, b=False, gate=True)}

@@ -46,7 +46,10 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
             Phase(train={"global": shared, "local": alone}, weights={"global": shared * 1.0, "local": alone * 1.0}),
         )
 
-    init, ask, collect, tell = owned(OWNERS)
+    create, ask, collect, average = owned(OWNERS)
+
+    def init(adapters, enrolment):
+        return create(adapters, enrolment)._replace(memory=jnp.asarray(True))  # the last round was a shared one
 
     def note(state, work):
         """Beside the sums: in how many lanes the global adapter has moved."""
@@ -63,19 +66,26 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
 
         return (nothing, jnp.zeros((), jnp.int32)), noted
 
-    def follow(state, sums):
-        """Until it is their turn, the local adapters are copies of the global one; then that stays as it is."""
+    def tell(state, sums):
+        """In a private round the global adapter stays as it is."""
         averages, moved = sums
-        shared = moved > 0
-        told = tell(state, averages)
+        told = average(state, averages)
+        main = _pick(moved > 0, told.bank["global"], state.bank["global"])
+        return told._replace(bank=told.bank | {"global": main}, memory=moved > 0)
 
-        def pick(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(shared, a, b), new, old)
+    def follow(state):
+        """After a shared one the local adapters are copies of it."""
+        return state._replace(
+            bank=state.bank | {"local": _pick(state.memory, state.bank["global"], state.bank["local"])}
+        )
 
-        main = pick(told.bank["global"], state.bank["global"])
-        return told._replace(bank={"global": main, "local": pick(main, told.bank["local"])})
+    return Strategy(
+        "feddpa-f", OWNERS, init, ask, note, tell, _instance_wise(scale, weight_on), phases=phases, derive=follow
+    )
 
-    return Strategy("feddpa-f", OWNERS, init, ask, note, follow, _instance_wise(scale, weight_on), phases=phases)
+
+def _pick(which, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), new, old)
 
 
 def _instance_wise(scale: float, weight_on: WeightOn):

@@ -62,5 +62,13 @@ def fedex(scale: float = 2.0) -> Strategy:
         return {**params, "blocks": blocks}
 
     return Strategy(
-        "fedex", OWNERS, init, ask, collect, tell, only_slot, base=base, received=lambda lanes, slots: lanes
+        "fedex",
+        OWNERS,
+        init,
+        ask,
+        collect,
+        tell,
+        only_slot,
+        base=base,
+        received=lambda state, lanes, sent: lanes * sent,
     )

@@ -39,8 +39,7 @@ def fedlease(experts: int = 4) -> Strategy:
         }
         seats = {"own": {module: scores[..., :experts] for module, scores in columns.items()}}
         for number, name in enumerate(others, experts):
-            first = {module: scores[..., number : number + 1] for module, scores in columns.items()}
-            seats[name] = {module: jnp.pad(one, [(0, 0)] * 2 + [(0, experts - 1)]) for module, one in first.items()}
+            seats[name] = {module: scores[..., number : number + 1] for module, scores in columns.items()}
         given = {name: adapter._replace(gate=seats[name]) for name, adapter in adapters.items()}
         state = create(given, enrolment._replace(clusters=experts))
         trained = {"a": fresh, "b": adapters["own"].b}
@@ -63,7 +62,7 @@ def fedlease(experts: int = 4) -> Strategy:
         return (nothing, jax.tree.map(jnp.zeros_like, state.memory)), added
 
     def tell(state, sums):
-        return copied(write(state, sums[0])._replace(memory=jax.tree.map(jnp.add, state.memory, sums[1])))
+        return write(state, sums[0])._replace(memory=jax.tree.map(jnp.add, state.memory, sums[1]))
 
     def copied(state):
         """The others' slots hold what the experts have become."""
@@ -95,7 +94,7 @@ def fedlease(experts: int = 4) -> Strategy:
 
         def seated(gate, seats):
             """A column without weights is no seat."""
-            return {module: scores * (jnp.arange(experts) < seats) for module, scores in gate.items()}
+            return {module: scores * (jnp.arange(scores.shape[-1]) < seats) for module, scores in gate.items()}
 
         own = LoRA(mean("a"), mean("b"), seated(state.bank["own"].gate, count))
         bank = {"own": own}
@@ -113,9 +112,15 @@ def fedlease(experts: int = 4) -> Strategy:
         here = jax.nn.one_hot(state.table[clients, 0], experts)
         return bank_lib.weights(state.bank, dict.fromkeys(state.bank, here))
 
+    def received(state, lanes, sent):
+        """All experts, and the scores of one's own cluster, which are sent too."""
+        own = state.bank["own"]
+        expert = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves((own.a, own.b)))
+        return sent + (experts - 1) * expert
+
     return Strategy(
-        "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup,
-        received=lambda lanes, slots: slots,
+        "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup, received=received,
+        derive=copied,
     )  # fmt: skip
 
 
