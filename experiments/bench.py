@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedrouter_jax import runs
-from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax import files
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.errors import UserError
 
 
@@ -48,7 +48,6 @@ class Bench:
 
 def main(options: Bench) -> None:
     """Check, time, write."""
-    keep_programs()
     if options.turns < 1:
         raise UserError(f"--turns is {options.turns}; it must be at least 1")
     try:
@@ -64,8 +63,8 @@ def main(options: Bench) -> None:
     turns = 1 if small else options.turns
     found = measure(options.data, load, turns, options.best_effort, Console(stderr=True))
     out = options.out or Path("runs/bench" if small else "docs/bench")
-    runs.write(out / "bench.json", json.dumps(found, indent=1) + "\n")
-    runs.write(out / "bench.md", markdown(found))
+    files.write(out / "bench.json", json.dumps(found, indent=1) + "\n")
+    files.write(out / "bench.md", markdown(found))
     figure(found).savefig(out / "bench.png", dpi=100, bbox_inches="tight")
     Console().print(Markdown((out / "bench.md").read_text(encoding="utf-8")))
 

@@ -29,8 +29,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from experiments.clustering_figures import FEW, draw
-from fedrouter_jax import embed, evaluate, plots, routing, runs
-from fedrouter_jax.cli import guarded, keep_programs, progress
+from experiments.sweep import at_least_one
+from fedrouter_jax import embed, evaluate, files, plots, routing
+from fedrouter_jax.cli import guarded, progress
 from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
@@ -66,19 +67,21 @@ class Clustering:
     out: Path | None = None
     """Folder for results and figures; by default docs/results/clustering, or runs/smoke/clustering with --smoke."""
     smoke: bool = False
-    """The tiny model on a few synthetic rows, one seed."""
+    """The tiny model on 24 synthetic rows a task, two clients, one seed, whatever else is said."""
     redraw: bool = False
     """Only draw table and figures from the clustering.json in --out."""
 
 
 def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
-    keep_programs()
+    at_least_one(rows=options.rows, clients=options.clients, seeds=options.seeds)
     if options.smoke:
         options = replace(options, rows=24, clients=2, seeds=1)
     out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
     if not options.redraw:
         measure(options, out / "clustering.json")
+    elif not (out / "clustering.json").exists():
+        raise UserError(f"{out} holds no clustering.json to draw; run without --redraw, or choose another --out")
     draw(out)
     Console().print(Markdown((out / "clustering.md").read_text(encoding="utf-8")))
 
@@ -115,7 +118,7 @@ def measure(options: Clustering, to: Path) -> None:
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
                 found["records"].append({**of, **record})
                 found["records"].sort(key=lambda record: list(jobs).index(record["name"]))
-                runs.write(to, json.dumps(rounded(found), indent=None) + "\n")
+                files.write(to, json.dumps(rounded(found), indent=None) + "\n")
             advance(1, job)
 
 
@@ -164,7 +167,7 @@ def embedded(model: Model, rows: dict[str, list[Row]], folder: Path, depth: floa
         name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
         with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
             found = embed.embed(model.config, model.params, ids, depth, at_once, advance)
-        with runs.replaced(path) as beside, beside.open("wb") as file:
+        with files.replaced(path) as beside, beside.open("wb") as file:
             np.save(file, found, allow_pickle=False)
     ends = np.cumsum([len(held) for held in rows.values()])[:-1]
     return dict(zip(rows, np.split(np.load(path, allow_pickle=False), ends), strict=True))

@@ -13,9 +13,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments.sweep import sweep
+from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import report
-from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.presets import demo
 
 
@@ -31,7 +31,7 @@ class Demo:
 
 def main(options: Demo) -> None:
     """Run what is not finished yet, then compare."""
-    keep_programs()
+    at_least_one(seeds=options.seeds)
     console = Console()
     pairs = [(strategy, seed) for seed in range(options.seeds) for strategy in ("fedit", "fedrouter")]
     configs = {f"{strategy}-{seed}": replace(demo(), strategy=strategy, seed=seed) for strategy, seed in pairs}

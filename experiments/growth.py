@@ -23,8 +23,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedrouter_jax import experiment, generate, kmeans, lora, runs
-from fedrouter_jax.cli import guarded, keep_programs
+from fedrouter_jax import experiment, files, generate, kmeans, lora
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.data import schedule
 from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.presets import smoke
@@ -45,7 +45,6 @@ class Growth:
 
 def main(options: Growth) -> None:
     """Measure, write, show."""
-    keep_programs()
     console, small = Console(stderr=True), options.smoke
     found = {
         "device": jax.devices()[0].device_kind,
@@ -56,8 +55,8 @@ def main(options: Growth) -> None:
         "adapters": by_adapters(("tiny", (2, 4)) if small else ("smollm2-135m", (4, 16, 64)), console),
     }
     out = options.out or Path("runs/bench" if small else "docs/bench")
-    runs.write(out / "growth.json", json.dumps(found, indent=1) + "\n")
-    runs.write(out / "growth.md", markdown(found))
+    files.write(out / "growth.json", json.dumps(found, indent=1) + "\n")
+    files.write(out / "growth.md", markdown(found))
     Console().print(Markdown((out / "growth.md").read_text(encoding="utf-8")))
 
 

@@ -21,8 +21,9 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from fedrouter_jax import client, evaluate, experiment, generate, lora, runs
-from fedrouter_jax.cli import guarded, keep_programs
+from experiments.sweep import at_least_one
+from fedrouter_jax import client, evaluate, experiment, files, generate, lora
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing
 from fedrouter_jax.models import load_model, module_shapes
@@ -55,7 +56,7 @@ class Precision:
 
 def main(options: Precision) -> None:
     """Measure, write, show."""
-    keep_programs()
+    at_least_one(rows=options.rows)
     config = smoke() if options.smoke else flan4_cpu("dual")
     data = replace(config.data, test_rows=options.rows, mix_rows=options.rows)
     config = replace(config, data=data if options.smoke else replace(data, data=options.data))
@@ -67,8 +68,8 @@ def main(options: Precision) -> None:
     made = {"model": config.model, "data": Path(config.data.data).name, "rows": options.rows,
             "device": jax.devices()[0].device_kind, "jax": jax.__version__, "precisions": found}  # fmt: skip
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
-    runs.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
-    runs.write(out / "precision.md", markdown(made))
+    files.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
+    files.write(out / "precision.md", markdown(made))
     Console().print(Markdown((out / "precision.md").read_text(encoding="utf-8")))
 
 

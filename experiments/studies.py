@@ -23,9 +23,9 @@ from rich.markdown import Markdown
 
 from experiments import summaries, table1
 from experiments.precision import PRECISIONS
-from experiments.sweep import sweep
-from fedrouter_jax import runs
-from fedrouter_jax.cli import guarded, keep_programs
+from experiments.sweep import at_least_one, sweep
+from fedrouter_jax import files
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
 
@@ -112,12 +112,14 @@ class Studies:
 
 def main(options: Studies) -> None:
     """Run what is missing of each study, then draw it."""
-    keep_programs()
     console = Console()
     out = options.out or Path("runs/smoke/studies" if options.smoke else "docs/results/studies")
+    at_least_one(seeds=options.seeds)
     unknown = sorted(set(options.study) - set(STUDIES))
     if unknown:
         raise UserError(f"no study is called {unknown[0]!r}; choose among {', '.join(STUDIES)}")
+    if options.redraw and not any(out.glob("*/*.json")):
+        raise UserError(f"{out} holds no summaries to draw; run without --redraw, or choose another --out")
     for name in options.study or (tuple(STUDIES)[:2] if options.smoke else tuple(STUDIES)):
         kept = out / name
         if not options.redraw:
@@ -125,7 +127,7 @@ def main(options: Studies) -> None:
             sweep(configs(name, options), folder, console, kept)
         found = summaries.load(kept)
         if found:
-            runs.write(out / f"{name}.md", markdown(name, found))
+            files.write(out / f"{name}.md", markdown(name, found))
             figure(name, found).savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
             console.print(Markdown((out / f"{name}.md").read_text(encoding="utf-8")))
 

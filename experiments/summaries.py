@@ -11,8 +11,9 @@ import numpy as np
 from scipy.stats import t as student
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import records, runs
+from fedrouter_jax import files, records
 from fedrouter_jax.config import Config
+from fedrouter_jax.errors import UserError
 
 
 def of(folder: Path) -> dict:
@@ -38,7 +39,7 @@ def of(folder: Path) -> dict:
 
 def save(folder: Path, to: Path) -> None:
     """The summary of a run as a file."""
-    runs.write(to, json.dumps(of(folder), indent=1) + "\n")
+    files.write(to, json.dumps(of(folder), indent=1) + "\n")
 
 
 def known(path: Path, config: Config) -> bool:
@@ -56,7 +57,13 @@ def portable(config: Config) -> Config:
 
 def load(folder: Path) -> dict[str, dict]:
     """All summaries in a folder, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        found[path.stem] = records.read_json(path)
+        lacking = sorted({"config", "scores", "cost", "accuracy", "device"} - set(found[path.stem]))
+        if lacking:
+            raise UserError(f"{path} is no summary of a run: it has no {lacking[0]!r}; restore the file or remove it")
+    return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

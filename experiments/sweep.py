@@ -20,6 +20,13 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 
 
+def at_least_one(**options: int) -> None:
+    """Raise `UserError` for an option below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+
+
 def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path | None = None) -> list[Path]:
     """Run what is not finished of `{name: config}` in `out/name`; returns the run directories in that order.
 

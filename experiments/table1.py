@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from experiments import summaries
-from experiments.sweep import sweep
-from fedrouter_jax import runs
-from fedrouter_jax.cli import guarded, keep_programs
+from experiments.sweep import at_least_one, sweep
+from fedrouter_jax import files
+from fedrouter_jax.cli import guarded
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4_cpu, smoke
@@ -73,7 +73,7 @@ class Table1:
     """Methods that run in every scenario and with every seed."""
     once: tuple[str, ...] = tuple(name for name in METHODS if name not in FIRST)
     """Methods that run in Dual with seed 0 only."""
-    scenarios: tuple[str, ...] = SCENARIOS
+    scenarios: tuple[Literal["dual", "single", "all"], ...] = SCENARIOS
     """Scenarios."""
     budget: Literal["short", "long"] = "short"
     """24 optimiser steps of 2 rows, or 60 of 4, on all rows there are and with several times the test rows."""
@@ -112,10 +112,10 @@ def variant(config: Config, method: str, seed: int) -> Config:
 
 def main(options: Table1) -> None:
     """Run what is missing, then draw."""
-    keep_programs()
     console = Console()
     name = "table1" if options.budget == "short" else "table1-long"
     out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
+    at_least_one(seeds=options.seeds)
     unknown = sorted({*options.methods, *options.once} - set(METHODS))
     if unknown:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
@@ -141,7 +141,9 @@ def configs(options: Table1) -> dict[str, Config]:
 def draw(out: Path) -> None:
     """table1.md and table1.png from the summaries."""
     found = summaries.load(out / "runs")
-    runs.write(out / "table1.md", markdown(found))
+    if not found:
+        raise UserError(f"{out / 'runs'} holds no summaries to draw; run without --redraw, or choose another --out")
+    files.write(out / "table1.md", markdown(found))
     figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 
 

@@ -51,7 +51,7 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
     except Exception as error:  # as in save
         raise UserError(
             f"{folder}: the checkpoint of round {step} could not be read ({_one_line(error)}); "
-            f"delete its folder {step} to resume from the one before"
+            f"restore config.json if it was changed, or else move folder {step} away to resume from the one before"
         ) from error
 
 

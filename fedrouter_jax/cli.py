@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import sys
 import time as clock
@@ -130,7 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in commands:
         print(f"fedrouter: no command {arguments[0]!r}; choose among {', '.join(commands)}", file=sys.stderr)
         return 2
-    keep_programs()
     return guarded(lambda: commands[arguments[0]](arguments[1:]))
 
 
@@ -138,12 +139,16 @@ def guarded(action: Callable[[], None]) -> int:
     """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong."""
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        keep_programs()
         action()
     except UserError as error:
         return failed(2, str(error))
     except KeyboardInterrupt:
-        return failed(130, "interrupted; `fedrouter resume RUN` continues from the last checkpoint")
+        return failed(
+            130, "interrupted; `fedrouter resume RUN`, or the same command of an experiment, goes on from there"
+        )
     return 0
 
 
@@ -228,7 +233,7 @@ def together(asked: Processes) -> None:
 
 def finish(out: Path) -> None:
     """What a finished run shows: its tables, and where everything is."""
-    from fedrouter_jax import processes
+    from fedrouter_jax import processes, records
     from fedrouter_jax import report as report_lib
 
     if not processes.first():
@@ -237,9 +242,16 @@ def finish(out: Path) -> None:
     report_lib.write([out], out)
     console = Console()
     report_lib.show([out], console)
-    missed = len(json.loads((out / "clusters.json").read_text(encoding="utf-8"))["never_trained"])
+    run = records.read(out)
+    missed = len(run.clusters["never_trained"])
     if missed:
         console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")
+    rejected = int(records.cost(run).get("rejected_lanes", 0))
+    if rejected:
+        lanes = sum(len(record["lanes"]) for record in run.rounds)
+        console.print(
+            f"note: {rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate"
+        )
     console.print(f"run {escape(str(out))}: report.md, plots/, adapters/, scores.json, predictions.jsonl")
 
 
@@ -281,9 +293,10 @@ def export(arguments: list[str]) -> None:
     from fedrouter_jax import runs
 
     parsed = tyro.cli(Export, prog="fedrouter export", args=arguments)
-    with progress() as track:
-        runs.export(runs.load(parsed.run, track), parsed.to)
-    print(f"written: {parsed.to}/adapters and, for fedrouter, {parsed.to}/router")
+    loaded = runs.read(parsed.run)
+    runs.export(loaded, parsed.to)
+    router = f" and {parsed.to}/router" if loaded.prepared.strategy.enrolling == "clustering" else ""
+    print(f"written: {parsed.to}/adapters{router}")
 
 
 def plan(arguments: list[str]) -> None:
@@ -301,8 +314,10 @@ def plan(arguments: list[str]) -> None:
     )
     for name in ("devices", "memory", "rate", "row_tokens", "response_tokens"):
         value = getattr(parsed, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if parsed.response_tokens >= parsed.row_tokens:
+        raise UserError(f"--response-tokens is {parsed.response_tokens}, of --row-tokens {parsed.row_tokens} in all")
     limit, rate = (None if v is None else v * unit for v, unit in ((parsed.memory, 2**30), (parsed.rate, 1e12)))
     found = plan_lib.plan(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
     if parsed.json:

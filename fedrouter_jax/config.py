@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.models import MODULES
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
 from fedrouter_jax.strategies import STRATEGIES
@@ -119,12 +121,32 @@ def check(config: Config) -> None:
         "--checkpoint-every": config.compute.checkpoint_every,
         "--model-parallel": config.compute.model_parallel,
         "--lanes-together": config.compute.lanes_together,
-        "--groups-at-once": config.compute.groups_at_once or 1,
-        "--packs-at-once": config.compute.packs_at_once or 1,
+        "--groups-at-once": config.compute.groups_at_once,
+        "--packs-at-once": config.compute.packs_at_once,
+        "--evaluate-at": min(config.evaluation.evaluate_at, default=None),
     }
     for flag, value in positive.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
+    above_zero = {
+        "--learning-rate": config.local.learning_rate,
+        "--clip": config.local.clip,
+        "--alpha": config.lora.alpha,
+        "--server-rate": config.rounds.server_rate,
+        "--mixture-alpha": config.data.mixture_alpha,
+    }
+    not_below_zero = {
+        "--min-learning-rate": config.local.min_learning_rate,
+        "--weight-decay": config.local.weight_decay,
+        "--proximal": config.local.proximal,
+    }
+    for flag, value in (above_zero | not_below_zero).items():
+        if not math.isfinite(value) or value < 0 or (value == 0 and flag in above_zero):
+            raise UserError(f"{flag} is {value}; it must be {'above' if flag in above_zero else 'at least'} 0")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed is {config.seed}; it must be from 0 to {2**31 - 1}")
+    if not config.model:
+        raise UserError("--model is empty; give smollm2-135m, a GGUF file, a Hugging Face folder or a hub id")
     for flag, count in (
         ("--local-clusters", config.cluster.local_clusters),
         ("--global-clusters", config.cluster.global_clusters),
@@ -146,20 +168,17 @@ def check(config: Config) -> None:
             f"--dtype mixed rounds the matrices that --quantise {config.quantise} stores as codes; choose one of them, "
             "or --dtype bfloat16 with codes"
         )
-    if config.local.proximal < 0:
-        raise UserError(f"--proximal is {config.local.proximal}; it is a pull of at least 0")
-    if config.rounds.server_rate <= 0:
-        raise UserError(f"--server-rate is {config.rounds.server_rate}; it must be above 0")
     if not 0 <= config.data.newcomers < config.data.clients:
         raise UserError(f"--newcomers is {config.data.newcomers}; some of the {config.data.clients} clients must train")
-    if config.data.mixture_alpha <= 0:
-        raise UserError(f"--mixture-alpha is {config.data.mixture_alpha}; it must be above 0")
     if not 0 < config.rounds.participation <= 1:
         raise UserError(f"--participation is {config.rounds.participation}; it is a share of the clients in (0, 1]")
     if not 0 <= config.lora.dropout < 1:
         raise UserError(f"--dropout is {config.lora.dropout}; it must be in [0, 1)")
     if not config.lora.targets:
         raise UserError("--targets is empty; name at least one module, such as q_proj v_proj")
+    unknown = sorted(set(config.lora.targets) - set(MODULES))
+    if unknown:
+        raise UserError(f"--targets names {unknown[0]!r}, which no block has; choose among {', '.join(MODULES)}")
 
 
 def strategy(config: Config, clusters: int | None) -> Strategy:

@@ -57,10 +57,6 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     data = config.data
     split = partition(dataset, data, config.seed)
     model = model or load_model(config.model, config.dtype, config.quantise)
-    unknown = sorted(set(config.lora.targets) - set(module_shapes(model.config)))
-    if unknown:
-        known = ", ".join(module_shapes(model.config))
-        raise UserError(f"--targets names {unknown[0]!r}, which no block has; choose among {known}")
     encode = partial(
         tokens.encode,
         model.tokenizer,
@@ -139,11 +135,15 @@ def test_rows(split: Partition) -> list[int]:
     return sorted({row for held in split.clients for row in held.test} | set(split.mix))
 
 
-def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.ndarray:
-    """Embeddings float32 [row, width]: the training rows of client 0, 1, ..., then `test_rows`."""
+def embedded_rows(prepared: Prepared) -> list[Row]:
+    """The rows that are embedded: the training rows of client 0, 1, ..., then `test_rows`."""
     rows = [prepared.dataset.train[i] for held in prepared.partition.clients for i in held.train]
-    rows += [prepared.dataset.test[i] for i in test_rows(prepared.partition)]
-    return embed_texts(prepared, [row.instruction for row in rows], advance)
+    return rows + [prepared.dataset.test[i] for i in test_rows(prepared.partition)]
+
+
+def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.ndarray:
+    """Embeddings float32 [row, width] of `embedded_rows`."""
+    return embed_texts(prepared, [row.instruction for row in embedded_rows(prepared)], advance)
 
 
 def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lambda rows: None) -> np.ndarray:
@@ -177,6 +177,8 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         found = routing.one_cluster_a_task(numbers, len(tasks))
     else:
         ends = np.cumsum(rows)
+        if not np.isfinite(embeddings).all():
+            raise UserError(f"{config.model} embeds texts as numbers that are not finite; are its weights whole?")
         clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
         recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
         found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)

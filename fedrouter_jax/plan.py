@@ -21,6 +21,7 @@ from fedrouter_jax import bank, client, lora
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Packs, Rows
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import computation
@@ -179,7 +180,7 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     block = pack.tokens * decoder.mlp_width * width * 4
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
-        base=nbytes(base),
+        base=nbytes(base) // config.compute.model_parallel,  # norms apart, which are few
         bank=3 * nbytes(federation.state.bank),
         batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
         # Asked for and sent back; received, trained, two gradients (a pack's, their sum), two moments. On a mesh all
@@ -218,12 +219,18 @@ def plan(
     rounds, data = config.rounds, config.data
     held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))
     each = min(rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    parallel = config.compute.model_parallel
+    if devices % parallel:
+        raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
+    rows_of_devices = devices // parallel
     lanes = 1 if strategy.pooled else max(1, int(rounds.participation * (data.clients - data.newcomers) + 0.5)) * each
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=min(pack.lanes, lanes))
     groups = -(-lanes // pack.lanes)
-    here = -(-groups // devices)
-    at_once = config.compute.groups_at_once or (groups_that_fit(start, pack, here, limit, devices > 1) if limit else 1)
+    here = -(-groups // rows_of_devices)
+    at_once = config.compute.groups_at_once or (
+        groups_that_fit(start, pack, here, limit, rows_of_devices > 1) if limit else 1
+    )
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
     tokens = lanes * config.local.steps * config.local.batch * row_tokens
@@ -237,7 +244,7 @@ def plan(
         lanes=lanes,
         groups=groups,
         groups_at_once=at_once,
-        memory=memory(start, pack, here, at_once, devices > 1),
+        memory=memory(start, pack, here, at_once, rows_of_devices > 1),
         bytes_up=lanes * size,
         bytes_down=lanes * strategy.received(start.state, lanes, size),
         tokens=tokens,
@@ -256,7 +263,7 @@ def show(found: Plan, console: Console, limit: float | None = None) -> None:
     rows = [
         ("parameters", f"{found.parameters / 1e6:,.1f} million, frozen"),
         ("an adapter", f"{found.adapter_parameters / 1e6:,.2f} million; {found.slots} slots"),
-        ("a round", f"{found.lanes} lanes in {found.groups} groups; {found.groups_at_once} at once on a device"),
+        ("a round", f"{found.lanes} lanes; groups that share packs: {found.groups}, {found.groups_at_once} at once"),
         ("sent up, down", f"{size(found.bytes_up)}, {size(found.bytes_down)} a round"),
         ("trained", f"{found.tokens:,} tokens, {found.flops / 1e12:,.1f} TFLOP a round"),
         *((f"memory: {name}", size(count)) for name, count in found.memory._asdict().items()),

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from fedrouter_jax import routing
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.files import guarded
 from fedrouter_jax.records import PARTS, Row, Run, latest, names, scores, tasks_of
-from fedrouter_jax.runs import guarded
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")
 GREY, MARKERS, DASHES = "#8C8C8C", "osD^vPX*", ("-", "--", ":", "-.")

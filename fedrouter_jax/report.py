@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedrouter_jax import runs as runs_lib
+from fedrouter_jax import files
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -75,8 +75,8 @@ def write(runs: list[Path], to: Path) -> None:
 
     found = read_all(runs)
     pictures = plots.write(found, rows_of(found), to / "plots")
-    runs_lib.write(to / "scores.csv", to_csv(found))
-    runs_lib.write(to / "report.md", to_markdown(found, pictures, to))
+    files.write(to / "scores.csv", to_csv(found))
+    files.write(to / "report.md", to_markdown(found, pictures, to))
 
 
 def show(runs: list[Path], console: Console) -> None:

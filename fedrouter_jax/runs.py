@@ -11,7 +11,6 @@ for checkpoints, and all read.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time as clock
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, embed, evaluate, experiment, peft_io, processes, routing
+from fedrouter_jax import checkpoint, embed, evaluate, experiment, files, peft_io, processes, records, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
@@ -78,7 +77,7 @@ def claim(out: Path, config: Config) -> None:
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
     processes.meet("nothing is written yet")
-    write(path, config_lib.to_json(config))
+    files.write(path, config_lib.to_json(config))
     processes.meet("the config is written")
 
 
@@ -95,23 +94,23 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
         loaded = load(out, track, timings, shared)
         resumed = int(loaded.state.round) > 0
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
-        if not (out / "scores.json").exists():
+        if not all((out / name).exists() for name in ("scores.json", "predictions.jsonl")):
             with timed(timings, "evaluate"):
                 known = _base_answers(shared, loaded.prepared.config)
                 timings["taken_over"] += ["base answers"] if known else []
                 result = score(loaded, True, track, known)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
-            write(out / "predictions.jsonl", lines)
-            write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
+            files.write(out / "predictions.jsonl", lines)
+            files.write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
         if processes.first():
             export(loaded, out)
     if resumed:
         del timings["total"]  # nobody knows how long the processes before this one ran
     if not (out / "timings.json").exists():
         record = {"device": str(jax.devices()[0].device_kind), **timings}
-        write(out / "timings.json", json.dumps(record, indent=2) + "\n")
+        files.write(out / "timings.json", json.dumps(record, indent=2) + "\n")
     processes.meet("all is written")
-    return json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    return records.read_json(out / "scores.json")
 
 
 def answering(loaded: Loaded) -> Loaded:
@@ -131,21 +130,41 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 def load(out: Path, track: Track = silent, timings: dict | None = None, shared: Shared = ALONE) -> Loaded:
     """Read what is there of a run, and make what is missing up to round 0."""
     timings = {"taken_over": []} if timings is None else timings
-    prepared = experiment.prepare(config_lib.load(out / "config.json"), shared.model)
+    prepared = experiment.prepare(read_config(out), shared.model)
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
-    if done is None:
-        with timed(timings, "cluster"):
-            enrolment = experiment.enroll(prepared, embeddings)
-        write(out / "clusters.json", json.dumps(describe_clusters(prepared, enrolment)) + "\n")
-        state = experiment.start(prepared, enrolment)
-        checkpoint.save(out / "checkpoints", 0, state)
-    else:
-        enrolment = _read_clusters(out, prepared)
-        state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
+    if done is not None:
+        return _restored(out, prepared, done)._replace(embeddings=embeddings)
+    with timed(timings, "cluster"):
+        enrolment = experiment.enroll(prepared, embeddings)
+    files.write(out / "clusters.json", json.dumps(describe_clusters(prepared, enrolment)) + "\n")
+    state = experiment.start(prepared, enrolment)
+    checkpoint.save(out / "checkpoints", 0, state)
     return Loaded(prepared, enrolment, state, embeddings)
+
+
+def read(out: Path) -> Loaded:
+    """A run as it stands, ready to answer; nothing is made or written, and embeddings are left out."""
+    config = read_config(out)
+    done = checkpoint.latest(out / "checkpoints")
+    if done is None:
+        raise UserError(f"{out} holds no checkpoint, so no adapters; train it first: fedrouter resume {out}")
+    return answering(_restored(out, experiment.prepare(config), done))
+
+
+def read_config(out: Path) -> Config:
+    """The config of a run directory, checked."""
+    config = config_lib.load(out / "config.json")
+    config_lib.check(config)
+    return config
+
+
+def _restored(out: Path, prepared: Prepared, done: int) -> Loaded:
+    enrolment = _read_clusters(out, prepared)
+    state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
+    return Loaded(prepared, enrolment, state, None)
 
 
 def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
@@ -154,7 +173,13 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
     config, done = prepared.config, int(state.round)
     rows = experiment.members(prepared, enrolment)
     log = out / "rounds.jsonl"
-    write(log, "".join(line + "\n" for line in _lines(log)[:done]))
+    logged = files.lines(log)
+    if len(logged) < done:
+        raise UserError(
+            f"{log} has {len(logged)} whole lines, but {done} rounds are trained; restore it, or move the later "
+            f"folders of {out / 'checkpoints'} away to train those rounds again"
+        )
+    files.write(log, "".join(line + "\n" for line in logged[:done]))
     last = config.rounds.rounds
     if done >= last:
         return state
@@ -168,7 +193,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
             state, record = experiment.train_round(prepared, state, work, batch)
             if t in config.evaluation.evaluate_at and t < last:
                 record["scores"] = score(answering(loaded._replace(state=state)), False, track).scores
-            append(log, json.dumps(record) + "\n")
+            files.append(log, json.dumps(record) + "\n")
             if t % config.compute.checkpoint_every == 0 or t == last:
                 checkpoint.save(out / "checkpoints", t, state)
             advance(1, f"loss {record['loss']:.3f}")
@@ -233,6 +258,11 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
 
 def export(loaded: Loaded, to: Path) -> None:
     """PEFT folders under `to/adapters`, and the router, if there is one, under `to/router`."""
+    with files.guarded(to):
+        _export(loaded, to)
+
+
+def _export(loaded: Loaded, to: Path) -> None:
     prepared, enrolment, state, _ = loaded
     config, model = prepared.config, prepared.model
     bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(prepared.strategy.owners, state.bank)
@@ -277,7 +307,7 @@ def _base_answers(shared: Shared, config: Config) -> dict[int, str]:
     """What the base model answered to each test row in a run of the same sweep; empty where there is none."""
     for path in alike(shared, config, recipe=False):
         if (path / "scores.json").exists():  # written after the predictions: they are whole
-            records = map(json.loads, _lines(path / "predictions.jsonl"))
+            records = map(json.loads, files.lines(path / "predictions.jsonl"))
             return {record["row"]: record["answer"] for record in records if record["part"].startswith("base")}
     return {}
 
@@ -292,18 +322,26 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     if taken is not None:
         timings["taken_over"].append("embeddings")
         if processes.first():
-            with replaced(path) as beside:
+            with files.replaced(path) as beside:
                 shutil.copyfile(taken, beside)
         processes.meet("embeddings are taken over")
     elif not path.exists():
-        rows = sum(len(held.train) for held in prepared.partition.clients)
-        with track("embedding", rows + len(experiment.test_rows(prepared.partition))) as advance:
+        with track("embedding", len(experiment.embedded_rows(prepared))) as advance:
             found = experiment.embed_rows(prepared, advance)
         if processes.first():
-            with replaced(path) as beside, beside.open("wb") as file:
+            with files.replaced(path) as beside, beside.open("wb") as file:
                 np.save(file, found, allow_pickle=False)
         processes.meet("embeddings are written")
-    return np.load(path, allow_pickle=False)
+    expected = (len(experiment.embedded_rows(prepared)), prepared.model.config.width)
+    try:
+        found = np.load(path, allow_pickle=False)
+        if found.shape != expected:
+            raise ValueError(f"shape {found.shape}, expected {expected}")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: no embeddings of this run's rows ({error}); delete it, and they are made again"
+        ) from None
+    return found
 
 
 def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
@@ -312,9 +350,17 @@ def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         labels = [client["local"] for client in raw["clients"]]
-        table, clusters = jnp.asarray(raw["table"], jnp.int32), int(raw["clusters"])
+        table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
+        for row, slots, held in zip(labels, table, prepared.partition.clients, strict=True):
+            if len(row) != len(held.train) or not set(row) <= set(np.flatnonzero(slots >= 0).tolist()):
+                raise ValueError("the local clusters of a client are not those of its rows")
+        if table.max() >= clusters:
+            raise ValueError(f"slot {table.max()} of {clusters}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}); delete {out / 'checkpoints'} to enrol again") from None
+        raise UserError(
+            f"{path}: not the clusters of this run ({error}); restore the file, or start a new run"
+        ) from None
+    table = jnp.asarray(table)
     padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
     for number, row in enumerate(labels):
         padded[number, : len(row)] = row
@@ -323,45 +369,3 @@ def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
     width = prepared.model.config.width
     router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
     return Enrolment(table, clusters, router, padded, raw["silhouettes"])
-
-
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a file; one that a kill cut short is not among them."""
-    if not path.exists():
-        return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole text file at once."""
-    if processes.first():
-        with replaced(path) as beside:
-            beside.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, which then takes the place of `path`: that is either the old file or the new one, whole."""
-    with guarded(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        yield beside
-        os.replace(beside, path)
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line to a log."""
-    if processes.first():
-        with guarded(path), path.open("a", encoding="utf-8") as file:
-            file.write(line)
-
-
-@contextmanager
-def guarded(path: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, no permission) into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); free space there or choose another --out, then resume"
-        ) from error

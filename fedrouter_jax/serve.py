@@ -25,7 +25,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     blank = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
     if blank is not None or not texts:
         raise UserError(f"text {blank or 1} to route is empty; give at least one instruction in quotes")
-    loaded = runs.answering(runs.load(run))
+    loaded = runs.read(run)
     prepared, state = loaded.prepared, loaded.state
     data = prepared.config.data
     if client is not None and not 0 <= client < data.clients:

@@ -91,7 +91,7 @@ def deal(
         found = sorted({rows[i].output for i in indices})
         labels = [{label} for label in found] if balanced and len(found) <= LABELS else [set(found)]
         piles = [rng.permutation([i for i in indices if rows[i].output in label]) for label in labels]
-        least = min(map(len, piles))
+        least = min(map(len, piles), default=0)
         for seat, client in enumerate(clients_of):
             share = max(1, cap // held[client] // len(piles))
             hands[client].extend(int(i) for pile in piles for i in pile[:least][seat :: len(clients_of)][:share])
@@ -136,6 +136,10 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         raise UserError(
             f"{dataset.name}: test rows of task {strange[0]!r}, which no training row has; label both alike"
         )
+    if config.mix_rows < len(found):
+        raise UserError(
+            f"--mix-rows is {config.mix_rows}, but the mix is of {len(found)} tasks; give one row of each at least"
+        )
     rng = np.random.default_rng([seed, 0x5CE7])
     if config.scenario == "dirichlet":
         shares = np.random.default_rng([seed, 0xD1]).dirichlet([config.mixture_alpha] * len(tasks), clients)
@@ -143,6 +147,11 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         test = deal_shares(dataset.test, tasks, shares, config.test_rows, rng)
     else:
         held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
+        for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
+            if cap < len(held[0]):
+                raise UserError(
+                    f"{flag} is {cap}, but a client holds {len(held[0])} tasks; give one row of each at least"
+                )
         holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
         orphan = next((task for task, of in holders.items() if not of), None)
         if orphan is not None:

@@ -130,7 +130,7 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
             if column not in record and (field != "task" or field in columns):
                 raise UserError(
                     f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; "
-                    f"map it with columns, e.g. {{'{field}': 'your column'}}"
+                    f"name it with --columns {field}=YOUR_COLUMN"
                 )
         task = record.get(found["task"])
         rows.append(
@@ -198,6 +198,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
+    csv.field_size_limit(2**30)  # the default refuses long texts
     lines = csv.reader(io.StringIO(_decode(_file_bytes(path), path), newline=""), strict=True)
     header: list[str] | None = None
     while True:

@@ -48,6 +48,17 @@ class DecoderConfig:
     sliding_window: int | None = None
     """A token sees this many last tokens, itself included; None sees all earlier ones."""
 
+    def __post_init__(self):
+        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions")
+        odd = next((name for name in sizes if getattr(self, name) < 1), None)
+        if odd:
+            raise ValueError(f"{odd} is {getattr(self, odd)}; expected 1 or more")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"{self.heads} heads of {self.head_dim} numbers share {self.kv_heads} of keys and values; expected a "
+                "divisor, and an even head"
+            )
+
 
 def _no_window(_: dict[str, Any]) -> None:
     return None
@@ -98,6 +109,10 @@ def _family(name: str | None, supported: Iterable[str], where: str) -> _Family:
     return FAMILIES[name]
 
 
+def _window(found: Any) -> int | None:
+    return None if found is None else int(found)
+
+
 def _rope(found: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     rope = {**(found.get("rope_scaling") or {}), **(found.get("rope_parameters") or {})}
@@ -127,7 +142,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
 
     Raises `UserError` for a family, an activation, a bias, a rope type or a mix of attention kinds not supported.
     """
-    family = _family(found.get("model_type"), FAMILIES, "config.json")
+    family = _family(str(found.get("model_type")), FAMILIES, "config.json")
     for flag in ("attention_bias", "mlp_bias"):
         if found.get(flag):
             raise UserError(f"config.json sets {flag} true; expected false: this decoder has no such biases")
@@ -135,8 +150,8 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
         raise UserError(f"config.json names the activation {found['hidden_act']!r}; expected 'silu'")
     if found.get("quantization_config"):
         raise UserError("config.json describes quantised weights; expected plain float32, float16 or bfloat16 weights")
-    theta, scaling = _rope(found)
     try:
+        theta, scaling = _rope(found)
         heads = int(found["num_attention_heads"])
         return DecoderConfig(
             vocab_size=int(found["vocab_size"]),
@@ -153,9 +168,9 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
             tied=bool(found.get("tie_word_embeddings", family.tied)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            sliding_window=family.window(found),
+            sliding_window=_window(family.window(found)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json lacks or garbles a field of the {found['model_type']} family: {error}") from error
 
 
@@ -190,7 +205,7 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
             tied="output.weight" not in metadata["tensors"],
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
-            sliding_window=metadata.get(f"{name}.attention.sliding_window"),
+            sliding_window=_window(metadata.get(f"{name}.attention.sliding_window")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the GGUF metadata lacks or garbles a field of the {name} family: {error}") from error

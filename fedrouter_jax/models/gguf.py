@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models.config import DecoderConfig, from_gguf
-from fedrouter_jax.models.hf import assemble
+from fedrouter_jax.models.hf import assemble, named
 from fedrouter_jax.types import PyTree
 
 _TOP = {
@@ -75,7 +75,8 @@ def _metadata(reader: GGUFReader) -> dict[str, Any]:
 
 def gguf_config(path: Path) -> DecoderConfig:
     """The configuration alone; errors as `load_gguf`."""
-    return from_gguf(_metadata(_open(path)))
+    with named(path):
+        return from_gguf(_metadata(_open(path)))
 
 
 def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
@@ -86,7 +87,8 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
     reader = _open(path)
     tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
     metadata = _metadata(reader)
-    config = from_gguf(metadata)
+    with named(path):
+        config = from_gguf(metadata)
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
@@ -98,7 +100,8 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
             found = _unpermute(found, config.heads if name.endswith("q_proj.weight") else config.kv_heads)
         return found
 
-    return config, assemble(config, dtype, set(tensors), read)
+    with named(path):
+        return config, assemble(config, dtype, set(tensors), read)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -124,7 +127,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         if parts["tokenizer_type"] == "llama":  # a SentencePiece vocabulary starts with BOS unless the file denies it
             options.setdefault("add_bos_token", True)
         backend, more = convert_gguf_tokenizer(fields["general.architecture"].contents(), parts)
-    except (KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **more)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,15 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
     return jax.tree.map(jnp.asarray, params)
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors in here say which file or folder they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error.__cause__
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
     shards = _json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} holds no weight_map; expected an index of safetensors shards")
-    files = [folder / Path(name).name for name in sorted(set(shards.values()))]
+    files = [folder / Path(name).name for name in sorted(set(map(str, shards.values())))]
     for path in files:
         if not path.exists():
             raise UserError(
@@ -132,12 +142,14 @@ def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
             raise UserError(f"the tensor {name} is of type {kind}; expected one of {', '.join(_FLOATS)}")
         return where[name].get_tensor(name)
 
-    return config, assemble(config, dtype, set(where), read)
+    with named(folder):
+        return config, assemble(config, dtype, set(where), read)
 
 
 def folder_config(folder: Path) -> DecoderConfig:
     """The configuration alone."""
-    return from_hf(_json(folder / "config.json"))
+    with named(folder):
+        return from_hf(_json(folder / "config.json"))
 
 
 def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:

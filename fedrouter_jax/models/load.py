@@ -73,7 +73,7 @@ def _folder_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerFast:
 
     try:
         return _with_pad(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} has no tokenizer that can be read; expected tokenizer.json: {reason}") from error
 
@@ -111,6 +111,13 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
     if dtype not in DTYPES:
         raise UserError(f"asked for the parameter dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     model = _load(name, dtype)
+    if model.tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end token (eos_token), which answers end with; name one")
+    if len(model.tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name} has {len(model.tokenizer)} tokens, its embedding {model.config.vocab_size}; "
+            "expected a matching pair"
+        )
     params = quantise_params(model.params, quantise)
     return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
 
