@@ -67,6 +67,12 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
+    largest = max(max(row.prompt + row.response) for rows in (*train, test.values()) for row in rows)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {config.model} gives token {largest}, but the model embeds {model.config.vocab_size}; "
+            "are they of one model?"
+        )
     strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
     if strategy.base is not None and config.quantise != "none":
         raise UserError(

@@ -339,7 +339,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
             raise ValueError(f"shape {found.shape}, expected {expected}")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{path}: no embeddings of this run's rows ({error}); delete it, and they are made again"
+            f"{path}: not the embeddings of this run ({error}); delete it, and they are made again"
         ) from None
     return found
 

@@ -185,6 +185,54 @@ def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):
         assert int(np.argmax(question.weights)) == held[task].argmax()
 
 
+def relabel(run):
+    path = run / "clusters.json"
+    clusters = json.loads(path.read_text())
+    clusters["clients"][0]["local"][0] = 7
+    path.write_text(json.dumps(clusters))
+
+
+def shorten(name):
+    def cut(run):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "damage, command, expected",
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "route", "holds no checkpoint, so no adapters"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "export", "holds no checkpoint, so no adapters"),
+        (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
+        (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
+        (relabel, "resume", "not the clusters of this run"),
+        (relabel, "route", "not the clusters of this run"),
+        (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
+        (shorten("config.json"), "export", "config.json: not readable as JSON"),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(damage, command, expected, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damage(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    rest = {"route": ["text"], "export": ["--to", str(tmp_path / "to")], "resume": []}[command]
+    assert main([command, str(run), *rest]) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "to").exists()
+
+
+def test_answers_that_were_lost_are_given_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "predictions.jsonl").unlink()
+    assert main(["resume", str(run)]) == 0
+    assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
+
+
 def test_export_writes_what_the_run_holds(finished, tmp_path):
     assert main(["export", str(finished), "--to", str(tmp_path)]) == 0
     for path in [*finished.glob("adapters/*/*"), *finished.glob("router/*")]:
@@ -251,6 +299,12 @@ def test_an_oracle_has_no_adapter_for_a_task_that_nobody_holds():
     for question in evaluate.questions(prepared, state, enrolment, None, False):
         task = prepared.dataset.test[question.row].task
         assert any(question.weights) == (task != missing)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny):
+    small = dataclasses.replace(tiny.config, vocab_size=100)
+    with pytest.raises(UserError, match="but the model embeds 100; are they of one model"):
+        experiment.prepare(smoke(), tiny._replace(config=small))
 
 
 def test_a_newcomer_is_routed_as_it_was_scored(tmp_path):

@@ -48,17 +48,6 @@ class DecoderConfig:
     sliding_window: int | None = None
     """A token sees this many last tokens, itself included; None sees all earlier ones."""
 
-    def __post_init__(self):
-        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions")
-        odd = next((name for name in sizes if getattr(self, name) < 1), None)
-        if odd:
-            raise ValueError(f"{odd} is {getattr(self, odd)}; expected 1 or more")
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError(
-                f"{self.heads} heads of {self.head_dim} numbers share {self.kv_heads} of keys and values; expected a "
-                "divisor, and an even head"
-            )
-
 
 def _no_window(_: dict[str, Any]) -> None:
     return None
@@ -109,6 +98,19 @@ def _family(name: str | None, supported: Iterable[str], where: str) -> _Family:
     return FAMILIES[name]
 
 
+def _checked(config: DecoderConfig) -> DecoderConfig:
+    sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions")
+    odd = next((name for name in sizes if getattr(config, name) < 1), None)
+    if odd:
+        raise ValueError(f"{odd} is {getattr(config, odd)}; expected 1 or more")
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise ValueError(
+            f"{config.heads} heads of {config.head_dim} numbers share {config.kv_heads} of keys and values; expected a "
+            "divisor, and an even head"
+        )
+    return config
+
+
 def _window(found: Any) -> int | None:
     return None if found is None else int(found)
 
@@ -153,7 +155,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
     try:
         theta, scaling = _rope(found)
         heads = int(found["num_attention_heads"])
-        return DecoderConfig(
+        config = DecoderConfig(
             vocab_size=int(found["vocab_size"]),
             width=int(found["hidden_size"]),
             layers=int(found["num_hidden_layers"]),
@@ -170,6 +172,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
             qk_norm=family.qk_norm,
             sliding_window=_window(family.window(found)),
         )
+        return _checked(config)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json lacks or garbles a field of the {found['model_type']} family: {error}") from error
 
@@ -191,7 +194,7 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
         head_dim = int(metadata.get(f"{name}.attention.key_length", width // heads))
         if int(metadata.get(f"{name}.rope.dimension_count", head_dim)) != head_dim:
             raise ValueError(f"rope.dimension_count is not the head dimension {head_dim}")
-        return DecoderConfig(
+        config = DecoderConfig(
             vocab_size=int(vocabulary),
             width=width,
             layers=int(metadata[f"{name}.block_count"]),
@@ -207,5 +210,6 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
             qk_norm=family.qk_norm,
             sliding_window=_window(metadata.get(f"{name}.attention.sliding_window")),
         )
+        return _checked(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the GGUF metadata lacks or garbles a field of the {name} family: {error}") from error

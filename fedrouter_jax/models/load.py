@@ -113,11 +113,6 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
     model = _load(name, dtype)
     if model.tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token), which answers end with; name one")
-    if len(model.tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name} has {len(model.tokenizer)} tokens, its embedding {model.config.vocab_size}; "
-            "expected a matching pair"
-        )
     params = quantise_params(model.params, quantise)
     return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
 

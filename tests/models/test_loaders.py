@@ -199,6 +199,12 @@ CONFIG_ERRORS = {
     "activation": ({"hidden_act": "gelu"}, "activation 'gelu'"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
     "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
+    "no heads": ({"num_attention_heads": 0}, "lacks or garbles a field of the llama family"),
+    "heads that do not divide": ({"num_key_value_heads": 3}, "share 3 of keys and values"),
+    "no layers": ({"num_hidden_layers": -1}, "layers is -1; expected 1 or more"),
+    "rope a list": ({"rope_parameters": None, "rope_scaling": ["x"]}, "lacks or garbles"),
+    "theta a word": ({"rope_parameters": {"rope_theta": "x"}}, "lacks or garbles"),
+    "family a list": ({"model_type": ["llama"]}, "expected one of llama, mistral, qwen2, qwen3"),
     "mixed layers": (
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
         "mixes 1 layers of full attention with 2 of sliding window",
@@ -216,7 +222,7 @@ def test_a_configuration_that_does_not_fit(kind, broken):
     edit_config(broken, **changes)
     with pytest.raises(UserError, match=message) as caught:
         models.load_model(str(broken))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(broken) in str(caught.value)
 
 
 def break_weights(broken, kind):
@@ -242,6 +248,10 @@ def break_weights(broken, kind):
         (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "empty index":
         (broken / "model.safetensors.index.json").write_text("{}")
+    elif kind == "no end token":
+        path = broken / "tokenizer_config.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({key: told[key] for key in told if key not in ("eos_token", "pad_token")}))
     elif kind == "no tokenizer":
         for path in broken.glob("tokenizer*"):
             path.unlink()
@@ -259,6 +269,7 @@ FILE_ERRORS = {
     "missing shard": "model-00001-of-00002.safetensors does not exist, but",
     "empty index": "holds no weight_map",
     "no tokenizer": "has no tokenizer that can be read",
+    "no end token": "has no end token",
 }
 
 
