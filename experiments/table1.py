@@ -269,16 +269,16 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
 def gain(table: dict[tuple[str, str, str], dict[int, float]], column: tuple[str, str], who: str) -> str:
     """A method over the best baseline that has all its seeds: relative, and in points with its 95 % interval."""
     ours = table.get((*column, who), {})
+    seeds = sorted(ours)
     baselines = {
-        m: scores
+        m: [scores[seed] for seed in seeds]
         for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS) and len(scores) >= len(ours)
+        if tuple(c) == column and m not in (*OURS, *BOUNDS) and set(seeds) <= set(scores)
     }
-    best = max(baselines, key=lambda m: np.mean(list(baselines[m].values())))
-    seeds = sorted(set(ours) & set(baselines[best]))
-    if not seeds or not any(baselines[best].values()):
+    best = max(baselines, key=lambda m: np.mean(baselines[m]))
+    theirs = baselines[best]
+    if not seeds or not any(theirs):
         return ""
-    theirs = [baselines[best][seed] for seed in seeds]
     mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
     spread = f" ± {half:.3f}" if len(seeds) > 1 else ""
     return f"{100 * mean / np.mean(theirs):+.1f} % ({mean:+.3f}{spread}; {best})"
@@ -307,6 +307,8 @@ def setting(found: dict[str, dict]) -> list[str]:
         )
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
     spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
+    if len({len(same) for same in grouped(found).values()}) > 1:
+        spread += " How many of them a method has: below, task by task; gains are over the same seeds."
     return [*sorted(said), "", f"{spread} Generalisation: the mix of all tasks."]
 
 
