@@ -68,7 +68,7 @@ def embed(
     """
     if not texts:
         return np.zeros((0, config.width), np.float32)
-    layers = None if depth is None else blocks(config, depth)
+    layers = None if depth is None else blocks(config, depth)  # None: the final norm, too
     time = packing.pack_length(max(map(len, texts)))
     assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, TEXTS_PER_PACK)
     embeddings = np.zeros((len(texts), config.width), np.float32)

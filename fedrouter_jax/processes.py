@@ -16,8 +16,6 @@ from jax.experimental import multihost_utils
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import PyTree
 
-AUTO = "auto"
-
 
 def join(coordinator: str | None, count: int | None, number: int | None) -> None:
     """Wait for the other processes; to be called before JAX sees a device. Nothing to do without a coordinator.
@@ -29,7 +27,7 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         if given != (None, None):
             raise UserError("--num-processes and --process-id need --coordinator HOST:PORT (or auto)")
         return
-    if coordinator == AUTO:
+    if coordinator == "auto":
         coordinator = None
     elif None in given or not 0 <= number < count:
         raise UserError(
