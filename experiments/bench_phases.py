@@ -364,7 +364,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
         return time * at_once * -(-packs // at_once)
 
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
-    texts = [len(text) for text in ids]
+    texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
     prompts = sorted((len(prepared.test[row].prompt) for row in asked(prepared, load)), reverse=True)
     rows = prepared.config.compute.rows_at_once
     # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
@@ -375,7 +375,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     segments = np.asarray(batch.rows.packs.segments)
     visited = batch.count.sum() * segments.shape[-1]
     return {
-        "embed": sum(texts) / packed(texts, packing.pack_length(max(texts)), embed.TEXTS_PER_PACK),
+        "embed": sum(texts) / packed(texts, packing.fitted_length(texts, most, at_once), most),
         "train": float((segments > 0).sum() / visited),
         "read": sum(prompts) / sum(packed(here, time, rows) for here in turns),
     }

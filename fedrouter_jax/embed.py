@@ -18,6 +18,7 @@ from fedrouter_jax.models import DecoderConfig, hidden_states
 from fedrouter_jax.types import Array, LoRA, PyTree
 
 TEXTS_PER_PACK = 32
+_WINDOW = 512  # texts that are packed together: packing costs the square of them
 
 
 @partial(jax.jit, static_argnames=("config", "layers", "last"))
@@ -69,8 +70,15 @@ def embed(
     if not texts:
         return np.zeros((0, config.width), np.float32)
     layers = None if depth is None else blocks(config, depth)  # None: the final norm, too
-    time = packing.pack_length(max(map(len, texts)))
-    assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, TEXTS_PER_PACK)
+    sizes = [len(text) for text in texts]
+    time = packing.pack_length(max(sizes))
+    if len(texts) <= _WINDOW:
+        time = packing.fitted_length(sizes, TEXTS_PER_PACK, packs_at_once)
+    assignment = [
+        [start + row for row in rows]
+        for start in range(0, len(texts), _WINDOW)
+        for rows in packing.first_fit([(n, 0) for n in sizes[start : start + _WINDOW]], time, 0, TEXTS_PER_PACK)
+    ]
     embeddings = np.zeros((len(texts), config.width), np.float32)
     for start in range(0, len(assignment), packs_at_once):
         here = assignment[start : start + packs_at_once]

@@ -12,9 +12,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import embed, generate, lora, processes, routing
-from fedrouter_jax.experiment import Advance, Prepared, packs_at_once, test_rows
-from fedrouter_jax.types import FederationState, View
+from fedrouter_jax import embed, generate, lora, mesh, routing
+from fedrouter_jax.experiment import Advance, Prepared, divided, packs_at_once, test_rows
+from fedrouter_jax.types import FederationState, LoRA, PyTree, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact")
 REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
@@ -141,13 +141,18 @@ def view(
 ) -> View:
     """What a router may look at for some prompts; hidden states are computed when it asks for them."""
     config, model = prepared.config, prepared.model
-    params = prepared.strategy.base(state, model.params) if prepared.strategy.base else model.params
 
     def states(prompts: list[list[int]], weights) -> jnp.ndarray:
-        bank = lora.concatenate(bank_lib.serving(state.bank))
         gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
-        at_once = packs_at_once(config)
-        return jnp.asarray(embed.embed(model.config, params, prompts, None, at_once, lora=bank, gates=gates, last=True))
+
+        def some(params, places, advance):
+            adapted, bank = opened(prepared, state, params)
+            here, at_once = [prompts[place] for place in places], packs_at_once(config)
+            return embed.embed(
+                model.config, adapted, here, None, at_once, advance, lora=bank, gates=gates[places], last=True
+            )
+
+        return jnp.asarray(divided(prepared, len(prompts), some))
 
     def references(weights) -> jnp.ndarray:
         drawn = [
@@ -161,6 +166,12 @@ def view(
     return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 
 
+def opened(prepared: Prepared, state: FederationState, params: PyTree) -> tuple[PyTree, LoRA]:
+    """The base as the method has shifted it, and all adapters as one, where these parameters of the base lie."""
+    state, base = mesh.beside(params, state), prepared.strategy.base
+    return base(state, params) if base else params, lora.concatenate(bank_lib.serving(state.bank))
+
+
 def answer(
     prepared: Prepared,
     state: FederationState,
@@ -169,30 +180,33 @@ def answer(
     advance: Advance = lambda rows: None,
 ) -> list[str]:
     """Greedy answers; `weights` [prompt, slot] over the adapters of the bank, all zero for the model as it came."""
-    config, model, base = prepared.config, prepared.model, prepared.strategy.base
+    config, model = prepared.config, prepared.model
     gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
-    adapted = np.asarray(weights).any(axis=1) if base else np.ones(len(prompts), bool)
-    ids = np.full((len(prompts), config.data.max_response), -1, np.int32)
-    mine = np.zeros(len(prompts), bool)
-    mine[processes.share()] = True
-    for params, chosen in ((base(state, model.params) if base else model.params, adapted), (model.params, ~adapted)):
-        rows = np.flatnonzero(chosen & mine)
-        found = generate.generate(
-            model.config,
-            params,
-            [prompts[row] for row in rows],
-            lora.concatenate(bank_lib.serving(state.bank)),
-            gates[rows],
-            stop=model.tokenizer.eos_token_id,
-            new_tokens=config.data.max_response,
-            rows_at_once=config.compute.rows_at_once,
-            packs_at_once=packs_at_once(config),
-            advance=advance,
-        )
-        for row, tokens in zip(rows, found, strict=True):
-            ids[row, : len(tokens)] = tokens
-    advance(len(prompts) - mine.sum())
-    answers = [row[row >= 0] for row in processes.together(ids[processes.share()], len(prompts))]
+    # Where a method shifts the base, the model as it came is another one.
+    plain = ~np.asarray(weights).any(axis=1) & (prepared.strategy.base is not None)
+
+    def some(params, places, advance):
+        ids = np.full((len(places), config.data.max_response), -1, np.int32)
+        adapted, bank = opened(prepared, state, params)
+        for base, chosen in ((adapted, ~plain[places]), (params, plain[places])):
+            rows = np.flatnonzero(chosen)
+            found = generate.generate(
+                model.config,
+                base,
+                [prompts[place] for place in places[rows]],
+                bank,
+                gates[places[rows]],
+                stop=model.tokenizer.eos_token_id,
+                new_tokens=config.data.max_response,
+                rows_at_once=config.compute.rows_at_once,
+                packs_at_once=packs_at_once(config),
+                advance=advance,
+            )
+            for row, tokens in zip(rows, found, strict=True):
+                ids[row, : len(tokens)] = tokens
+        return ids
+
+    answers = [row[row >= 0] for row in divided(prepared, len(prompts), some, advance)]
     return [text.strip() for text in model.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Event, Lock
 from typing import NamedTuple
 
 import jax
@@ -28,7 +30,7 @@ from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_groups
 from fedrouter_jax.models import Model, load_model, module_shapes
-from fedrouter_jax.types import FederationState, Strategy, Work
+from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
 
 Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
 
@@ -155,11 +157,48 @@ def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.n
 def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lambda rows: None) -> np.ndarray:
     """Embeddings float32 [text, width] by the config's recipe."""
     config, model = prepared.config, prepared.model
-    ids = tokens.encode_texts(model.tokenizer, texts[processes.share()], config.data.max_length)
+    ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
     depth = routing.RECIPES[config.cluster.recipe].depth
-    found = embed.embed(model.config, processes.own(model.params), ids, depth, packs_at_once(config), advance)
-    advance(len(texts) - len(ids))
-    return processes.together(found, len(texts))
+
+    def some(params, places, advance):
+        here = [ids[place] for place in places]
+        return embed.embed(model.config, params, here, depth, packs_at_once(config), advance)
+
+    return divided(prepared, len(texts), some, advance)
+
+
+def divided(
+    prepared: Prepared,
+    count: int,
+    work: Callable[[PyTree, np.ndarray, Advance], np.ndarray],
+    advance: Advance = lambda rows: None,
+) -> np.ndarray:
+    """`work(params, places, advance)` [place, ...] for the places 0 .. count-1, all of them on every process.
+
+    Every row of devices holds a whole base, and does a share of the places (an array of int), all at the same time.
+    """
+    bases, lock, stopped = mesh.copies(processes.own(prepared.model.params)), Lock(), Event()
+    mine = np.arange(count)[processes.share()]
+    shares = [mine[row :: len(bases)] for row in range(len(bases))]
+
+    def counted(rows: int) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        with lock:
+            advance(rows)
+
+    with ThreadPoolExecutor(len(bases)) as pool:
+        others = [pool.submit(work, *share, counted) for share in zip(bases[1:], shares[1:], strict=True)]
+        try:
+            found = [work(bases[0], shares[0], counted), *(other.result() for other in others)]
+        except BaseException:  # an interrupt reaches this thread alone
+            stopped.set()
+            raise
+    whole = np.zeros((len(mine), *found[0].shape[1:]), found[0].dtype)
+    for row, part in enumerate(found):
+        whole[row :: len(bases)] = part
+    advance(count - len(mine))
+    return processes.together(whole, count)
 
 
 def packs_at_once(config: Config) -> int:

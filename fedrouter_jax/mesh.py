@@ -67,6 +67,36 @@ def place_base(mesh: Mesh, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def copies(params: PyTree) -> list[PyTree]:
+    """The base's parameters once for each row of devices, which holds all of them; nothing is moved.
+
+    The arrays must be this process's own; those that lie on no mesh are the one copy there is.
+    """
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return [params]
+
+    def of_row(devices):
+        row = Mesh(devices[None], (CLIENTS, MODEL))
+
+        def leaf_of_row(leaf):
+            parts = {shard.device: shard.data for shard in leaf.addressable_shards}
+            here = NamedSharding(row, leaf.sharding.spec)
+            return jax.make_array_from_single_device_arrays(leaf.shape, here, [parts[device] for device in devices])
+
+        return jax.tree.map(leaf_of_row, params)
+
+    return [of_row(devices) for devices in sharding.mesh.devices]
+
+
+def beside(params: PyTree, tree: PyTree) -> PyTree:
+    """Arrays, whole, on every device of the row that holds these parameters."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return tree
+    return jax.device_put(tree, NamedSharding(sharding.mesh, P()))
+
+
 def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:
     """Where every leaf of a state lies."""
     everywhere = NamedSharding(mesh, P())

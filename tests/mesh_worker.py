@@ -6,7 +6,8 @@
 A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), and folders to `load` its start from and
 to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
 difference from one device that plays all rounds, the number of compiled programs, and what the devices of a program
-send each other: bytes by operation, and the bytes of the bank.
+send each other: bytes by operation, and the bytes of the bank. A case with `answer` embeds and answers so many texts
+instead, and prints the largest difference of embeddings and the share of equal answers.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ if "process" in ASKED:
 
 from jax.experimental.multihost_utils import process_allgather
 
-from fedrouter_jax import checkpoint, client, experiment, mesh
+from fedrouter_jax import checkpoint, client, evaluate, experiment, mesh
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
@@ -97,7 +98,36 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
     return process_allgather(state.bank, tiled=True) if on else state.bank, run._cache_size(), sent
 
 
+def respond(strategy, shape, answer):
+    """How texts are embedded and answered by rows of devices, each its share, beside one device."""
+    prepared, state, _ = begin(strategy, "none")
+    rng = np.random.default_rng(1)
+    state = state._replace(
+        bank=jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype("f"), state.bank)
+    )
+    rows = list(prepared.test)[:answer]
+    texts, prompts = (
+        [prepared.dataset.test[row].instruction for row in rows],
+        [prepared.test[row].prompt for row in rows],
+    )
+    weights = np.eye(max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank)), dtype="f")
+    weights = weights[rng.integers(0, len(weights), answer)]
+    on = mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
+    model = prepared.model._replace(params=mesh.place_base(on, prepared.model.params))
+    spread, placed = prepared._replace(model=model, mesh=on), mesh.place_state(on, prepared.strategy, state)
+    found = [
+        (experiment.embed_texts(of, texts), evaluate.answer(of, here, prompts, weights))
+        for of, here in ((prepared, state), (spread, placed))
+    ]
+    (embedded, answers), (others, other_answers) = found
+    same = np.mean([a == b for a, b in zip(answers, other_answers, strict=True)])
+    return {"gap": float(np.abs(embedded - others).max()), "same": float(same), "different": len(set(answers))}
+
+
 for case in ASKED["cases"]:
+    if "answer" in case:
+        print(json.dumps(respond(**case)), flush=True)
+        continue
     expected, *_ = play(case["strategy"], case.get("quantise", "none"), last=case.get("last", LAST))
     found, programs, sent = play(**case)
     gaps = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), found, expected)

@@ -74,6 +74,19 @@ def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
     assert model["in a loop"] > 0
 
 
+def test_rows_of_devices_share_texts_and_answer_as_one_device():
+    """What clients own lies apart (fedsa), the base in halves; a shifted base is made on every row (fedex)."""
+    cases = [
+        {"strategy": "fedsa", "shape": [4, 2], "answer": 11},
+        {"strategy": "fedex", "shape": [3, 1], "answer": 2},
+    ]
+    found = work_on(8, {"cases": cases})
+    assert len(found) == len(cases)
+    for case in found:
+        assert case["gap"] < 1e-4 and case["same"] == 1, case
+    assert found[0]["different"] > 3
+
+
 def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(tmp_path):
     """Two processes of two devices play a round and save, each its part; four of one device play the next."""
     kept = str(tmp_path / "checkpoints")

@@ -43,6 +43,34 @@ def test_no_room_for_the_instruction_is_bad_input():
         tokens.encode(TOKENIZER, [ROW], "alpaca", 100, 64)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=80), st.integers(1, 4))
+def test_texts_get_packs_that_hold_them_and_waste_no_more_than_plain_ones(sizes, together):
+    def computed(time):
+        packs = len(packing.first_fit([(size, 0) for size in sizes], time, 0, 32))
+        return time * -(-packs // together)
+
+    plain, fitted = packing.pack_length(max(sizes)), packing.fitted_length(sizes, 32, together)
+    assert fitted >= max(sizes) and fitted % 32 == 0 and computed(fitted) <= computed(plain)
+    assert fitted == plain or computed(fitted) <= 0.95 * computed(plain)
+
+
+def test_first_fit_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    sizes = [(int(n), int(n) // 7) for n in rng.integers(1, 90, 200)]
+    expected, free = [], []
+    for row in sorted(range(200), key=lambda i: (-sizes[i][0], i)):
+        need = (*sizes[row], 1)
+        fits = [pack for pack, room in enumerate(free) if all(n <= r for n, r in zip(need, room, strict=True))]
+        pack = fits[0] if fits else len(free)
+        if not fits:
+            expected.append([])
+            free.append([96, 12, 4])
+        expected[pack].append(row)
+        free[pack] = [r - n for n, r in zip(need, free[pack], strict=True)]
+    assert packing.first_fit(sizes, 96, 12, 4) == expected
+
+
 lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 10)), min_size=0, max_size=12)
 
 
