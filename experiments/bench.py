@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fedrouter_jax import files
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.terminal import guarded
 
 
 @dataclass(frozen=True)

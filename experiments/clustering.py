@@ -31,11 +31,11 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 from experiments.clustering_figures import FEW, draw
 from experiments.sweep import at_least_one
 from fedrouter_jax import embed, evaluate, files, plots, routing
-from fedrouter_jax.cli import guarded, progress
 from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
+from fedrouter_jax.terminal import guarded, progress
 
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6

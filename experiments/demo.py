@@ -15,8 +15,8 @@ from rich.console import Console
 
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import report
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.presets import demo
+from fedrouter_jax.terminal import guarded
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from fedrouter_jax import experiment, files, generate, kmeans, lora
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.data import schedule
 from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.terminal import guarded
 from fedrouter_jax.types import Work
 
 GROUP = 8  # lanes that share packs

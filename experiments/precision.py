@@ -23,12 +23,12 @@ from rich.markdown import Markdown
 
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, evaluate, experiment, files, generate, lora
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing
 from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
+from fedrouter_jax.terminal import guarded
 
 # Name: the type of computation, and how kernels are stored.
 PRECISIONS = {

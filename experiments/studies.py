@@ -25,9 +25,9 @@ from experiments import summaries, table1
 from experiments.precision import PRECISIONS
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
+from fedrouter_jax.terminal import guarded
 
 
 class Study(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import files, records
+from fedrouter_jax import files, formats, records
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 
@@ -59,7 +59,7 @@ def load(folder: Path) -> dict[str, dict]:
     """All summaries in a folder, by name."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        found[path.stem] = records.read_json(path)
+        found[path.stem] = formats.read_json(path)
         lacking = sorted({"config", "scores", "cost", "accuracy", "device"} - set(found[path.stem]))
         if lacking:
             raise UserError(f"{path} is no summary of a run: it has no {lacking[0]!r}; restore the file or remove it")

@@ -14,10 +14,10 @@ from rich.console import Console
 from experiments import summaries
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import report, runs
-from fedrouter_jax.cli import progress
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
+from fedrouter_jax.terminal import progress
 
 
 def at_least_one(**options: int) -> None:

@@ -26,11 +26,11 @@ from rich.markdown import Markdown
 from experiments import summaries
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
-from fedrouter_jax.cli import guarded
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4_cpu, smoke
 from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.terminal import guarded
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = ("oracle", "centralised")  # not rivals

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
 import math
 import os
 import sys
-import time as clock
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +19,7 @@ from rich.markup import escape
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import PRESETS
+from fedrouter_jax.terminal import guarded, progress
 
 USAGE = """\
 usage: fedrouter COMMAND ...
@@ -135,42 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: commands[arguments[0]](arguments[1:]))
 
 
-def guarded(action: Callable[[], None]) -> int:
-    """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong."""
-    # The advice of third-party loggers is not for the user of this tool.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        keep_programs()
-        action()
-    except UserError as error:
-        return failed(2, str(error))
-    except KeyboardInterrupt:
-        return failed(
-            130, "interrupted; `fedrouter resume RUN`, or the same command of an experiment, goes on from there"
-        )
-    return 0
-
-
-def failed(code: int, why: str) -> int:
-    """Say in one line what was wrong; returns the exit code."""
-    print(f"fedrouter: {why}", file=sys.stderr, flush=True)
-    from fedrouter_jax import processes
-
-    processes.leave(code)
-    return code
-
-
-def keep_programs() -> None:
-    """Keep compiled programs between processes (beside the tokenizers), unless JAX was told where or not to."""
-    import jax
-
-    from fedrouter_jax.models.load import cache_folder
-
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-
-
 def console() -> None:
     """Entry point of the `fedrouter` script."""
     sys.exit(main())
@@ -198,15 +161,15 @@ def run(arguments: list[str]) -> None:
 
 def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Split `--preset NAME` off: its values are the defaults that the other options are parsed over."""
-    for place, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--preset":
-            after = place + (1 if value else 2)
-            value = value or next(iter(arguments[place + 1 :]), "")
-            if value not in PRESETS:
-                raise UserError(f"--preset {value!r} is unknown; choose among {', '.join(PRESETS)}")
-            return value, arguments[:place] + arguments[after:]
-    return None, arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", action="append", nargs="?", const="")
+    found, others = parser.parse_known_args(arguments)
+    names = found.preset or []
+    if len(names) > 1:
+        raise UserError(f"--preset is given {len(names)} times; start from one")
+    if names and names[0] not in PRESETS:
+        raise UserError(f"--preset {names[0]!r} is unknown; choose among {', '.join(PRESETS)}")
+    return next(iter(names), None), others
 
 
 def resume(arguments: list[str]) -> None:
@@ -325,61 +288,3 @@ def plan(arguments: list[str]) -> None:
         print(json.dumps(record))
         return
     plan_lib.show(found, Console(), limit)
-
-
-@contextmanager
-def progress() -> Iterator[Callable]:
-    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, lines (`logged`)."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from fedrouter_jax import processes, runs
-
-    console = Console(stderr=True)
-    if not processes.first():
-        yield runs.silent
-        return
-    if not console.is_terminal:
-        yield logged
-        return
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-
-        @contextmanager
-        def track(what: str, total: int) -> Iterator[Callable[..., None]]:
-            bar = bars.add_task(what, total=total, note="")
-            yield lambda rows, note="": bars.update(bar, advance=rows, note=note)
-
-        yield track
-
-
-@contextmanager
-def logged(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Progress as a line for every tenth, for logs."""
-    started, done, tenths = clock.monotonic(), 0, 0
-
-    def advance(rows: int, note: str = "") -> None:
-        nonlocal done, tenths
-        done += rows
-        if 10 * done // total > tenths:
-            tenths, spent = 10 * done // total, clock.monotonic() - started
-            left = spent * (total - done) / done
-            print(
-                f"{what} {done}/{total}, {spent:.0f} s, {left:.0f} s left {note}".strip(), file=sys.stderr, flush=True
-            )
-
-    yield advance

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from fedrouter_jax import formats
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
@@ -194,14 +195,46 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
     return STRATEGIES[config.strategy](**options.get(config.strategy, {}))
 
 
+def check_strategy(config: Config, strategy: Strategy) -> None:
+    """Raise `UserError` where a method cannot work as configured."""
+    if strategy.base is not None and config.quantise != "none":
+        raise UserError(
+            f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
+            "follow; use --quantise none"
+        )
+    if strategy.base is not None and config.rounds.server != "average":
+        raise UserError(
+            f"--server is {config.rounds.server}, but {strategy.name} corrects the plain average; use --server average"
+        )
+    phases = len(strategy.phases(1, config.rounds.rounds))
+    if config.local.steps < phases:
+        raise UserError(
+            f"--steps is {config.local.steps}; {strategy.name} shares them among {phases} phases of a round"
+        )
+
+
 def to_json(config: Config) -> str:
     """The config as it stands in a run directory."""
     return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def of_json(raw: dict, path: Path) -> Config:
-    """A config from its JSON object without the format, as `dataclasses.asdict` gives it; `path` names it in errors."""
-    return _build(Config, raw, path)
+    """A config from its JSON object without the format, as `dataclasses.asdict` gives it; `path` names it in errors.
+
+    A field that is newer than the file has its default.
+    """
+    try:
+        config = TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{path}: {formats.wrong(error)}; restore it or start a new run") from None
+    known = dataclasses.asdict(config)
+    sections = {name: part for name, part in raw.items() if isinstance(part, dict)}
+    odd = sorted({*raw} - {*known}) + [
+        f"{section}.{name}" for section, part in sections.items() for name in part if name not in known[section]
+    ]
+    if odd:
+        raise UserError(f"{path}: field {odd[0]!r} is unknown; another version wrote it")
+    return config
 
 
 def load(path: Path) -> Config:
@@ -215,35 +248,3 @@ def load(path: Path) -> Config:
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a config of run format {FORMAT}; it was written by another version")
     return of_json(raw, path)
-
-
-def _build(kind: type, raw: Any, path: Path) -> Any:
-    """A (nested) frozen dataclass from plain JSON values. A field that is newer than the file has its default."""
-    known = typing.get_type_hints(kind)
-    odd = sorted(set(raw) - set(known)) if isinstance(raw, dict) else [str(raw)]
-    if odd:
-        raise UserError(f"{path}: field {odd[0]!r} is unknown in {kind.__name__}; another version wrote it")
-    values = {}
-    for name, value in raw.items():
-        if dataclasses.is_dataclass(known[name]):
-            value = _build(known[name], value, path)
-        elif isinstance(value, list):
-            value = tuple(value)
-        if not _fits(value, known[name]):
-            raise UserError(f"{path}: {name} is {value!r}, which is not of type {known[name]}")
-        values[name] = value
-    return kind(**values)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of the annotated type."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, args[0]) for entry in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

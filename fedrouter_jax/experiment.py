@@ -76,24 +76,11 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
             "are they of one model?"
         )
     strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
-    if strategy.base is not None and config.quantise != "none":
-        raise UserError(
-            f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
-            "follow; use --quantise none"
-        )
-    if strategy.base is not None and config.rounds.server != "average":
-        raise UserError(
-            f"--server is {config.rounds.server}, but {strategy.name} corrects the plain average; use --server average"
-        )
+    config_lib.check_strategy(config, strategy)
     if data.max_length > model.config.max_positions:
         raise UserError(
             f"--max-length is {data.max_length}, but {config.model} knows {model.config.max_positions} positions; "
             "lower it to that"
-        )
-    phases = len(strategy.phases(1, config.rounds.rounds))
-    if config.local.steps < phases:
-        raise UserError(
-            f"--steps is {config.local.steps}; {strategy.name} shares them among {phases} phases of a round"
         )
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))

@@ -215,6 +215,7 @@ def plan(
     decoder = SHAPES[config.model] if config.model in SHAPES else model_config(config.model)
     clusters = config.cluster.global_clusters or 4
     strategy = config_lib.strategy(config, clusters)
+    config_lib.check_strategy(config, strategy)
     start = federation(decoder, config, strategy, clusters)
     rounds, data = config.rounds, config.data
     held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrouter_jax import config as config_lib
+from fedrouter_jax import formats
 from fedrouter_jax.config import Config, DataConfig
-from fedrouter_jax.errors import UserError
 
 PARTS = ("personalised", "generalisation", "newcomers")  # the last only where clients joined after training
 BASE_PARTS = ("base", "base_generalisation", "base_newcomers")
@@ -50,34 +49,11 @@ def read_all(paths: Sequence[Path]) -> list[Run]:
 def read(path: Path) -> Run:
     """One run directory; raises `UserError` that names what it cannot read."""
     config = config_lib.load(path / "config.json")
-    needed = ("round", "loss", "lanes", "bytes_up", "bytes_down", "optimiser_steps_per_client", "seconds")
-    rounds = list(read_lines(path / "rounds.jsonl", needed))
-    clusters, scores, timings = (read_json(path / f"{name}.json") for name in ("clusters", "scores", "timings"))
+    rounds = list(formats.read_lines(path / "rounds.jsonl", formats.Round))
+    clusters = formats.read_json(path / "clusters.json", formats.Clusters)
+    scores = formats.read_json(path / "scores.json", formats.Scores)
+    timings = formats.read_json(path / "timings.json", formats.Timings)
     return Run(path, config, rounds, clusters, scores, timings or {})
-
-
-def read_json(path: Path) -> dict | None:
-    """The object in a file; None where there is no file yet."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found.items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error}); delete the file and resume the run") from None
-
-
-def read_lines(path: Path, needed: Sequence[str]) -> Iterator[dict]:
-    """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out."""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
-        try:
-            record = json.loads(line)
-            for name in needed:
-                record[name]
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"no field {error}" if isinstance(error, KeyError) else f"no JSON object ({error})"
-            raise UserError(f"{path}, line {number}: {what}; restore the file or start a new run") from None
-        yield record
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedrouter_jax import files
+from fedrouter_jax import files, formats
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -32,7 +32,6 @@ from fedrouter_jax.records import (
     latest,
     names,
     read_all,
-    read_lines,
     rows_of,
     scores,
     setting,
@@ -247,9 +246,8 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
 
 def samples(run: Run) -> list[str]:
     """The first answer of each task that the trained model gave, personalised."""
-    needed = ("part", "task", "client", "slot", "instruction", "reference", "answer", "rouge1")
     first: dict[str, dict] = {}
-    for record in read_lines(run.path / "predictions.jsonl", needed):
+    for record in formats.read_lines(run.path / "predictions.jsonl", formats.Answer):
         if record["part"] == PARTS[0]:
             first.setdefault(record["task"], record)
     text = []

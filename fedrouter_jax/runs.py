@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, embed, evaluate, experiment, files, peft_io, processes, records, routing
+from fedrouter_jax import checkpoint, embed, evaluate, experiment, files, formats, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
@@ -110,7 +110,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
         record = {"device": str(jax.devices()[0].device_kind), **timings}
         files.write(out / "timings.json", json.dumps(record, indent=2) + "\n")
     processes.meet("all is written")
-    return records.read_json(out / "scores.json")
+    return formats.read_json(out / "scores.json")
 
 
 def answering(loaded: Loaded) -> Loaded:

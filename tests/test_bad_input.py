@@ -90,6 +90,8 @@ def test_unknown_commands_and_options_are_refused(capsys):
     assert "choose among run, resume, report, route, export" in one_line(capsys, "train")
     assert "--nonsense" in refused(capsys, "run", "--nonsense", "1")
     assert "choose among smoke, demo" in one_line(capsys, "run", "--preset", "nonsense")
+    assert "--preset is given 2 times" in one_line(capsys, "run", "--preset", "smoke", "--preset=demo")
+    assert "which codes cannot follow" in one_line(capsys, "plan", "--strategy", "fedex", "--quantise", "nf4")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_directories_that_are_no_run_of_this_config(data, tmp_path, capsys):
     assert "another config" in one_line(capsys, *run)
     assert "resume" in one_line(capsys, *run, "--global-clusters", "98")
     (out / "config.json").write_text((out / "config.json").read_text().replace('"rank": 8', '"rank": "8"'))
-    assert "rank is '8'" in one_line(capsys, "resume", str(out))
+    assert "lora.rank: Input should be a valid integer, found '8'" in one_line(capsys, "resume", str(out))
     (out / "config.json").write_text("{")
     assert "not readable as JSON" in one_line(capsys, "resume", str(out))
 

@@ -269,13 +269,15 @@ def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
 @pytest.mark.parametrize(
     "name, text, expected",
     [
-        ("rounds.jsonl", '{"round": 1\n', r"rounds.jsonl, line 1: no JSON object"),
-        ("rounds.jsonl", "[1]\n", r"rounds.jsonl, line 1: no JSON object"),
-        ("rounds.jsonl", '{"round": 1}\n', r"rounds.jsonl, line 1: no field 'loss'"),
+        ("rounds.jsonl", '{"round": 1\n', r"rounds.jsonl, line 1: not a JSON object"),
+        ("rounds.jsonl", "[1]\n", r"rounds.jsonl, line 1: not a JSON object"),
+        ("rounds.jsonl", '{"round": 1}\n', r"rounds.jsonl, line 1: loss: Field required"),
         ("scores.json", "{", r"scores.json: not a JSON object"),
+        ("scores.json", '{"personalised": {"rows": 3, "rouge1": 0.5}}', r"personalised.rouge1: .* valid dictionary"),
+        ("clusters.json", '{"tasks": ["count", 7]}', r"clusters.json: tasks.1: .* valid string"),
         ("timings.json", "[]", r"timings.json: not a JSON object"),
         ("embeddings.npy", "text", r"embeddings.npy: not a NumPy array"),
-        ("predictions.jsonl", "{}\n", r"predictions.jsonl, line 1: no field 'part'"),
+        ("predictions.jsonl", "{}\n", r"predictions.jsonl, line 1: part: Field required"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, text, expected):

@@ -19,11 +19,12 @@ from rich.console import Console
 from experiments import summaries
 from experiments.sweep import sweep
 from fedrouter_jax import evaluate, experiment, runs, serve
-from fedrouter_jax.cli import main, progress
+from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.terminal import progress
 
 FINAL = ("scores.json", "predictions.jsonl", "clusters.json", "router/router.safetensors", "router/router.json")
 

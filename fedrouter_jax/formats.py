@@ -1,0 +1,148 @@
+"""The files of a run directory: what they hold, and how they are read and checked. Written by `runs`, read by all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from fedrouter_jax.errors import UserError
+
+
+class Score(TypedDict):
+    """A metric of a part."""
+
+    mean: float  # over clients
+    per_task: dict[str, float]
+    per_client: dict[str, float]
+
+
+class Part(TypedDict):
+    """The scores of one kind of questions."""
+
+    rows: int
+    rouge1: Score
+    rouge2: Score
+    rougeL: Score
+    exact: Score
+    routing_accuracy: NotRequired[float]
+
+
+class Scores(TypedDict):
+    """`scores.json`."""
+
+    personalised: Part
+    generalisation: Part
+    newcomers: NotRequired[Part]
+    base: NotRequired[Part]
+    base_generalisation: NotRequired[Part]
+    base_newcomers: NotRequired[Part]
+
+
+class Lane(TypedDict):
+    """What one client trained in a round."""
+
+    client: int
+    cluster: int
+    weight: float
+    loss: list[float]  # of each optimiser step
+    rejected: NotRequired[str]  # why its result was left out
+
+
+class Round(TypedDict):
+    """A line of `rounds.jsonl`."""
+
+    round: int
+    loss: float
+    seconds: float
+    bytes_up: float
+    bytes_down: float
+    optimiser_steps_per_client: float
+    tokens: int  # that all lanes trained on
+    lanes: list[Lane]
+    scores: NotRequired[Scores]
+
+
+Client = TypedDict(
+    "Client", {"client": int, "rows": list[int], "tasks": list[str], "local": list[int], "global": list[int]}
+)  # "global" is a word of Python
+Accuracy = TypedDict("Accuracy", {"local": float, "global": float})
+
+
+class Clusters(TypedDict):
+    """`clusters.json`: lists by training row of a client, `table` [client][local cluster] of slots."""
+
+    tasks: list[str]
+    clustered: bool
+    recipe: str | None
+    clusters: int
+    table: list[list[int]]
+    slot_tasks: list[str]
+    accuracy: Accuracy | None
+    silhouettes: dict[str, Any]
+    bytes_up: float
+    bytes_down: float
+    clients: list[Client]
+
+
+class Answer(TypedDict):
+    """A line of `predictions.jsonl`."""
+
+    part: str
+    client: int
+    row: int
+    task: str
+    slot: int | None  # None: the base model
+    instruction: str
+    reference: str
+    answer: str
+    rouge1: float
+
+
+class Timings(TypedDict):
+    """`timings.json`: seconds by phase."""
+
+    device: NotRequired[str]
+    total: NotRequired[float]
+
+
+def read_json(path: Path, form: Any = dict[str, Any]) -> Any:
+    """The object of that form in a file; None where there is no file yet. Raises `UserError` for anything else."""
+    if not path.exists():
+        return None
+    try:
+        return _checked(json.loads(path.read_text(encoding="utf-8")), form)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {wrong(error)}; restore the file, or delete it and resume the run") from None
+
+
+def read_lines(path: Path, form: Any) -> Iterator[Any]:
+    """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            yield _checked(json.loads(line), form)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or start a new run") from None
+
+
+_adapter = cache(TypeAdapter)
+
+
+def _checked(found: Any, form: Any) -> Any:
+    _adapter(form).validate_python(found, strict=True)
+    return found
+
+
+def wrong(error: Exception) -> str:
+    """What is wrong, in a line."""
+    if not isinstance(error, ValidationError):
+        return f"not a JSON object ({error})"
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    found = "" if first["type"] == "missing" else f", found {str(first['input'])[:60]!r}"
+    return f"{where}: {first['msg']}{found}" if where else f"not a JSON object{found}"

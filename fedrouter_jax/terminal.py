@@ -1,0 +1,108 @@
+"""What a user at a terminal sees while something runs, and when it goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time as clock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from fedrouter_jax.errors import UserError
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong."""
+    # The advice of third-party loggers is not for the user of this tool.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        keep_programs()
+        action()
+    except UserError as error:
+        return failed(2, str(error))
+    except KeyboardInterrupt:
+        return failed(
+            130, "interrupted; `fedrouter resume RUN`, or the same command of an experiment, goes on from there"
+        )
+    return 0
+
+
+def failed(code: int, why: str) -> int:
+    """Say in one line what was wrong; returns the exit code."""
+    print(f"fedrouter: {why}", file=sys.stderr, flush=True)
+    from fedrouter_jax import processes
+
+    processes.leave(code)
+    return code
+
+
+def keep_programs() -> None:
+    """Keep compiled programs between processes (beside the tokenizers), unless JAX was told where or not to."""
+    import jax
+
+    from fedrouter_jax.models.load import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+
+
+@contextmanager
+def progress() -> Iterator[Callable]:
+    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, lines (`logged`)."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from fedrouter_jax import processes, runs
+
+    console = Console(stderr=True)
+    if not processes.first():
+        yield runs.silent
+        return
+    if not console.is_terminal:
+        yield logged
+        return
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+
+        @contextmanager
+        def track(what: str, total: int) -> Iterator[Callable[..., None]]:
+            bar = bars.add_task(what, total=total, note="")
+            yield lambda rows, note="": bars.update(bar, advance=rows, note=note)
+
+        yield track
+
+
+@contextmanager
+def logged(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Progress as a line for every tenth, for logs."""
+    started, done, tenths = clock.monotonic(), 0, 0
+
+    def advance(rows: int, note: str = "") -> None:
+        nonlocal done, tenths
+        done += rows
+        if 10 * done // total > tenths:
+            tenths, spent = 10 * done // total, clock.monotonic() - started
+            left = spent * (total - done) / done
+            print(
+                f"{what} {done}/{total}, {spent:.0f} s, {left:.0f} s left {note}".strip(), file=sys.stderr, flush=True
+            )
+
+    yield advance
