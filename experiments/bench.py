@@ -2,6 +2,7 @@
 
     python -m experiments.bench --quick               a few minutes on two cores, synthetic rows
     python -m experiments.bench --data FLAN4          the full table on real rows
+    python -m experiments.bench --data FLAN4 --gpu    the same with loads that keep a GPU busy
     python -m experiments.bench --smoke               hardly any rows, to see that everything works
 
 First both sides must have the same losses from the same adapter on the same rows. Then each phase is timed in turns,
@@ -36,6 +37,8 @@ class Bench:
     """Rows: the embedded synthetic ones, or a folder of real ones."""
     quick: bool = False
     """Fewer rows and one turn: minutes on two cores."""
+    gpu: bool = False
+    """More rows, steps of 16 and more prompts, for both sides on a GPU; beside it, see `experiments.limit`."""
     smoke: bool = False
     """Hardly any rows and one turn: only to see that it works. Its figures mean nothing."""
     turns: int = 3
@@ -57,7 +60,7 @@ def main(options: Bench) -> None:
             f"the bench compares with PyTorch and needs {error.name!r}: pip install -r requirements-dev.txt"
         ) from error
     small = options.quick or options.smoke
-    load = Load(96, 2, 2, 96, 48, 64, 6)
+    load = Load(1024, 8, 16, 512, 48, 64, 6, rows=300) if options.gpu else Load(96, 2, 2, 96, 48, 64, 6)
     if small:
         load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(16, 1, 2, 24, 16, 64, 3)
     turns = 1 if small else options.turns

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from sklearn.cluster import KMeans
 
+from experiments.rates import best_rate, matrix_rate, matrix_rows
 from experiments.torch_baseline import flow
 from fedrouter_jax import bank, client, embed, experiment, generate, kmeans, lora, peft_io, routing
 from fedrouter_jax.config import Config
@@ -30,7 +31,6 @@ from fedrouter_jax.types import LoRA
 
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
-SIZE = 2048  # of the square matrices whose product is the machine's rate
 # Useful tokens or rows (of all sides, or by side with "" for those not named), and what each side does.
 Phase = tuple[int | dict[str, int], dict[str, Callable[[], Any]]]
 
@@ -46,6 +46,7 @@ class Load:
     new: int  # tokens of an answer, at most
     clients: int  # of K-Means
     rounds: int  # of training before answers are timed
+    rows: int = 48  # of a client
 
 
 class Peer(NamedTuple):
@@ -128,7 +129,7 @@ def setting(data: str, load: Load) -> Config:
     real = data != "synthetic"
     rows = replace(
         config.data, data=data, clients=LANES, test_rows=load.prompts, mix_rows=load.prompts,
-        train_rows=48, max_length=320 if real else 192, max_response=48 if real else 24,
+        train_rows=load.rows, max_length=320 if real else 192, max_response=48 if real else 24,
     )  # fmt: skip
     return replace(
         config,
@@ -330,28 +331,10 @@ def nearest(load: Load) -> Phase:
     return len(rows), {"ours": ours, "torch": theirs}
 
 
-def matrix_rate(dtype: str = "float32") -> float:
-    """FLOP/s of a large product of that type with float32 sums, as our training makes them."""
-    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
-    a = jnp.ones((SIZE, SIZE), dtype)
-    return best_rate(lambda: product(a, a).block_until_ready())
-
-
 def torch_matrix_rate(device: str, dtype: str) -> float:
     """The same of PyTorch."""
-    a = torch.ones((SIZE, SIZE), dtype=getattr(torch, dtype), device=device)
+    a = torch.ones((matrix_rows(), matrix_rows()), dtype=getattr(torch, dtype), device=device)
     return best_rate(lambda: (a @ a).sum().item())
-
-
-def best_rate(product: Callable[[], Any], times: int = 5) -> float:
-    """FLOP/s of a product of two square matrices of `SIZE`; the best of several, after one that compiles."""
-    product()
-    best = np.inf
-    for _ in range(times):
-        before = clock.perf_counter()
-        product()
-        best = min(best, clock.perf_counter() - before)
-    return 2 * SIZE**3 / best
 
 
 def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:

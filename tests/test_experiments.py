@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import bench, clustering, clustering_figures, precision, studies, summaries, table1
+from experiments import bench, clustering, clustering_figures, limit, precision, studies, summaries, table1
 from fedrouter_jax import records, routing
 from fedrouter_jax.config import to_json
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,3 +184,16 @@ def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
     assert found["nf4"]["block_bytes"] < whole["block_bytes"] / 5 and found["int8"]["bytes"] < whole["bytes"]
     for row in found.values():
         assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)
+
+
+def test_training_is_measured_beside_the_limit(tmp_path):
+    options = limit.Limit(dtypes=("mixed",), quantise="none", lanes=2, groups=2, smoke=True, out=tmp_path)
+    limit.main(options)
+    (row,) = json.loads((tmp_path / "limit.json").read_text())["rows"]
+    batch, useful = limit.rows_of_a_turn(limit.SMALL, options)
+    assert row["useful_tokens"] == useful == (batch.rows.packs.segments > 0).sum()
+    assert row["flops"] == pytest.approx(4 * row["block_parameters"] * row["tokens_a_second"])
+    assert row["share"] == pytest.approx(row["flops"] / row["matrix_rate"])
+    assert f"**{100 * row['share']:.0f} %**" in (tmp_path / "limit.md").read_text()
+    with pytest.raises(UserError, match="no shape is called 'gpt'"):
+        limit.main(limit.Limit(shapes=("gpt",)))

@@ -1,0 +1,195 @@
+"""How near the machine's limit local training comes, by the model's shape: random weights, rows as long as flan4's.
+
+    python -m experiments.limit                                         minutes on two cores
+    python -m experiments.limit --shapes llama-3.2-1b llama-3.1-8b --dtypes bfloat16 --groups 4 --batch 8
+    python -m experiments.limit --smoke                                 a small shape, to see that it works
+
+Counted are useful tokens (no padding) and four floating-point operations a parameter of the blocks, which is what LoRA
+needs: two forward, two back to the inputs, none for the frozen weights' gradients. The limit is the rate of a large
+product of matrices of the type that the model's are multiplied in, measured in the same turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time as clock
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments.rates import matrix_rate
+from experiments.sweep import at_least_one
+from fedrouter_jax import client, files, lora
+from fedrouter_jax.data import packing
+from fedrouter_jax.data.tokens import Tokens
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.federation import map_groups
+from fedrouter_jax.models import DecoderConfig, init_params, module_shapes
+from fedrouter_jax.models.matrices import as_bits
+from fedrouter_jax.models.quantise import Quantise, quantise
+from fedrouter_jax.plan import SHAPES, nbytes
+from fedrouter_jax.terminal import guarded
+from fedrouter_jax.types import Array, Phase, PyTree
+
+SMALL = DecoderConfig(512, 64, 2, 4, 2, 16, 128)  # for --smoke
+MEAN, LONGEST, ANSWER = 80, 320, 20  # tokens of flan4's rows: on average and at most, and of an answer
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Training beside the rate of a large product of matrices."""
+
+    shapes: tuple[str, ...] = ("smollm2-135m", "smollm2-360m", "llama-3.2-1b")
+    """Shapes of models, of those that `fedrouter plan` knows by name; weights are drawn."""
+    dtypes: tuple[Literal["float32", "mixed", "bfloat16"], ...] = ("float32", "mixed")
+    """Types of the base and of what is computed."""
+    quantise: Quantise = "none"
+    """How the frozen matrices are stored."""
+    lanes: int = 8
+    """Lanes of a group, which share packs."""
+    groups: int = 1
+    """Groups that run at once."""
+    batch: int = 2
+    """Rows of a lane's optimiser step."""
+    steps: int = 2
+    """Optimiser steps of a turn."""
+    turns: int = 3
+    """How often each is timed, after a run that compiles."""
+    smoke: bool = False
+    """A small shape and one turn; the figures mean nothing."""
+    out: Path | None = None
+    """Folder for limit.json and limit.md; by default docs/bench, or runs/bench with --smoke."""
+
+
+def main(options: Limit) -> None:
+    """Measure, write, show."""
+    at_least_one(lanes=options.lanes, groups=options.groups, batch=options.batch, steps=options.steps)
+    at_least_one(turns=options.turns)
+    shapes = {"small": SMALL} if options.smoke else {name: SHAPES.get(name) for name in options.shapes}
+    unknown = [name for name, shape in shapes.items() if shape is None]
+    if unknown:
+        raise UserError(f"no shape is called {unknown[0]!r}; choose among {', '.join(SHAPES)}")
+    console, rows = Console(stderr=True), []
+    for name, decoder in shapes.items():
+        for dtype in options.dtypes:
+            rows.append({"shape": name, "dtype": dtype, **measure(decoder, dtype, options)})
+            console.print(rows[-1])
+    found = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "load": {name: getattr(options, name) for name in ("quantise", "lanes", "groups", "batch", "steps", "turns")},
+        "rows": rows,
+    }
+    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
+    files.write(out / "limit.json", json.dumps(found, indent=1) + "\n")
+    files.write(out / "limit.md", markdown(found))
+    Console().print(Markdown((out / "limit.md").read_text(encoding="utf-8")))
+
+
+def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
+    """Medians over turns of useful tokens a second, the share of the matrix rate, and that rate."""
+    config = lora.LoRAConfig()
+    base = quantise(init_params(decoder, jax.random.key(0), dtype), options.quantise)
+    base = as_bits(base) if jax.default_backend() == "cpu" else base
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(init_shapes(decoder)["blocks"]))
+    lanes = options.groups * options.lanes
+    batch, useful = rows_of_a_turn(decoder, options)
+    shapes = {module: module_shapes(decoder)[module] for module in config.targets}
+    fresh = lora.init(jax.random.key(1), shapes, decoder.layers, config.rank)
+    adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
+    update = client.make_client_update(decoder, config, client.LocalConfig(options.steps, options.batch))
+    phases = (Phase(train=True, weights={"main": 1.0}),)
+
+    def group(base: PyTree, held: tuple[PyTree, Array], batch: packing.Batch) -> PyTree:
+        return update(base, held[0], batch, 1e-3, held[1], phases)
+
+    @jax.jit
+    def train(base, adapters, batch):
+        keys = jax.random.split(jax.random.key(2), lanes)
+        return map_groups(group, base, (adapters, keys), batch, options.groups)
+
+    compiled = train.lower(base, adapters, batch).compile()
+    jax.block_until_ready(compiled(base, adapters, batch))
+    seconds, matrix = [], []
+    for _ in range(1 if options.smoke else options.turns):
+        matrix.append(matrix_rate("float32" if dtype == "float32" else "bfloat16"))
+        before = clock.perf_counter()
+        jax.block_until_ready(compiled(base, adapters, batch))
+        seconds.append(clock.perf_counter() - before)
+    reached = 4 * parameters * useful / np.array(seconds)
+    segments = np.asarray(batch.rows.packs.segments)
+    return {
+        "block_parameters": parameters,
+        "base_bytes": nbytes(base),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "useful_tokens": useful,
+        "useful_share": float(useful / (np.asarray(batch.count).sum() * segments.shape[-1])),
+        "seconds": seconds,
+        "tokens_a_second": float(useful / np.median(seconds)),
+        "flops": float(np.median(reached)),
+        "matrix_rate": float(np.median(matrix)),
+        "share": float(np.median(reached / np.array(matrix))),
+    }
+
+
+def init_shapes(decoder: DecoderConfig) -> PyTree:
+    """The base's parameters, abstract."""
+    return jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+
+
+def rows_of_a_turn(decoder: DecoderConfig, options: Limit) -> tuple[packing.Batch, int]:
+    """Random rows in packs, leaves `[group, step, ...]`, and their tokens: lengths are log-normal about `MEAN`."""
+    rng = np.random.default_rng(0)
+
+    def row() -> Tokens:
+        length = int(np.clip(rng.lognormal(np.log(MEAN) - 0.18, 0.6), 2 * ANSWER, LONGEST))
+        ids = rng.integers(0, decoder.vocab_size, length).tolist()
+        return Tokens(ids[:-ANSWER], ids[-ANSWER:], False)
+
+    drawn = [
+        [[[row() for _ in range(options.batch)] for _ in range(options.lanes)] for _ in range(options.steps)]
+        for _ in range(options.groups)
+    ]
+    clients = [rows for steps in drawn for step in steps for rows in step]
+    time, predicted = packing.shape(clients, options.batch, options.lanes)
+    packs = options.lanes * options.batch
+    batches = [[packing.batch(step, packs, time, predicted) for step in steps] for steps in drawn]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *[
+        jax.tree.map(lambda *leaves: np.stack(leaves), *steps) for steps in batches
+    ])  # fmt: skip
+    return batch, sum(row.length for rows in clients for row in rows)
+
+
+def markdown(found: dict) -> str:
+    """A row a shape and type."""
+    load = found["load"]
+    stored = "" if load["quantise"] == "none" else f", matrices in {load['quantise']}"
+    lines = [
+        "# Training beside the limit",
+        "",
+        f"Random weights{stored}; {load['groups']} group(s) of {load['lanes']} lanes, {load['steps']} steps of "
+        f"{load['batch']} random rows, as long as flan4's; device {found['device']}, jax {found['jax']}. Median of "
+        f"{load['turns']} turns. Useful tokens, four operations a parameter of the blocks and token; the matrix rate "
+        "is that of a large product, in float32 or bfloat16, in the same turns.",
+        "",
+        "| shape | base | useful tokens a second | GFLOP/s | matrix rate | share | useful, of those computed |",
+        "|---" * 7 + "|",
+    ]
+    for row in found["rows"]:
+        rates = f"{row['tokens_a_second']:,.0f} | {row['flops'] / 1e9:,.0f} | {row['matrix_rate'] / 1e9:,.0f}"
+        shares = f"**{100 * row['share']:.0f} %** | {100 * row['useful_share']:.0f} %"
+        lines.append(f"| {row['shape']} | {row['dtype']} | {rates} | {shares} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Limit, prog="python -m experiments.limit")
+    sys.exit(guarded(lambda: main(arguments)))

@@ -1,0 +1,35 @@
+"""The machine's limit, measured: the rate of a large product of matrices."""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def matrix_rows() -> int:
+    """Rows of square matrices whose product takes milliseconds."""
+    return 2048 if jax.default_backend() == "cpu" else 8192
+
+
+def matrix_rate(dtype: str = "float32") -> float:
+    """FLOP/s of a large product of that type with float32 sums, as our training makes them."""
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+    a = jnp.ones((matrix_rows(), matrix_rows()), dtype)
+    return best_rate(lambda: product(a, a).block_until_ready())
+
+
+def best_rate(product: Callable[[], Any], times: int = 5) -> float:
+    """FLOP/s of a product of two square matrices of `matrix_rows()`; the best of several, after one that compiles."""
+    product()
+    best = np.inf
+    for _ in range(times):
+        before = clock.perf_counter()
+        product()
+        best = min(best, clock.perf_counter() - before)
+    return 2 * matrix_rows() ** 3 / best
