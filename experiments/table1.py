@@ -48,6 +48,7 @@ FIRST = (
     "clustered",
     "oracle",
 )
+LABELS = ("glue_qqp",)  # tasks answered by yes or no, as many of each: at these budgets hardly better than a coin
 HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")  # in README
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
@@ -147,9 +148,12 @@ def draw(out: Path) -> None:
     figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 
 
-def cells(found: dict[str, dict]) -> dict[tuple[str, str, str], dict[int, float]]:
-    """ROUGE-1 of each seed by (scenario, part, method); the base model is a method."""
-    table: dict[tuple[str, str, str], dict[int, float]] = {}
+Cells = dict[tuple[str, str, str], dict[int, float]]  # ROUGE-1 of each seed by (scenario, part, method)
+
+
+def cells(found: dict[str, dict], without: tuple[str, ...] = ()) -> Cells:
+    """What the tables show; the base model is a method. `without` some tasks: the mean over the others."""
+    table: Cells = {}
     for name, summary in found.items():
         scenario, _, rest = name.partition("-")
         method, seed = rest.rpartition("-")[0], summary["config"]["seed"]
@@ -157,20 +161,34 @@ def cells(found: dict[str, dict]) -> dict[tuple[str, str, str], dict[int, float]
         base = {"personalised": "base", "generalisation": "base_generalisation"}
         for who, parts in ((method, own), ("base model", base)):
             for part, score in parts.items():
-                table.setdefault((scenario, part, who), {})[seed] = summaries.score(summary, score)
+                value = summaries.score(summary, score)
+                if without:
+                    tasks = summary["scores"][score]["rouge1"]["per_task"]
+                    value = float(np.mean([value for task, value in tasks.items() if task not in without]))
+                table.setdefault((scenario, part, who), {})[seed] = value
     return table
 
 
 def markdown(found: dict[str, dict]) -> str:
     """The report: scores of all methods, then by task, then costs."""
-    lines = ["# Every method in every scenario", "", *setting(found), "", *scores(found, tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *same_seed(found), "", *by_task(found), "", *costs(found), ""]
-    return "\n".join(lines)
+    lines = ["# Every method in every scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
+    lines += ["", "![scores](table1.png)", "", *in_words(found), *same_seed(found), "", *by_task(found), ""]
+    return "\n".join([*lines, *costs(found), ""])
 
 
-def scores(found: dict[str, dict], shown: tuple[str, ...]) -> list[str]:
+def in_words(found: dict[str, dict]) -> list[str]:
+    """The same table over the tasks that are answered in words, where there are others."""
+    tasks = {task for summary in found.values() for task in summary["scores"]["base"]["rouge1"].get("per_task", {})}
+    if not tasks & {*LABELS}:
+        return []
+    labels, others = sorted(tasks & {*LABELS}), sorted(tasks - {*LABELS})
+    about = f"The mean over these. Without {', '.join(labels)}, yes or no, as many of each: hardly better than a coin."
+    title = f"## Tasks answered in words: {', '.join(others)}"
+    return [title, "", about, "", *scores(cells(found, LABELS), FIRST), ""]
+
+
+def scores(table: Cells, shown: tuple[str, ...]) -> list[str]:
     """The table: mean ± half of the 95 % interval; the best of the rivals with all seeds bold; the gain of ours."""
-    table = cells(found)
     columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
     columns = [column for column in columns if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
@@ -266,7 +284,7 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def gain(table: dict[tuple[str, str, str], dict[int, float]], column: tuple[str, str], who: str) -> str:
+def gain(table: Cells, column: tuple[str, str], who: str) -> str:
     """A method over the best baseline that has all its seeds: relative, and in points with its 95 % interval."""
     ours = table.get((*column, who), {})
     seeds = sorted(ours)

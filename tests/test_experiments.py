@@ -121,7 +121,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         drawn = studies.markdown(folder.name, summaries.load(folder))
         assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(table1.scores(runs, table1.HEADLINE)) in readme
+    assert "\n".join(table1.scores(table1.cells(runs), table1.HEADLINE)) in readme
     speed = (ROOT / "docs" / "bench" / "bench.md").read_text(encoding="utf-8")
     assert bench.markdown(json.loads((ROOT / "docs" / "bench" / "bench.json").read_text(encoding="utf-8"))) == speed
     assert "\n".join(line for line in speed.splitlines() if line.startswith("|")) in readme
