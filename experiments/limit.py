@@ -15,6 +15,7 @@ import json
 import sys
 import time as clock
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +33,9 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import map_groups
-from fedrouter_jax.models import DecoderConfig, init_params, module_shapes
-from fedrouter_jax.models.matrices import as_bits
+from fedrouter_jax.models import DecoderConfig, module_shapes
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
 from fedrouter_jax.plan import SHAPES, nbytes
 from fedrouter_jax.terminal import guarded
@@ -97,9 +99,9 @@ def main(options: Limit) -> None:
 def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     """Medians over turns of useful tokens a second, the share of the matrix rate, and that rate."""
     config = lora.LoRAConfig()
-    base = quantise(init_params(decoder, jax.random.key(0), dtype), options.quantise)
+    base = quantise(drawn(decoder, dtype), options.quantise)
     base = as_bits(base) if jax.default_backend() == "cpu" else base
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(init_shapes(decoder)["blocks"]))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)["blocks"]))
     lanes = options.groups * options.lanes
     batch, useful = rows_of_a_turn(decoder, options)
     shapes = {module: module_shapes(decoder)[module] for module in config.targets}
@@ -140,9 +142,16 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     }
 
 
-def init_shapes(decoder: DecoderConfig) -> PyTree:
-    """The base's parameters, abstract."""
-    return jax.eval_shape(lambda: init_params(decoder, jax.random.key(0)))
+def drawn(decoder: DecoderConfig, dtype: str) -> PyTree:
+    """Random weights of the base, leaf by leaf: a draw of all at once needs several times their memory."""
+    seeds = count()
+
+    def leaf(path, shape):
+        if path[-1].key not in MATRICES:
+            return jnp.ones(shape.shape, shape.dtype)
+        return 0.02 * jax.random.normal(jax.random.key(next(seeds)), shape.shape, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, param_shapes(decoder, dtype))
 
 
 def rows_of_a_turn(decoder: DecoderConfig, options: Limit) -> tuple[packing.Batch, int]:
