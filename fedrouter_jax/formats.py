@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
 from fedrouter_jax.errors import UserError
 
@@ -27,9 +27,9 @@ class Part(TypedDict):
 
     rows: int
     rouge1: Score
-    rouge2: Score
-    rougeL: Score
-    exact: Score
+    rouge2: NotRequired[Score]  # what reports can do without, older runs may lack
+    rougeL: NotRequired[Score]
+    exact: NotRequired[Score]
     routing_accuracy: NotRequired[float]
 
 
@@ -130,11 +130,11 @@ def read_lines(path: Path, form: Any) -> Iterator[Any]:
             raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or start a new run") from None
 
 
-_adapter = cache(TypeAdapter)
+adapter = cache(TypeAdapter)  # building one takes longer than most checks
 
 
 def _checked(found: Any, form: Any) -> Any:
-    _adapter(form).validate_python(found, strict=True)
+    adapter(form).validate_python(found, strict=True)
     return found
 
 

@@ -110,7 +110,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
         record = {"device": str(jax.devices()[0].device_kind), **timings}
         files.write(out / "timings.json", json.dumps(record, indent=2) + "\n")
     processes.meet("all is written")
-    return formats.read_json(out / "scores.json")
+    return formats.read_json(out / "scores.json", formats.Scores)
 
 
 def answering(loaded: Loaded) -> Loaded:

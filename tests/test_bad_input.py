@@ -132,8 +132,12 @@ def test_directories_that_are_no_run_of_this_config(data, tmp_path, capsys):
     (out / "rounds.jsonl").touch()
     assert "another config" in one_line(capsys, *run)
     assert "resume" in one_line(capsys, *run, "--global-clusters", "98")
-    (out / "config.json").write_text((out / "config.json").read_text().replace('"rank": 8', '"rank": "8"'))
+    run_config = (out / "config.json").read_text()
+    (out / "config.json").write_text(run_config.replace('"rank": 8', '"rank": "8"'))
     assert "lora.rank: Input should be a valid integer, found '8'" in one_line(capsys, "resume", str(out))
+    for unknown in ('"quant": {"bits": 4}, "seed"', '"lora_rank": 8, "seed"'):
+        (out / "config.json").write_text(run_config.replace('"seed"', unknown, 1))
+        assert "Unexpected keyword argument" in one_line(capsys, "resume", str(out))
     (out / "config.json").write_text("{")
     assert "not readable as JSON" in one_line(capsys, "resume", str(out))
 

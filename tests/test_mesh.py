@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import pytest
 from helpers import LOCAL, inputs
 from safetensors.numpy import load_file
 
-from fedrouter_jax import mesh
+from fedrouter_jax import experiment, mesh
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
@@ -85,6 +87,26 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device():
     for case in found:
         assert case["gap"] < 1e-4 and case["same"] == 1, case
     assert found[0]["different"] > 3
+
+
+def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
+    """It reaches the first row's thread alone; the others must not answer on to their end."""
+    monkeypatch.setattr(mesh, "copies", lambda params: ["first", "second"])
+    prepared = SimpleNamespace(model=SimpleNamespace(params=jnp.zeros(1)))
+    begun, done = Event(), []
+
+    def work(base, places, advance):
+        if base == "first":
+            begun.wait()
+            raise KeyboardInterrupt
+        begun.set()
+        for _ in range(10**7):
+            advance(0)
+        done.append(base)
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.divided(prepared, 2, work)
+    assert not done
 
 
 def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(tmp_path):

@@ -14,6 +14,8 @@ import numpy as np
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.types import Array
 
+_SHORTEST, _LONGEST = 256, 512  # tokens of a pack: shorter make small products, longer pay for attention
+
 
 class Packs(NamedTuple):
     """Packed texts. Leading axes may be added in front of `[pack, ...]`."""
@@ -79,28 +81,28 @@ def owners(packs: Packs, assignment: list[list[int]], nobody: int) -> np.ndarray
     return found
 
 
-def pack_length(longest: int, least: int = 256) -> int:
-    """The static length of packs: a multiple of 128 that holds the longest row, at least `least`.
+def pack_length(longest: int) -> int:
+    """The static length of packs: a multiple of 128 that holds the longest row, at least `_SHORTEST`.
 
     Longer packs waste less on their tail; attention inside a pack grows with the square, so not longer than needed.
     """
-    return max(least, -(-longest // 128) * 128)
+    return max(_SHORTEST, -(-longest // 128) * 128)
 
 
 def fitted_length(sizes: Sequence[int], rows: int, together: int) -> int:
     """The `pack_length` of texts of these lengths, `rows` to a pack and `together` packs to a turn, or a better one.
 
-    Better is a multiple of 32, of at most 512, with which a twentieth less is computed: a few turns can leave much of
-    the last one empty. Elsewhere the plain length will do, and fewer lengths are fewer programs to compile.
+    Better is a multiple of 32, of at most `_LONGEST`, with which a twentieth less is computed: a few turns can leave
+    much of the last one empty. Elsewhere the plain length will do, and fewer lengths are fewer programs to compile.
     """
 
     def turns(time: int) -> int:
         return -(-len(first_fit([(size, 0) for size in sizes], time, 0, rows)) // together)
 
-    plain, longest = pack_length(max(sizes)), max(256, -(-max(sizes) // 32) * 32)
+    plain, longest = pack_length(max(sizes)), max(_SHORTEST, -(-max(sizes) // 32) * 32)
     if turns(plain) == 1:
         return plain
-    best = min(range(longest, 513, 32), key=lambda time: time * turns(time), default=plain)
+    best = min(range(longest, _LONGEST + 1, 32), key=lambda time: time * turns(time), default=plain)
     return best if best * turns(best) <= 0.95 * plain * turns(plain) else plain
 
 
