@@ -139,6 +139,12 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     speed = (ROOT / "docs" / "bench" / "bench.md").read_text(encoding="utf-8")
     assert bench.markdown(json.loads((ROOT / "docs" / "bench" / "bench.json").read_text(encoding="utf-8"))) == speed
     assert "\n".join(line for line in speed.splitlines() if line.startswith("|")) in readme
+    measured = json.loads((ROOT / "docs" / "bench" / "limit.json").read_text(encoding="utf-8"))
+    assert limit.markdown(measured) == (ROOT / "docs" / "bench" / "limit.md").read_text(encoding="utf-8")
+    shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
+    floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
+    assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in said
+    assert "in mixed precision {}, {} and {} of the bfloat16 rate".format(*mixed) in said
     for recipe in ("paper", "refined"):
         cells, ks = [], []
         for tasks in ("flan4", "flan8", "all ten"):
