@@ -1,6 +1,7 @@
 """Do clusters find the tasks? Accuracy and chosen k by recipe, layer, restarts and rows. No training.
 
     python -m experiments.clustering --data ../shared/data            tables and figures in docs/results/clustering/
+    python -m experiments.clustering --data ... --model M --recipes paper shallow refined     another base model
     python -m experiments.clustering --smoke                          the tiny model on synthetic rows
 
 Rows of a task are dealt to clients as in the paper's All scenario: every client holds every task. Each seed deals the
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -35,6 +37,7 @@ from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
+from fedrouter_jax.models.load import DEFAULT
 from fedrouter_jax.terminal import guarded, progress
 
 MOST = 13  # the largest k the silhouette may choose
@@ -58,6 +61,10 @@ class Clustering:
 
     data: Path = Path("data")
     """Folder that holds flan4/ and flan8/."""
+    model: str = DEFAULT
+    """The base model, as for `fedrouter run`."""
+    recipes: tuple[Literal[tuple(RECIPES)], ...] = tuple(RECIPES)
+    """Recipes; to choose a depth on five drawn tasks takes all of them."""
     rows: int = 96
     """Training rows of each task."""
     clients: int = 8
@@ -65,7 +72,8 @@ class Clustering:
     seeds: int = 5
     """Seeds 0 .. N-1."""
     out: Path | None = None
-    """Folder for results and figures; by default docs/results/clustering, or runs/smoke/clustering with --smoke."""
+    """Folder for results and figures; by default docs/results/clustering, -MODEL after it where another model is given,
+    or runs/smoke/clustering with --smoke."""
     smoke: bool = False
     """The tiny model on 24 synthetic rows a task, two clients, one seed, whatever else is said."""
     redraw: bool = False
@@ -76,8 +84,9 @@ def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
     at_least_one(rows=options.rows, clients=options.clients, seeds=options.seeds)
     if options.smoke:
-        options = replace(options, rows=24, clients=2, seeds=1)
-    out = options.out or Path("runs/smoke/clustering" if options.smoke else "docs/results/clustering")
+        options = replace(options, model="tiny", rows=24, clients=2, seeds=1)
+    suffix = "" if options.model == DEFAULT else f"-{Path(options.model).name.removesuffix('.gguf')}"
+    out = options.out or Path("runs/smoke/clustering" if options.smoke else f"docs/results/clustering{suffix}")
     if not options.redraw:
         measure(options, out / "clustering.json")
     elif not (out / "clustering.json").exists():
@@ -88,7 +97,7 @@ def main(options: Clustering) -> None:
 
 def measure(options: Clustering, to: Path) -> None:
     """Add what is missing to the records in `to`; they are written after every one."""
-    model = load_model("tiny" if options.smoke else "smollm2-135m")
+    model = load_model(options.model)
     setting = {
         "model": model.base_name,
         "rows_a_task": options.rows,
@@ -105,11 +114,12 @@ def measure(options: Clustering, to: Path) -> None:
         for recipe, few in [*product(RECIPES, [None]), *(product(SEARCHED, FEW) if "five" not in name else ())]
     }
     known = {record["name"] for record in found["records"]}
+    whole = set(options.recipes) == set(RECIPES)
     states = cache(partial(embedded, model, rows_by_task(options), Path("runs/clustering")))
     with progress() as track, track("clustering", len(jobs)) as advance:
         before = None
         for job, (name, seed, tasks, recipe, few) in jobs.items():
-            if job not in known:
+            if job not in known and recipe in options.recipes and (whole or "five" not in name):
                 if name != before:  # programs of other shapes are not needed again, and there are many
                     jax.clear_caches()
                 before, by_task = name, states(RECIPES[recipe].depth)

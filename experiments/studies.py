@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import summaries, table1
+from experiments import summaries, table1, weights
 from experiments.precision import PRECISIONS
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
@@ -85,9 +85,9 @@ STUDIES = {
         lambda name: dict(zip(("dtype", "quantise"), PRECISIONS[name], strict=True)), ("fedrouter",),
     ),
     "model": Study(
-        "base model (Figure 5; the larger ones come from the hub)",
-        ("smollm2-135m", "HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-        lambda name: {"model": name}, smoke=("tiny",),
+        "base model (Figure 5; the larger two by experiments.weights)",
+        ("smollm2-135m", *(str(weights.path(name)) for name in weights.MODELS)),
+        lambda name: {"model": name}, ("fedrouter+", "fedit"), smoke=("tiny",),
     ),
 }  # fmt: skip
 
@@ -123,8 +123,10 @@ def main(options: Studies) -> None:
     for name in options.study or (tuple(STUDIES)[:2] if options.smoke else tuple(STUDIES)):
         kept = out / name
         if not options.redraw:
+            made = configs(name, options)
+            weights.check({made[run].model for run in made if not summaries.known(kept / f"{run}.json", made[run])})
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
-            sweep(configs(name, options), folder, console, kept)
+            sweep(made, folder, console, kept)
         found = summaries.load(kept)
         if found:
             files.write(out / f"{name}.md", markdown(name, found))
@@ -153,7 +155,7 @@ def configs(name: str, options: Studies) -> dict:
 
 def label(value: Any) -> str:
     """A value in file names and figures."""
-    return str(value).rpartition("/")[2]
+    return str(value).rpartition("/")[2].removesuffix(".gguf")
 
 
 def cells(study: Study, found: dict[str, dict]) -> dict[tuple[str, Any], list[dict]]:
@@ -189,7 +191,7 @@ def markdown(name: str, found: dict[str, dict]) -> str:
             values = [[by_task(s, part)[task] for s in same if task in by_task(s, part)] for part in parts]
             row.append(" / ".join(f"{np.mean(scores):.3f}" if scores else "-" for scores in values))
         row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
-        lines.append(f"| {value} | {method} | {' | '.join(row)} |")
+        lines.append(f"| {label(value)} | {method} | {' | '.join(row)} |")
     lines += ["", f"In a task's column: {' / '.join(parts)}."]
     return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
 

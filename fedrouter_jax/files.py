@@ -41,8 +41,12 @@ def replaced(path: Path) -> Iterator[Path]:
     with guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        yield beside
-        os.replace(beside, path)
+        try:
+            yield beside
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)  # what was cut short is of no use, and may have filled the disk
+            raise
 
 
 @contextmanager
