@@ -42,6 +42,7 @@ from fedrouter_jax.terminal import guarded, progress
 
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
+REFINED = routing.RECIPES["refined"]
 SHALLOW = routing.Recipe(depth=1 / 6, standardise=True, restarts=20)
 RECIPES = {
     "paper": routing.RECIPES["paper"],
@@ -49,8 +50,13 @@ RECIPES = {
     "shallow": SHALLOW,
     "shallow, 1 start": SHALLOW._replace(restarts=1),
     **{f"depth {name}": SHALLOW._replace(depth=depth) for name, depth in DEPTHS.items()},
-    "refined": routing.RECIPES["refined"],
-    "refined, 5/6 of the layers": routing.RECIPES["refined"]._replace(depth=5 / 6),
+    "refined": REFINED,
+    **{f"refined, {name} of the layers": REFINED._replace(depth=DEPTHS[name]) for name in ("1/2", "5/6")},
+    "refined, first token kept": REFINED._replace(skip=0),
+    **{
+        f"refined, first token kept, {name} of the layers": REFINED._replace(depth=DEPTHS[name], skip=0)
+        for name in ("1/2", "5/6")
+    },
 }
 SEARCHED = ("paper", "shallow", "refined")  # recipes that also find k, and are tried on few rows
 
@@ -122,7 +128,7 @@ def measure(options: Clustering, to: Path) -> None:
             if job not in known and recipe in options.recipes and (whole or "five" not in name):
                 if name != before:  # programs of other shapes are not needed again, and there are many
                     jax.clear_caches()
-                before, by_task = name, states(RECIPES[recipe].depth)
+                before, by_task = name, states(RECIPES[recipe].depth, RECIPES[recipe].skip)
                 find = recipe in SEARCHED and few is None and "five" not in name
                 record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few, find)
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
@@ -166,17 +172,19 @@ def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, 
         yield "the other five", seed, sorted(set(tasks) - five)
 
 
-def embedded(model: Model, rows: dict[str, list[Row]], folder: Path, depth: float | None) -> dict[str, np.ndarray]:
+def embedded(
+    model: Model, rows: dict[str, list[Row]], folder: Path, depth: float | None, skip: int
+) -> dict[str, np.ndarray]:
     """Embeddings [row, width] of each task's rows by a share of the layers, kept in a file named by their content."""
     texts = [row.instruction for held in rows.values() for row in held]
     ids = tokens.encode_texts(model.tokenizer, texts, 1024)
-    content = hashlib.sha256(json.dumps([model.fingerprint, depth, ids]).encode()).hexdigest()
+    content = hashlib.sha256(json.dumps([model.fingerprint, depth, skip, ids]).encode()).hexdigest()
     path = folder / f"{content[:24]}.npy"
     if not path.exists():
         at_once = 1 if jax.default_backend() == "cpu" else 16
         name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
         with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
-            found = embed.embed(model.config, model.params, ids, depth, at_once, advance)
+            found = embed.embed(model.config, model.params, ids, depth, at_once, advance, skip=skip)
         with files.replaced(path) as beside, beside.open("wb") as file:
             np.save(file, found, allow_pickle=False)
     ends = np.cumsum([len(held) for held in rows.values()])[:-1]

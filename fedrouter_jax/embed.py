@@ -1,7 +1,10 @@
 """Embedding texts with the frozen base model: mean over tokens of a hidden state.
 
 FedRouter (arXiv 2604.00050) embeds the bare instruction with the last layer after the final norm; an inner layer
-costs less and separates more tasks (`routing.RECIPES`).
+costs less and separates more tasks (`routing.RECIPES`). There, however, the state of the first token may be hundreds
+of times larger than any other, an attention sink (Xiao et al., ICLR 2024, arXiv 2309.17453; Sun et al., "Massive
+Activations in Large Language Models", COLM 2024, arXiv 2402.17762). It is much the same in all texts, so a mean that
+holds it says above all over how many tokens it was taken. `skip` leaves it out.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ TEXTS_PER_PACK = 32
 _WINDOW = 512  # texts that are packed together: packing costs the square of them
 
 
-@partial(jax.jit, static_argnames=("config", "layers", "last"))
+@partial(jax.jit, static_argnames=("config", "layers", "last", "skip"))
 def pooled(
     config: DecoderConfig,
     base: PyTree,
@@ -30,17 +33,21 @@ def pooled(
     gates: Array | None,
     layers: int | None,
     last: bool,
+    skip: int,
 ) -> Array:
     """A state of each text, float32 [pack, TEXTS_PER_PACK, width]; zero where a pack has no such text.
 
-    The mean over tokens, or with `last` that of the last token. `layers` blocks are run (None: all, then the final
-    norm), under `lora` with `gates` [pack, TEXTS_PER_PACK, rank].
+    The mean over tokens without the first `skip`, where there are more, or with `last` that of the last token. `layers`
+    blocks are run (None: all, then the final norm), under `lora` with `gates` [pack, TEXTS_PER_PACK, rank].
     """
     member = jax.nn.one_hot(packs.segments - 1, TEXTS_PER_PACK)
     gates = None if gates is None else jnp.einsum("pts,psr->ptr", member, gates)
     hidden = hidden_states(config, base, *packs, lora, gates, layers=layers, final_norm=layers is None)
+    place, length = packs.positions[..., None], member.sum(axis=1, keepdims=True)
     if last:
-        member = jnp.where(packs.positions[..., None] == member.sum(axis=1, keepdims=True) - 1, member, 0)
+        member = jnp.where(place == length - 1, member, 0)
+    elif skip:
+        member = jnp.where((place >= skip) | (length <= skip), member, 0)
     sums = jnp.einsum("ptw,pts->psw", hidden.astype(jnp.float32), member)
     return sums / jnp.maximum(member.sum(axis=1), 1)[..., None]
 
@@ -61,8 +68,11 @@ def embed(
     lora: LoRA | None = None,
     gates: np.ndarray | None = None,
     last: bool = False,
+    skip: int = 0,
 ) -> np.ndarray:
     """Embeddings float32 [text, width] of token id lists: means over tokens, or with `last` the last token's states.
+
+    The first `skip` tokens of a text do not count, unless it has no others.
 
     `depth` is the share of the blocks to run (None: all and the final norm); `packs_at_once` packs go through the
     model together; `advance` is called with the number of texts done. `gates` [text, rank] open adapters of `lora`.
@@ -88,7 +98,7 @@ def embed(
             opened = np.zeros((packs_at_once, TEXTS_PER_PACK, gates.shape[1]), np.float32)
             for pack, rows in enumerate(here):
                 opened[pack, : len(rows)] = gates[rows]
-        states = np.asarray(pooled(config, base, packs, lora, opened, layers, last))
+        states = np.asarray(pooled(config, base, packs, lora, opened, layers, last, skip))
         for pack, rows in enumerate(here):
             embeddings[rows] = states[pack, : len(rows)]
         advance(sum(map(len, here)))

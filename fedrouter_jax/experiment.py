@@ -145,11 +145,12 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
     """Embeddings float32 [text, width] by the config's recipe."""
     config, model = prepared.config, prepared.model
     ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
-    depth = routing.RECIPES[config.cluster.recipe].depth
+    recipe = routing.RECIPES[config.cluster.recipe]
 
     def some(params, places, advance):
         here = [ids[place] for place in places]
-        return embed.embed(model.config, params, here, depth, packs_at_once(config), advance)
+        at_once = packs_at_once(config)
+        return embed.embed(model.config, params, here, recipe.depth, at_once, advance, skip=recipe.skip)
 
     return divided(prepared, len(texts), some, advance)
 

@@ -34,12 +34,13 @@ class Recipe(NamedTuple):
     standardise: bool  # every dimension over all rows of the federation, then rows to unit length
     restarts: int  # K-Means starts
     lloyd: int = 0  # federated Lloyd steps after the server's K-Means; local clusters then follow global centroids
+    skip: int = 0  # first tokens of a text that are left out of the mean (`embed`)
 
 
 RECIPES: dict[RecipeName, Recipe] = {
     "paper": Recipe(depth=None, standardise=False, restarts=1),
     "standardised": Recipe(depth=5 / 6, standardise=True, restarts=20),
-    "refined": Recipe(depth=1 / 6, standardise=True, restarts=20, lloyd=10),
+    "refined": Recipe(depth=1 / 6, standardise=True, restarts=20, lloyd=10, skip=1),
 }
 
 

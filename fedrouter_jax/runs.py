@@ -282,7 +282,7 @@ def _export(loaded: Loaded, to: Path) -> None:
             "recipe": config.cluster.recipe,
             "layers": embed.blocks(model.config, recipe.depth),
             "final_norm": recipe.depth is None,
-            "pooling": "mean over tokens",
+            "pooling": "mean over tokens" + (f" but the first {recipe.skip}" if recipe.skip else ""),
             "text": "the bare instruction, no template",
             "max_length": config.data.max_length,
             "metric": "euclidean",

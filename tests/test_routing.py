@@ -95,17 +95,18 @@ def test_duplicate_rows_leave_local_clusters_empty_and_out_of_the_table():
     assert (np.asarray(found.table[0]) >= 0).sum() == 1 and set(found.labels[0].tolist()) == {0}
 
 
-@pytest.mark.parametrize("depth", [None, 0.5])
-def test_packed_embeddings_are_those_of_single_texts(tiny, depth):
+@pytest.mark.parametrize(("depth", "skip"), [(None, 0), (0.5, 0), (0.5, 1)])
+def test_packed_embeddings_are_those_of_single_texts(tiny, depth, skip):
     texts = [row.instruction for row in synthetic.make(train_per_task=1, test_per_task=1).train]
-    ids = tokens.encode_texts(tiny.tokenizer, texts, 200)
-    found = embed.embed(tiny.config, tiny.params, ids, depth, packs_at_once=2)
+    ids = [*tokens.encode_texts(tiny.tokenizer, texts, 200), [7]]  # one token alone is not left out
+    found = embed.embed(tiny.config, tiny.params, ids, depth, packs_at_once=2, skip=skip)
     for text, embedding in zip(ids, found, strict=True):
         row = jnp.asarray([text])
         layers = None if depth is None else 1
         alone = hidden_states(
             tiny.config, tiny.params, row, jnp.arange(len(text))[None], layers=layers, final_norm=depth is None
-        )[0].mean(axis=0)
+        )[0]
+        alone = alone[skip if len(text) > 1 else 0 :].mean(axis=0)
         np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)
 
 
