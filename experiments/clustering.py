@@ -58,7 +58,7 @@ RECIPES = {
         for name in ("1/2", "5/6")
     },
 }
-SEARCHED = ("paper", "shallow", "refined")  # recipes that also find k, and are tried on few rows
+SEARCHED = ("paper", "shallow", "refined", "refined, first token kept")  # also find k, and are tried on few rows
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The rest (batches, keys, lanes) is a pure function of (seed, round), so nothing 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -47,6 +48,12 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
 
     try:
         with _open(folder) as checkpoints:
+            # Asked before, for Orbax says of leaves that do not fit in hundreds of lines which.
+            held = Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(checkpoints.metadata(step).metadata))
+            wanted = Counter(leaf.shape for leaf in jax.tree.leaves(like))
+            if held != wanted:
+                odd = next(iter((held - wanted) or (wanted - held)))
+                raise ValueError(f"an array of shape {odd} is in one of config.json and the checkpoint only")
             return checkpoints.load(step, jax.tree.map(describe, like))
     except Exception as error:  # as in save
         raise UserError(

@@ -206,7 +206,14 @@ def finish(out: Path) -> None:
     console = Console()
     report_lib.show([out], console)
     run = records.read(out)
-    missed = len(run.clusters["never_trained"])
+    total, held = run.clusters["clusters"], {slot for row in run.clusters["table"] for slot in row}
+    nobody = total - len(held - {-1})
+    if nobody and run.clusters["clustered"]:
+        console.print(
+            f"note: {nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give "
+            "fewer --global-clusters, or more --local-clusters"
+        )
+    missed = len(run.clusters.get("never_trained", ()))
     if missed:
         console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")
     rejected = int(records.cost(run).get("rejected_lanes", 0))
@@ -257,6 +264,9 @@ def export(arguments: list[str]) -> None:
 
     parsed = tyro.cli(Export, prog="fedrouter export", args=arguments)
     loaded = runs.read(parsed.run)
+    held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
+    if held is not None:
+        raise UserError(f"{held} is there already, and adapters of two runs would mix; give a new folder with --to")
     runs.export(loaded, parsed.to)
     router = f" and {parsed.to}/router" if loaded.prepared.strategy.enrolling == "clustering" else ""
     print(f"written: {parsed.to}/adapters{router}")

@@ -233,7 +233,7 @@ def load(path: Path) -> Config:
     """Read `config.json` of a run directory; raises `UserError` that names the file and what is wrong in it."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run directory: it has no config.json; give the --out of a run") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); restore it or start a new run") from None

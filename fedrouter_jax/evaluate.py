@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from fedrouter_jax.experiment import Advance, Prepared, divided, packs_at_once, 
 from fedrouter_jax.types import FederationState, LoRA, PyTree, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact")
+_UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # Thai to Chinese
 REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 
 
@@ -37,10 +40,31 @@ class Evaluation(NamedTuple):
 
 
 def score(reference: str, answer: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) without stemming, and exact match but for case (0 or 1)."""
-    found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False).score(reference, answer)
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) without stemming, and exact match but for case (0 or 1).
+
+    Words are those of the rouge-score package, a to z and digits, but for references that are mostly in another script
+    than Latin: there they are runs of letters and digits, and single characters where no spaces are written.
+    """
+    letters = [letter for letter in reference if letter.isalpha()]
+    others = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
+    tokenizer = _Words() if 2 * others > len(letters) else None
+    found = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer).score(reference, answer)
     exact = float(answer.strip().casefold() == reference.strip().casefold())
     return {metric: value.fmeasure for metric, value in found.items()} | {"exact": exact}
+
+
+class _Words:
+    """A tokenizer as RougeScorer takes it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in small letters, signs above and below letters with them."""
+
+        def spaced(sign: str) -> str:
+            if re.match(_UNSPACED, sign):
+                return f" {sign} "
+            return sign if sign.isalnum() or unicodedata.category(sign).startswith("M") else " "
+
+        return "".join(map(spaced, unicodedata.normalize("NFC", text).casefold())).split()
 
 
 def distinct(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[float, ...]]], list[int]]:
@@ -82,6 +106,11 @@ def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
         for i, label in zip(held.train, enrolment.labels[number], strict=False):
             counts[tasks.index(prepared.dataset.train[i].task), table[number, label]] += 1
     return counts
+
+
+def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
+    """The task with most of each slot's rows [task, slot]; "" for a slot that has none."""
+    return [prepared.partition.tasks[rows.argmax()] if rows.any() else "" for rows in counts.T]
 
 
 def matched(counts: np.ndarray) -> float:
@@ -236,7 +265,7 @@ def evaluate_state(
     if prepared.strategy.enrolling in ("clustering", "tasks"):
         counts = slot_tasks(prepared, enrolment)
         tasks = prepared.partition.tasks
-        names = [tasks[i] for i in counts.argmax(axis=0)]
+        names = slot_names(prepared, counts)
         held = [task for task, rows_of in zip(tasks, counts, strict=True) if rows_of.any()]
         slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
         for part in ("personalised", "generalisation", "newcomers"):

@@ -285,7 +285,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    clients = config.data.clients - config.data.newcomers
+    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
     steps = local.steps * (clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
     over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)

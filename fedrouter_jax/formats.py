@@ -87,6 +87,8 @@ class Clusters(TypedDict):
     silhouettes: dict[str, Any]
     bytes_up: float
     bytes_down: float
+    never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
+    data: NotRequired[str]  # sha256 of all rows
     clients: list[Client]
 
 
@@ -111,14 +113,14 @@ class Timings(TypedDict):
     total: NotRequired[float]
 
 
-def read_json(path: Path, form: Any = dict[str, Any]) -> Any:
+def read_json(path: Path, form: Any = dict[str, Any], remedy: str = "delete it and resume the run") -> Any:
     """The object of that form in a file; None where there is no file yet. Raises `UserError` for anything else."""
     if not path.exists():
         return None
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), form)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {wrong(error)}; restore the file, or delete it and resume the run") from None
+        raise UserError(f"{path}: {wrong(error)}; restore the file, or {remedy}") from None
 
 
 def read_lines(path: Path, form: Any) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from fedrouter_jax import bank, client, lora
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
+from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
@@ -63,7 +64,7 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     base: int  # frozen weights
-    bank: int  # every adapter of the federation, the sums of a round, and the bank after it
+    bank: int  # every adapter and what else the method remembers, the sums of a round, and the bank after it
     batches: int  # tokens of a round
     lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
     activations: int  # what the backward pass keeps of one pack, of the groups that run at once
@@ -181,7 +182,7 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
         base=nbytes(base) // config.compute.model_parallel,  # norms apart, which are few
-        bank=3 * nbytes(federation.state.bank),
+        bank=3 * nbytes(federation.state.bank) + 2 * nbytes(federation.state.memory),
         batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
         # Asked for and sent back; received, trained, two gradients (a pack's, their sum), two moments. On a mesh all
         # lanes ask before the first trains.
@@ -224,7 +225,8 @@ def plan(
     if devices % parallel:
         raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
     rows_of_devices = devices // parallel
-    lanes = 1 if strategy.pooled else max(1, int(rounds.participation * (data.clients - data.newcomers) + 0.5)) * each
+    clients = schedule.taking_part(data.clients - data.newcomers, rounds.participation)
+    lanes = 1 if strategy.pooled else clients * each
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=min(pack.lanes, lanes))
     groups = -(-lanes // pack.lanes)
@@ -234,7 +236,8 @@ def plan(
     )
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
-    tokens = lanes * config.local.steps * config.local.batch * row_tokens
+    steps = config.local.steps * (clients if strategy.pooled else 1)
+    tokens = lanes * steps * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
     size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, start.state.bank)
     flops = 4.0 * (blocks + head) * tokens

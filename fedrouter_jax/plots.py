@@ -190,7 +190,7 @@ def clusters(run: Run) -> Figure:
     """Training rows by true task and global cluster, and by each client's local cluster and true task."""
     found = run.clusters
     tasks, total = found["tasks"], found["clusters"]
-    order = sorted(range(total), key=lambda slot: tasks.index(found["slot_tasks"][slot]))
+    order = sorted(range(total), key=lambda slot: ["", *tasks].index(found["slot_tasks"][slot]))
     counts = np.zeros((len(tasks), total), int)
     local: dict[tuple[int, int], np.ndarray] = {}
     for client in found["clients"]:
@@ -273,7 +273,7 @@ def project(rows: np.ndarray) -> tuple[np.ndarray, str]:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    if len(rows) < 3:
+    if len(rows) < 3 or not np.ptp(rows, axis=0).any():  # of equal rows PCA divides by zero, and t-SNE crashes
         return np.pad(rows, [(0, 0), (0, 2)])[:, :2], "dimension"
     reduced = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
     if 10 <= len(rows) <= T_SNE_ROWS:

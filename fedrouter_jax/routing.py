@@ -1,9 +1,9 @@
 """Clusters and routing: from embedded rows to local clusters, global centroids, and the adapter of a text.
 
 Talasso et al., arXiv 2604.00050, section 4. Clustering happens once, at enrolment; only sums, centres and counts
-leave a client, never rows. The "standardised" recipe is ours: with more than a handful of tasks the paper's raw
-last-layer embeddings lose a third of the rows, while inner-layer embeddings, standardised over the federation and
-scaled to unit length, keep them.
+leave a client, never rows. The other recipes are ours: with more than a handful of tasks the paper's raw last-layer
+embeddings lose a third of the rows, while inner-layer embeddings, standardised over the federation and scaled to unit
+length, keep them.
 """
 
 from __future__ import annotations
@@ -96,10 +96,14 @@ def nearest(router: Router, embeddings: Array, candidates: Array | None = None) 
 
 
 def candidates(table: Array, clients: Array, clusters: int, mode: Mode) -> Array:
-    """Which slots a client's text may go to, bool [row, slot]: all ("global") or its own clusters' ("local")."""
+    """Which slots a client's text may go to, bool [row, slot]: its own clusters' ("local") or anybody's ("global").
+
+    A slot that no client's rows belong to is nobody's: its adapter has learnt nothing.
+    """
+    held = jax.nn.one_hot(table, clusters, dtype=bool).any(axis=1)
     if mode == "global":
-        return jnp.ones((len(clients), clusters), bool)
-    return jax.nn.one_hot(table[clients], clusters, dtype=bool).any(axis=1)
+        return jnp.broadcast_to(held.any(axis=0), (len(clients), clusters))
+    return held[clients]
 
 
 def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from fedrouter_jax import checkpoint, embed, evaluate, experiment, files, format
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
+from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
@@ -235,23 +236,27 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
     clustered = prepared.strategy.enrolling == "clustering"
     width, size = prepared.model.config.width, 4
     standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
-    statistics = len(clients) * (2 * width + 1) * size if clustered and standardised else 0
+    statistics = training * (2 * width + 1) * size if clustered and standardised else 0
     # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step.
     steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd if clustered else 0
     tried = steps * sum(map(int, enrolment.silhouettes.get("global", [enrolment.clusters])))
-    statistics += len(clients) * tried * (width + 2) * size
+    statistics += training * tried * (width + 2) * size
+    down = len(clients) * (enrolment.clusters + 2 * standardised) + training * tried  # rows of a model's width
     return {
         "tasks": tasks,
         "clustered": clustered,
         "recipe": prepared.config.cluster.recipe if clustered else None,
         "clusters": enrolment.clusters,
         "table": table.tolist(),
-        "slot_tasks": [tasks[i] for i in counts.argmax(axis=0)],
+        "slot_tasks": evaluate.slot_names(prepared, counts),
         "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
-        "never_trained": schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
+        "never_trained": []
+        if prepared.strategy.pooled
+        else schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
         "silhouettes": enrolment.silhouettes,
-        "bytes_up": statistics + (int((table >= 0).sum()) * width * size if clustered else 0),
-        "bytes_down": len(clients) * (enrolment.clusters + tried + 2 * standardised) * width * size if clustered else 0,
+        "bytes_up": statistics + (int((table[:training] >= 0).sum()) * width * size if clustered else 0),
+        "bytes_down": down * width * size if clustered else 0,
+        "data": digest(prepared.dataset),
         "clients": clients,
     }
 
@@ -349,9 +354,13 @@ def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
     path = out / "clusters.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        labels = [client["local"] for client in raw["clients"]]
+        if raw.get("data", digest(prepared.dataset)) != digest(prepared.dataset):
+            raise ValueError(f"the rows of {prepared.config.data.data} were others then")
+        labels, silhouettes = [client["local"] for client in raw["clients"]], raw["silhouettes"]
         table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
-        for row, slots, held in zip(labels, table, prepared.partition.clients, strict=True):
+        for row, slots, held, client in zip(labels, table, prepared.partition.clients, raw["clients"], strict=True):
+            if client["rows"] != held.train:
+                raise ValueError("clients hold other rows now: config.json was changed")
             if len(row) != len(held.train) or not set(row) <= set(np.flatnonzero(slots >= 0).tolist()):
                 raise ValueError("the local clusters of a client are not those of its rows")
         if table.max() >= clusters:
@@ -368,4 +377,4 @@ def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
         return Enrolment(table, clusters, (), padded, {})
     width = prepared.model.config.width
     router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
-    return Enrolment(table, clusters, router, padded, raw["silhouettes"])
+    return Enrolment(table, clusters, router, padded, silhouettes)

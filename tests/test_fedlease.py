@@ -31,6 +31,14 @@ def grouped(federation):
     return strategy, strategy.regroup(told(strategy, state, work, sent)), sent, work
 
 
+def test_the_servers_optimiser_starts_all_experts_alike(federation, grouped):
+    strategy, _, sent, work = grouped
+    moved = jnp.zeros((EXPERTS, 2)).at[0].set(5.0)  # by everybody's first round
+    state = begin(federation, strategy)._replace(server=[moved])
+    after = strategy.regroup(told(strategy, state, work, sent))
+    np.testing.assert_array_equal(after.server[0], np.zeros((EXPERTS, 2)))
+
+
 def test_alike_clients_share_an_expert_which_is_their_mean(grouped):
     strategy, state, sent, work = grouped
     client = {int(c): lane for lane, c in enumerate(work.client)}

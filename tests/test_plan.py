@@ -9,25 +9,26 @@ import numpy as np
 import pytest
 
 from fedrouter_jax import bank, client, experiment, plan
+from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.models import model_config
+from fedrouter_jax.lora import LoRAConfig
+from fedrouter_jax.models import MODULES, model_config
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import as_bits
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.strategies import STRATEGIES, fedrouter
+from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import Work
 
 SMOLLM = plan.SHAPES["smollm2-135m"]
 
 
-def compiled(decoder, config, pack, groups, at_once):
+def compiled(decoder, config, strategy, pack, groups, at_once):
     """Bytes of a compiled round: arguments, results that are no arguments, and temporary room."""
-    strategy = fedrouter()
     update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
     run = make_round(strategy, update, lambda t: 1e-3, 3, at_once)
     state = plan.federation(decoder, config, strategy, 4).state
@@ -43,13 +44,15 @@ def compiled(decoder, config, pack, groups, at_once):
     return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh
 
 
+WIDE = dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6)
 CASES = {
     "135m": (SMOLLM, {}, 1, 1),
     "135m, two of four groups": (SMOLLM, {}, 4, 2),
     "135m, recomputed": (SMOLLM, {"remat": True}, 1, 1),
     "135m, mixed": (SMOLLM, {"dtype": "mixed"}, 1, 1),
     "135m, nf4": (SMOLLM, {"quantise": "nf4"}, 1, 1),
-    "wide": (dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6), {}, 1, 1),
+    "wide": (WIDE, {}, 1, 1),
+    "wide, fedex": (WIDE, {"strategy": "fedex", "lora": LoRAConfig(targets=MODULES)}, 1, 1),
 }
 
 
@@ -62,8 +65,9 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
     pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=groups * pack.lanes))
-    found = plan.memory(plan.federation(decoder, config, fedrouter(), 4), pack, groups, at_once)
-    exact = compiled(decoder, config, pack, groups, at_once)
+    strategy = config_lib.strategy(config, 4)
+    found = plan.memory(plan.federation(decoder, config, strategy, 4), pack, groups, at_once)
+    exact = compiled(decoder, config, strategy, pack, groups, at_once)
     print(
         name,
         {k: round(v / 1e6) for k, v in found._asdict().items()},

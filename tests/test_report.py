@@ -275,7 +275,8 @@ def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
         ("scores.json", "{", r"scores.json: not a JSON object"),
         ("scores.json", '{"personalised": {"rows": 3, "rouge1": 0.5}}', r"personalised.rouge1: .* valid dictionary"),
         ("clusters.json", '{"tasks": ["count", 7]}', r"clusters.json: tasks.1: .* valid string"),
-        ("timings.json", "[]", r"timings.json: not a JSON object"),
+        ("clusters.json", "{", r"clusters.json: .*, or start a new run"),
+        ("timings.json", "[]", r"timings.json: not a JSON object.*, or delete it and resume the run"),
         ("embeddings.npy", "text", r"embeddings.npy: not a NumPy array"),
         ("predictions.jsonl", "{}\n", r"predictions.jsonl, line 1: part: Field required"),
     ],
@@ -289,8 +290,10 @@ def test_broken_files_are_named(tmp_path, name, text, expected):
 
 
 def test_a_directory_that_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="is no run directory"):
-        report.write([tmp_path], tmp_path)
+    (tmp_path / "file.log").touch()
+    for path in (tmp_path, tmp_path / "file.log"):
+        with pytest.raises(UserError, match=f"{path.name} is no run directory"):
+            report.write([path], tmp_path)
 
 
 def test_terminal_shows_the_tables(tmp_path):
@@ -350,3 +353,4 @@ def test_projection_keeps_groups_apart():
     nearest = np.linalg.norm(points[:, None] - centres, axis=-1).argmin(axis=1)
     assert (nearest == groups).all()
     assert plots.project(np.ones((1, 3)))[0].shape == (1, 2)
+    assert plots.project(np.ones((40, 3)))[0].shape == (40, 2)

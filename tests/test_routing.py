@@ -229,3 +229,11 @@ def test_a_config_asks_for_staggered_turns():
     )
     assert (plain == np.arange(4)).all()
     assert (np.sort(staggered, axis=0).T == np.arange(4)).all() and (np.sort(staggered, axis=1) == np.arange(4)).all()
+
+
+def test_a_slot_that_holds_nobodys_rows_gets_no_text():
+    table = jnp.asarray([[0, 2], [2, -1], [0, -1]])
+    everywhere = routing.candidates(table, jnp.asarray([0, 1]), 4, "global")
+    np.testing.assert_array_equal(everywhere, [[True, False, True, False]] * 2)
+    own = routing.candidates(table, jnp.asarray([0, 1]), 4, "local")
+    np.testing.assert_array_equal(own, [[True, False, True, False], [False, False, True, False]])

@@ -153,6 +153,15 @@ def test_balanced_tests_hold_every_label_equally_often(scenario):
     assert Counter(data.test[i].task for i in plain.mix)[task] == 3
 
 
+def test_a_task_without_test_rows_is_not_asked_for():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    task = data.train[0].task
+    data = data._replace(test=tuple(row for row in data.test if row.task != task))
+    for balanced in (False, True):
+        split = scenarios.partition(data, dealt_as("dual", 4, balanced=balanced), 0)
+        assert len(split.tasks) == 4 and all(client.test for client in split.clients)
+
+
 def test_unseen_tasks_are_asked_for_in_the_mix_alone():
     data = synthetic.make(train_per_task=40, test_per_task=20)
     gone = data.train[0].task
@@ -176,6 +185,11 @@ def test_scenarios_refuse_what_they_cannot_deal():
     data = synthetic.make(train_per_task=8, test_per_task=8)
     with pytest.raises(UserError, match="raise --clients to at least 4"):
         scenarios.partition(data, dealt_as("single", 3), 0)
+    with pytest.raises(UserError, match="raise --clients to at least 3"):
+        scenarios.partition(data, dealt_as("dual", 2), 0)
+    first, *others = dict.fromkeys(row.task for row in data.train)
+    with pytest.raises(UserError, match=f"--unseen leaves only {first!r}"):
+        scenarios.partition(data, dealt_as("dual", 4, unseen=tuple(others)), 0)
     with pytest.raises(UserError, match="too few rows"):
         scenarios.partition(data, dealt_as("single", 64), 0)
     bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare", False)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import evaluate, experiment, runs, serve
+from fedrouter_jax import evaluate, experiment, plan, runs, serve
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
@@ -193,6 +194,24 @@ def relabel(run):
     path.write_text(json.dumps(clusters))
 
 
+def fewer(run):
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"train_rows": 24', '"train_rows": 20'))
+
+
+def narrowed(run):
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"rank": 8', '"rank": 4'))
+
+
+def lacking(key):
+    def without(run):
+        path = run / "clusters.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return without
+
+
 def shorten(name):
     def cut(run):
         content = (run / name).read_bytes()
@@ -210,6 +229,9 @@ def shorten(name):
         (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
         (relabel, "resume", "not the clusters of this run"),
         (relabel, "route", "not the clusters of this run"),
+        (narrowed, "resume", "is in one of config.json and the checkpoint only"),
+        (fewer, "route", "clients hold other rows now: config.json was changed"),
+        (lacking("silhouettes"), "resume", "not the clusters of this run ('silhouettes')"),
         (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
         (shorten("config.json"), "export", "config.json: not readable as JSON"),
     ],
@@ -234,10 +256,28 @@ def test_answers_that_were_lost_are_given_again(finished, tmp_path):
     assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
 
 
-def test_export_writes_what_the_run_holds(finished, tmp_path):
+def test_export_writes_what_the_run_holds(finished, tmp_path, capsys):
     assert main(["export", str(finished), "--to", str(tmp_path)]) == 0
     for path in [*finished.glob("adapters/*/*"), *finished.glob("router/*")]:
         assert (tmp_path / path.relative_to(finished)).read_bytes() == path.read_bytes()
+    assert main(["export", str(finished), "--to", str(tmp_path)]) == 2
+    assert "adapters of two runs would mix" in capsys.readouterr().err
+
+
+def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
+    data, out = tmp_path / "rows", tmp_path / "run"
+    data.mkdir()
+    rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
+    for name in ("train", "test"):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = smoke()
+    small = dataclasses.replace(config.data, data=str(data), clients=2, test_rows=2, mix_rows=2)
+    config = dataclasses.replace(config, data=small, rounds=dataclasses.replace(config.rounds, rounds=1))
+    runs.run(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, evaluate_at=())), out)
+    rows[0]["instruction"] = "another"
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["resume", str(out)]) == 2
+    assert f"the rows of {data} were others then" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -276,6 +316,33 @@ def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path)
         assert ("headline" in scores[part]["rouge1"]["per_task"]) == (part == "generalisation")
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text())
     assert len(clusters["table"]) == 5 and clusters["never_trained"] == []
+
+
+def test_newcomers_send_nothing_to_be_enrolled():
+    """What clusters cost: that of the clients that train, and for newcomers the router on the way down."""
+    found = []
+    for clients, newcomers in ((4, 0), (5, 1)):
+        data = dataclasses.replace(smoke().data, scenario="all", clients=clients, newcomers=newcomers)
+        prepared = experiment.prepare(dataclasses.replace(smoke(), data=data))
+        rows = sum(len(held.train) for held in prepared.partition.clients)
+        points = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
+        found.append(runs.describe_clusters(prepared, experiment.enroll(prepared, points)))
+    assert found[0]["bytes_up"] == found[1]["bytes_up"]
+    assert found[1]["bytes_down"] - found[0]["bytes_down"] == (4 + 2) * 64 * 4  # centroids, mean and deviation
+
+
+@pytest.mark.parametrize("participation, clients", [(1.0, 4), (0.25, 1)])
+def test_centralised_training_takes_the_steps_of_all_clients_of_a_round(participation, clients):
+    once = dataclasses.replace(smoke().rounds, participation=participation)
+    steps = []
+    for strategy in ("centralised", "fedit"):
+        prepared = experiment.prepare(dataclasses.replace(smoke(), strategy=strategy, rounds=once))
+        enrolment = experiment.enroll(prepared, None)
+        work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+        steps.append(int((work.weight > 0).sum()) * batch.rows.labels.shape[1])
+        assert runs.describe_clusters(prepared, enrolment)["never_trained"] == [] or strategy == "fedit"
+        assert plan.plan(prepared.config, 60, 12).tokens == steps[-1] * prepared.config.local.batch * 60
+    assert steps == [clients * smoke().local.steps] * 2
 
 
 def test_an_oracle_has_no_adapter_for_a_task_that_nobody_holds():
@@ -339,3 +406,20 @@ def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():
         drawn = jnp.full_like(state.table, 1 - good)
         found = experiment.settle(prepared, state._replace(bank=spoilt, table=drawn, round=jnp.ones((), jnp.int32)))
         assert found.table[:, 0].tolist() == [1 - good] * 2 + [good] * 2  # of four clients the last two
+
+
+def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
+    same = [("The cat, sat.", "a cat sat"), ("café 12", "caf 12"), ("", "x"), ("Łódź in 2024", "in 2024")]
+    plain = RougeScorer(["rouge1", "rougeL"])
+    for reference, answer in same:
+        expected = plain.score(reference, answer)
+        found = evaluate.score(reference, answer)
+        assert {name: found[name] for name in expected} == {name: value.fmeasure for name, value in expected.items()}
+    for reference, answer, rouge1 in [
+        ("привет мир", "Привет, мир!", 1.0),
+        ("привет мир", "пока мир", 0.5),
+        ("你好世界", "你好", 2 / 3),
+        ("год 2024 мир", "2024", 0.5),
+        ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
+    ]:
+        assert evaluate.score(reference, answer)["rouge1"] == pytest.approx(rouge1)

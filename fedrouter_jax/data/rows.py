@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import NamedTuple
 
 
@@ -20,3 +22,8 @@ class Dataset(NamedTuple):
     test: tuple[Row, ...]
     name: str
     synthetic: bool
+
+
+def digest(dataset: Dataset) -> str:
+    """The SHA-256, hexadecimal, of all rows in their order."""
+    return hashlib.sha256(json.dumps([dataset.train, dataset.test]).encode()).hexdigest()

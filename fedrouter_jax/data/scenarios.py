@@ -93,7 +93,7 @@ def deal(
         piles = [rng.permutation([i for i in indices if rows[i].output in label]) for label in labels]
         least = min(map(len, piles), default=0)
         for seat, client in enumerate(clients_of):
-            share = max(1, cap // held[client] // len(piles))
+            share = max(1, cap // held[client] // max(1, len(piles)))
             hands[client].extend(int(i) for pile in piles for i in pile[:least][seat :: len(clients_of)][:share])
     return [sorted(hand) for hand in hands]
 
@@ -124,13 +124,18 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     if unknown:
         raise UserError(f"--unseen names {unknown[0]!r}, which is no task of {dataset.name}; its tasks: {found}")
     tasks = [task for task in found if task not in config.unseen]
+    if not tasks:
+        raise UserError(f"--unseen names all tasks of {dataset.name}; leave at least one to train")
+    if config.scenario in ("single", "dual") and len(tasks) < 2 <= len(found):
+        raise UserError(
+            f"scenario {config.scenario!r} deals tasks to clients, but --unseen leaves only {tasks[0]!r} of "
+            f"{dataset.name}; name fewer, or use --scenario all"
+        )
     if config.scenario in ("single", "dual") and len(tasks) < 2:
         raise UserError(
             f"scenario {config.scenario!r} deals tasks to clients, but {dataset.name} has {len(tasks)} task "
             "label; map the task column with --columns task=NAME or use --scenario all"
         )
-    if not tasks:
-        raise UserError(f"--unseen names all tasks of {dataset.name}; leave at least one to train")
     strange = sorted({row.task for row in dataset.test} - set(found))
     if strange:
         raise UserError(
@@ -155,9 +160,10 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
         orphan = next((task for task, of in holders.items() if not of), None)
         if orphan is not None:
+            enough = len(tasks) + 1 - len(held[0])
             raise UserError(
                 f"{clients} clients leave task {orphan!r} without a client in scenario {config.scenario!r}; "
-                f"raise --clients to at least {len(tasks)}"
+                f"raise --clients to at least {enough}"
             )
         train = deal(dataset.train, holders, config.train_rows, clients, rng)
         test = deal(dataset.test, holders, config.test_rows, clients, rng, config.balanced)

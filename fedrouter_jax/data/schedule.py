@@ -42,6 +42,11 @@ class RoundConfig:
     """Learning rate of the server's optimiser; FedAdam and FedYogi want about 1e-2."""
 
 
+def taking_part(clients: int, participation: float) -> int:
+    """How many clients take part in a round."""
+    return max(1, int(participation * clients + 0.5))
+
+
 def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work:
     """The lanes of round `round` (1..T); `sizes` int [client, cluster] counts rows.
 
@@ -49,7 +54,7 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     gets lanes of weight 0. The clusters of a client take turns: c = round mod n_l, empty ones skipped.
     """
     clients, clusters = sizes.shape
-    count = max(1, int(config.participation * clients + 0.5))
+    count = taking_part(clients, config.participation)
     rng = np.random.default_rng([seed, round, 0xC11E])
     chosen = np.sort(rng.choice(clients, count, replace=False))
     each = min(config.clusters_per_round or clusters, clusters)

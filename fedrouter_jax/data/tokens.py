@@ -56,7 +56,8 @@ def encode(
             f"{head_tokens + tail_tokens} tokens and max_response {max_response}; raise --max-length to at least "
             f"{head_tokens + tail_tokens + max_response + 1}"
         )
-    prompts = tokenizer([head + row.instruction + tail for row in rows])["input_ids"]
+    # Not verbose: rows longer than the model's context are cut below, and need no warning.
+    prompts = tokenizer([head + row.instruction + tail for row in rows], verbose=False)["input_ids"]
     responses = tokenizer([" " + row.output.strip() for row in rows], add_special_tokens=False)["input_ids"]
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -71,4 +72,4 @@ def encode(
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of bare texts (BOS if the tokenizer adds one), cut at `max_length`: what is embedded for routing."""
-    return [ids[:max_length] for ids in tokenizer(list(texts))["input_ids"]]
+    return [ids[:max_length] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]

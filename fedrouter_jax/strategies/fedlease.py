@@ -101,7 +101,9 @@ def fedlease(experts: int = 4) -> Strategy:
         for step, name in enumerate(others, 1):
             bank[name] = state.bank[name]._replace(gate=seated(state.bank[name].gate, int(step < count)))
         table = jnp.broadcast_to(jnp.asarray(labels, state.table.dtype)[:, None], state.table.shape)
-        return copied(state._replace(bank=bank, table=table))
+        # Until now everybody was in the first slot: the server's optimiser starts every expert as it started the last.
+        server = jax.tree.map(lambda leaf: jnp.repeat(leaf[-1:], len(leaf), axis=0), state.server)
+        return copied(state._replace(bank=bank, table=table, server=server))
 
     def phases(round, rounds):
         later = jnp.asarray(round > 1)
