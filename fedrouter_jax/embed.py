@@ -1,8 +1,8 @@
 """Embedding texts with the frozen base model: mean over tokens of a hidden state.
 
 FedRouter (arXiv 2604.00050) embeds the bare instruction with the last layer after the final norm; an inner layer
-costs less and separates more tasks (`routing.RECIPES`). There, however, the state of the first token may be hundreds
-of times larger than any other, an attention sink (Xiao et al., ICLR 2024, arXiv 2309.17453; Sun et al., "Massive
+costs less and separates more tasks (`routing.RECIPES`). There, however, the state of the first token may be a hundred
+times as long as any other, an attention sink (Xiao et al., ICLR 2024, arXiv 2309.17453; Sun et al., "Massive
 Activations in Large Language Models", COLM 2024, arXiv 2402.17762). It is much the same in all texts, so a mean that
 holds it says above all over how many tokens it was taken. `skip` leaves it out.
 """

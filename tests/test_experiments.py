@@ -1,5 +1,6 @@
 """The experiments' own arithmetic: summaries, intervals, the table. The runs behind them are tested elsewhere."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -120,8 +121,10 @@ def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
 def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     """What `make results` writes, and the numbers that docs/results.md takes from it."""
     results = ROOT / "docs" / "results"
-    found = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
-    assert clustering_figures.table(found) == (results / "clustering" / "clustering.md").read_text(encoding="utf-8")
+    clusters = []
+    for name in ("clustering", "clustering-qwen2.5-coder-0.5b"):
+        clusters.append(json.loads((results / name / "clustering.json").read_text(encoding="utf-8")))
+        assert clustering_figures.table(clusters[-1]) == (results / name / "clustering.md").read_text(encoding="utf-8")
     for name in ("table1", "table1-long"):
         drawn = table1.markdown(summaries.load(results / name / "runs"))
         assert drawn == (results / name / "table1.md").read_text(encoding="utf-8")
@@ -145,7 +148,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
     assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in said
     assert "in mixed precision {}, {} and {} of the bfloat16 rate".format(*mixed) in said
-    for recipe in ("paper", "refined"):
+    for found, recipe in itertools.product(clusters, ("paper", "refined")):
         cells, ks = [], []
         for tasks in ("flan4", "flan8", "all ten"):
             same = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (tasks, recipe, None)]
