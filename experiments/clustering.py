@@ -70,7 +70,7 @@ class Clustering:
     model: str = DEFAULT
     """The base model, as for `fedrouter run`."""
     recipes: tuple[Literal[tuple(RECIPES)], ...] = tuple(RECIPES)
-    """Recipes; to choose a depth on five drawn tasks takes all of them."""
+    """Recipes, "shallow" among them, which the figures are of; to choose a depth on five drawn tasks takes all."""
     rows: int = 96
     """Training rows of each task."""
     clients: int = 8
@@ -89,6 +89,8 @@ class Clustering:
 def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
     at_least_one(rows=options.rows, clients=options.clients, seeds=options.seeds)
+    if "shallow" not in options.recipes:
+        raise UserError("--recipes lacks 'shallow', which the figures are of; name it too")
     if options.smoke:
         options = replace(options, model="tiny", rows=24, clients=2, seeds=1)
     suffix = "" if options.model == DEFAULT else f"-{Path(options.model).name.removesuffix('.gguf')}"

@@ -185,6 +185,11 @@ def test_no_committed_run_would_run_again():
             assert summaries.known(folder / f"{name}.json", of_study[name]), name
 
 
+def test_recipes_without_the_one_that_is_drawn_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--recipes lacks 'shallow'"):
+        clustering.main(clustering.Clustering(recipes=("paper",), smoke=True, out=tmp_path))
+
+
 @pytest.mark.parametrize("wrong, expected", [(0, 1.0), (4, 0.8)])
 def test_clustering_accuracy_matches_clusters_to_tasks(wrong, expected):
     tasks = [np.repeat([0, 1], 5), np.repeat([0, 1], 5)]

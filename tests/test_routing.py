@@ -1,13 +1,14 @@
 """Enrolment and routing: recipes, local and global clusters, and who may be sent where."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import embed, experiment, routing
+from fedrouter_jax import embed, evaluate, experiment, routing
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
@@ -237,3 +238,5 @@ def test_a_slot_that_holds_nobodys_rows_gets_no_text():
     np.testing.assert_array_equal(everywhere, [[True, False, True, False]] * 2)
     own = routing.candidates(table, jnp.asarray([0, 1]), 4, "local")
     np.testing.assert_array_equal(own, [[True, False, True, False], [False, False, True, False]])
+    prepared = SimpleNamespace(partition=SimpleNamespace(tasks=["a", "b"]))
+    assert evaluate.slot_names(prepared, np.array([[3, 0, 1], [1, 0, 2]])) == ["a", "", "b"]
