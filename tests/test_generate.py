@@ -14,6 +14,7 @@ from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hidden_states, logits, module_shapes
 
 NEW = 10
+LONGEST = 210  # tokens of a prompt and its answer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def by_full_forwards(model, prompt, adapter, stop):
     """Greedy decoding without cache, padding, batch or composition."""
     ids = list(prompt)
     while len(ids) < len(prompt) + NEW:
-        row = jnp.asarray([ids + [0] * (len(prompt) + NEW - len(ids))])  # one shape, so it compiles once
+        row = jnp.asarray([ids + [0] * (LONGEST - len(ids))])  # one shape, so it compiles once
         gates = None if adapter is None else jnp.full((1, LORA.rank), LORA.scale)
         hidden = forward(model.config, model.params, row, adapter, gates)
         best = int(logits(model.config, model.params, hidden[0, len(ids) - 1]).argmax())

@@ -27,11 +27,14 @@ from fedrouter_jax.strategies import fedrouter
 WORKER = Path(__file__).with_name("mesh_worker.py")
 
 
+def flags(devices: int) -> str:
+    """The suite's flags of the compiler, and so many fake devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+
 def work_on(devices: int, *asked: dict) -> list[dict]:
     """Workers with so many fake devices each, side by side; what the first one printed."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    # Programs of several processes are not for the cache that single ones share.
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {**os.environ, "XLA_FLAGS": flags(devices), "JAX_PLATFORMS": "cpu"}
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), json.dumps(each)], env=environment, text=True,
@@ -152,7 +155,6 @@ def test_a_round_lowers_for_accelerators(federation, platform):
 
 def command(devices: int, count: int, *arguments: str) -> None:
     """`fedrouter ...` as so many processes of so many fake devices that find each other."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     joining = [[]]
     if count > 1:
         address = f"localhost:{free_port()}"
@@ -162,7 +164,7 @@ def command(devices: int, count: int, *arguments: str) -> None:
         ]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "fedrouter_jax", *arguments, *join], env={**os.environ, "XLA_FLAGS": flags},
+            [sys.executable, "-m", "fedrouter_jax", *arguments, *join], env={**os.environ, "XLA_FLAGS": flags(devices)},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for join in joining
