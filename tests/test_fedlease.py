@@ -8,7 +8,7 @@ from helpers import CLIENTS, assert_close, told
 from test_laws import begin, inputs, play
 
 from fedrouter_jax import bank
-from fedrouter_jax.models.decoder import _compete
+from fedrouter_jax.models.low_rank import _compete
 from fedrouter_jax.strategies import fedit, fedlease
 from fedrouter_jax.strategies.fedlease import alike
 

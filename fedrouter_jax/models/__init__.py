@@ -1,14 +1,12 @@
 """The base model: one decoder, loaded from Hugging Face safetensors or GGUF, used through plain functions."""
 
 from fedrouter_jax.models.cache import PAGE, Cache, empty_cache, reuse_rows, select_rows
-from fedrouter_jax.models.config import DecoderConfig, Llama3Scaling
+from fedrouter_jax.models.config import MODULES, DecoderConfig, Llama3Scaling, module_shapes
 from fedrouter_jax.models.decoder import (
-    MODULES,
     decode_step,
     hidden_states,
     init_params,
     logits,
-    module_shapes,
     prefill,
 )
 from fedrouter_jax.models.load import Model, load_model, model_config

@@ -12,6 +12,8 @@ from typing import Any
 
 from fedrouter_jax.errors import UserError
 
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -47,6 +49,20 @@ class DecoderConfig:
     """RMSNorm over the head dimension of queries and keys (Qwen3)."""
     sliding_window: int | None = None
     """A token sees this many last tokens, itself included; None sees all earlier ones."""
+
+
+def module_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """`{module: (in, out)}` of the linear modules of a block, in the order of `MODULES`."""
+    queries, values = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "q_proj": (config.width, queries),
+        "k_proj": (config.width, values),
+        "v_proj": (config.width, values),
+        "o_proj": (queries, config.width),
+        "gate_proj": (config.width, config.mlp_width),
+        "up_proj": (config.width, config.mlp_width),
+        "down_proj": (config.mlp_width, config.width),
+    }
 
 
 def _no_window(_: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,37 +24,15 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import quantise
 from fedrouter_jax.models.attention import attend, attention_mask
 from fedrouter_jax.models.cache import PAGE, Cache, attend_cache, pages_of, stored
-from fedrouter_jax.models.config import DecoderConfig
+from fedrouter_jax.models.config import MODULES, DecoderConfig, module_shapes
+from fedrouter_jax.models.low_rank import Adapter, low_rank
 from fedrouter_jax.models.matrices import MATRICES, computation, rounded_product, values
 from fedrouter_jax.types import Array, LoRA, PyTree
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _INIT = nn.initializers.normal(0.02)
 # Recomputing these cheap parts in the backward pass beats storing what they need: less memory, and less time too.
 # Inside a scan the barrier against common subexpressions is not needed.
 _recompute = partial(jax.checkpoint, prevent_cse=False)
-
-
-class _Adapter(NamedTuple):
-    """The low-rank branch of one layer, ready to use."""
-
-    lora: LoRA  # leaves without the layer axis
-    gates: Array | None  # broadcasts against [*rows, rank]
-    keys: Array | None  # one per token, for dropout
-
-
-def module_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """`{module: (in, out)}` of the linear modules of a block, in the order of `MODULES`."""
-    queries, values = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "q_proj": (config.width, queries),
-        "k_proj": (config.width, values),
-        "v_proj": (config.width, values),
-        "o_proj": (queries, config.width),
-        "gate_proj": (config.width, config.mlp_width),
-        "up_proj": (config.width, config.mlp_width),
-        "down_proj": (config.mlp_width, config.width),
-    }
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -101,57 +78,6 @@ def _rms_norm_backward(eps, kept, gradient):
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def _dropout(keys: Array, rate: float, x: Array) -> Array:
-    """Drop elements of x [*rows, in], whose tokens have `keys` [*rows]: the same whatever they are packed with.
-
-    A token's key seeds a hash of the element's number (two multiplications, three shifts: a finaliser of 32 bits); a
-    cryptographic generator for every element would take a tenth of a small model's training on a CPU.
-    """
-    seeds = jax.random.key_data(keys)
-    element = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    bits = (seeds[..., :1] + element) ^ seeds[..., 1:]
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    threshold = jnp.uint32(round(rate * 2**32))
-    kept = bits ^ (bits >> 16) >= threshold
-    return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def _low_rank(x: Array, module: str, adapter: _Adapter, rate: float) -> Array:
-    a, b = adapter.lora.a[module].astype(x.dtype), adapter.lora.b[module].astype(x.dtype)
-    gates = adapter.gates
-    if module in adapter.lora.gate:
-        gates = gates * _compete(x, adapter.lora.gate[module].astype(x.dtype), gates)
-    if adapter.keys is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(adapter.keys.ravel(), MODULES.index(module))
-        x = _dropout(keys, rate, x)
-    down = x @ a
-    if gates is not None:
-        down = down * gates.astype(x.dtype)
-    return down @ b
-
-
-def _compete(x: Array, gate: Array, gates: Array) -> Array:
-    """What each rank of `gates` [..., slot * rank] gets of tokens `x` [*rows, in]; `gate` is [in, slot, seat].
-
-    The softmax of the highest scores, as many as there are open slots with a seat; a slot gets what its seats get.
-    """
-    slots, seats = gate.shape[1:]
-    rank = gates.shape[-1] // slots
-    taken = (gates.reshape(*gates.shape[:-1], slots, rank)[..., 0] != 0)[..., None]
-    if seats > 1:
-        taken = taken & jnp.any(gate != 0, axis=0)
-    scores = jnp.tensordot(x, gate, 1).astype(jnp.float32)
-    scores = jnp.where(taken, scores, -1e30)
-    if seats > 1:  # with one seat a slot, all that are taken count
-        flat = scores.reshape(*scores.shape[:-2], slots * seats)
-        place = jnp.argsort(jnp.argsort(-flat)).reshape(scores.shape)
-        counted = taken.any(-1).sum(-1)[..., None, None]
-        scores = jnp.where(place < counted, scores, -1e30)
-    mix = nn.softmax(scores, axis=(-2, -1)).sum(-1)
-    return jnp.repeat(mix, rank, axis=-1)
-
-
 @_recompute  # or the backward pass would keep the kernels of all layers
 def _product(x: Array, codes: Array, scales: Array) -> Array:
     return x @ quantise.kernel({"codes": codes, "scales": scales}, x.dtype)
@@ -168,7 +94,7 @@ class _Linear(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: Array, adapter: _Adapter | None) -> Array:
+    def __call__(self, x: Array, adapter: Adapter | None) -> Array:
         if self.has_variable("params", "codes"):
             y = _product(x, *(self.variables["params"][name] for name in ("codes", "scales")))
         else:
@@ -177,7 +103,7 @@ class _Linear(nn.Module):
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.width,), x.dtype)
         if adapter is not None and self.name in adapter.lora.a:
-            y = y + _low_rank(x, self.name, adapter, self.rate)
+            y = y + low_rank(x, self.name, adapter, self.rate)
         return y
 
 
@@ -193,7 +119,7 @@ class _Block(nn.Module):
         c = self.config
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys.ravel(), number)
-        adapter = None if lora is None else _Adapter(lora, gates, keys)
+        adapter = None if lora is None else Adapter(lora, gates, keys)
         widths = {module: out for module, (_, out) in module_shapes(c).items()}
 
         def linear(module, x):

@@ -10,7 +10,7 @@ import pytest
 
 from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import attention, decoder, matrices
+from fedrouter_jax.models import attention, decoder, low_rank, matrices
 from fedrouter_jax.types import LoRA
 
 BASE = models.DecoderConfig(
@@ -46,7 +46,7 @@ def make_tokens(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, BASE.vocab_size, shape), jnp.int32)
 
 
-def make_lora(config, modules=decoder.MODULES, seed=3):
+def make_lora(config, modules=models.MODULES, seed=3):
     rng = np.random.default_rng(seed)
     shapes = models.module_shapes(config)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32)  # noqa: E731
@@ -240,7 +240,7 @@ def test_rows_of_a_cache_begin_at_different_steps():
     close(hidden, full[jnp.array([2, 1]), at])
 
 
-@pytest.mark.parametrize("modules", [decoder.MODULES, ("q_proj", "v_proj"), ("down_proj",)])
+@pytest.mark.parametrize("modules", [models.MODULES, ("q_proj", "v_proj"), ("down_proj",)])
 def test_lora_equals_merged_weights(modules):
     config = KINDS["biased, normed, wide heads"]
     params, lora, tokens = make_params(config), make_lora(config, modules), make_tokens(2, 9)
@@ -268,7 +268,7 @@ def test_adapters_with_gates_compete_for_every_token():
     own = [x @ a[:, here] @ b[here] for here in (slice(0, 2), slice(2, 4), slice(4, 6))]
     expected = sum(gates[:, [2 * s]] * mix[:, [s]] * own[s] for s in range(3))
     one = LoRA({"q_proj": jnp.asarray(a)}, {"q_proj": jnp.asarray(b)}, {"q_proj": jnp.asarray(score)[..., None]})
-    found = decoder._low_rank(jnp.asarray(x), "q_proj", decoder._Adapter(one, jnp.asarray(gates), None), 0.0)
+    found = low_rank.low_rank(jnp.asarray(x), "q_proj", low_rank.Adapter(one, jnp.asarray(gates), None), 0.0)
     close(found, expected)
     params, lora, tokens = make_params(BASE), make_lora(BASE), make_tokens(1, 9)
     gated = with_gates(BASE, lora)
@@ -316,7 +316,7 @@ def test_vmap_over_lanes_equals_one_by_one():
 
 def test_dropout_is_on_the_branch_only_unbiased_and_different_everywhere():
     x = jnp.ones((200, 500))
-    dropped = decoder._dropout(jax.random.split(jax.random.key(0), 200), 0.25, x)
+    dropped = low_rank._dropout(jax.random.split(jax.random.key(0), 200), 0.25, x)
     assert abs(float(jnp.mean(dropped == 0)) - 0.25) < 0.01 and abs(float(jnp.mean(dropped)) - 1) < 0.01
     level = np.asarray(dropped) - 1
     for one, other in ((level[1:], level[:-1]), (level[:, 1:], level[:, :-1]), (level[:, 3:], level[:, :-3])):
