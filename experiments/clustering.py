@@ -25,8 +25,6 @@ from typing import Literal
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
@@ -38,7 +36,7 @@ from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.models.load import DEFAULT
-from fedrouter_jax.terminal import guarded, progress
+from fedrouter_jax.terminal import guarded, progress, show_markdown
 
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
@@ -100,7 +98,7 @@ def main(options: Clustering) -> None:
     elif not (out / "clustering.json").exists():
         raise UserError(f"{out} holds no clustering.json to draw; run without --redraw, or choose another --out")
     draw(out)
-    Console().print(Markdown((out / "clustering.md").read_text(encoding="utf-8")))
+    show_markdown(out / "clustering.md")
 
 
 def measure(options: Clustering, to: Path) -> None:

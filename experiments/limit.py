@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
@@ -38,7 +37,7 @@ from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
 from fedrouter_jax.plan import SHAPES, nbytes
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, show_markdown
 from fedrouter_jax.types import Array, Phase, PyTree
 
 SMALL = DecoderConfig(512, 64, 2, 4, 2, 16, 128)  # for --smoke
@@ -93,7 +92,7 @@ def main(options: Limit) -> None:
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     files.write(out / "limit.json", json.dumps(found, indent=1) + "\n")
     files.write(out / "limit.md", markdown(found))
-    Console().print(Markdown((out / "limit.md").read_text(encoding="utf-8")))
+    show_markdown(out / "limit.md")
 
 
 def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, evaluate, experiment, files, generate, lora
@@ -28,7 +27,7 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.models import load_model, module_shapes
 from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, show_markdown
 
 # Name: the type of computation, and how kernels are stored.
 PRECISIONS = {
@@ -70,7 +69,7 @@ def main(options: Precision) -> None:
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     files.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
     files.write(out / "precision.md", markdown(made))
-    Console().print(Markdown((out / "precision.md").read_text(encoding="utf-8")))
+    show_markdown(out / "precision.md")
 
 
 def measure(config: Config) -> dict[str, float]:

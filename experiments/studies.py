@@ -19,7 +19,6 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments import summaries, table1, weights
 from experiments.precision import PRECISIONS
@@ -27,7 +26,7 @@ from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, show_markdown
 
 
 class Study(NamedTuple):
@@ -131,7 +130,7 @@ def main(options: Studies) -> None:
         if found:
             files.write(out / f"{name}.md", markdown(name, found))
             figure(name, found).savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
-            console.print(Markdown((out / f"{name}.md").read_text(encoding="utf-8")))
+            show_markdown(out / f"{name}.md")
 
 
 def configs(name: str, options: Studies) -> dict:

@@ -21,7 +21,6 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments import summaries
 from experiments.sweep import at_least_one, sweep
@@ -30,7 +29,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4_cpu, smoke
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, show_markdown
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = ("oracle", "centralised")  # not rivals
@@ -124,7 +123,7 @@ def main(options: Table1) -> None:
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         sweep(configs(options), folder, console, out / "runs")
     draw(out)
-    console.print(Markdown((out / "table1.md").read_text(encoding="utf-8")))
+    show_markdown(out / "table1.md")
 
 
 def configs(options: Table1) -> dict[str, Config]:

@@ -8,6 +8,7 @@ import sys
 import time as clock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
@@ -48,6 +49,17 @@ def keep_programs() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+
+
+def show_markdown(path: Path) -> None:
+    """A Markdown file, drawn; where no terminal can draw it, as it is: wide tables do not fit in 80 columns."""
+    from rich.markdown import Markdown
+
+    console, text = Console(), path.read_text(encoding="utf-8")
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        print(text)
 
 
 @contextmanager
