@@ -35,8 +35,9 @@ def table(found: dict) -> str:
         "",
         f"{found['model']}, {kind}, at most {found['rows_a_task']} a task, {found['clients']} clients that hold all "
         f"tasks; {seeds} seeds, device {found['device']}. Accuracy: per cent of rows, mean and spread "
-        "over seeds, the counts given. Found: what the silhouette chose; n_l, how many of all clients chose the number "
-        "of tasks; n_g, seed by seed.",
+        "over seeds, the counts given. Found: what was chosen where none is given (n_g by the silhouette; n_l too, but "
+        "in `refined` by what a client has of the global clusters); n_l, how many of all clients have the number of "
+        "tasks; n_g, seed by seed.",
         "",
         "| tasks | recipe | local accuracy | global accuracy | found n_l right | found n_g | accuracy with found |",
         "|---|---|---|---|---|---|---|",
