@@ -48,7 +48,7 @@ def pooled(
         member = jnp.where(place == length - 1, member, 0)
     elif skip:
         member = jnp.where((place >= skip) | (length <= skip), member, 0)
-    sums = jnp.einsum("ptw,pts->psw", hidden.astype(jnp.float32), member)
+    sums = jnp.einsum("ptw,pts->psw", hidden.astype(jnp.float32), member, precision="highest")
     return sums / jnp.maximum(member.sum(axis=1), 1)[..., None]
 
 

@@ -99,10 +99,10 @@ def summary(questions: Sequence[Question], tasks: Sequence[str], scores: Sequenc
 
 
 def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
-    """Training rows of each task in each slot, int [task, slot]."""
-    tasks = prepared.partition.tasks
+    """Rows of each task that each slot is trained on, int [task, slot]: newcomers' are not."""
+    tasks, clients = prepared.partition.tasks, prepared.partition.clients
     counts, table = np.zeros((len(tasks), enrolment.clusters), int), np.asarray(enrolment.table)
-    for number, held in enumerate(prepared.partition.clients):
+    for number, held in enumerate(clients[: len(clients) - prepared.config.data.newcomers]):
         for i, label in zip(held.train, enrolment.labels[number], strict=False):
             counts[tasks.index(prepared.dataset.train[i].task), table[number, label]] += 1
     return counts
@@ -262,12 +262,13 @@ def evaluate_state(
     per_pair = [score(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
+    slots = list(range(len(asked[0].weights)))
     if prepared.strategy.enrolling in ("clustering", "tasks"):
+        slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
         counts = slot_tasks(prepared, enrolment)
         tasks = prepared.partition.tasks
         names = slot_names(prepared, counts)
         held = [task for task, rows_of in zip(tasks, counts, strict=True) if rows_of.any()]
-        slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
         for part in ("personalised", "generalisation", "newcomers"):
             routed = [q for q in asked if q.part == part and rows[q.row].task in held]
             right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in routed]
@@ -279,7 +280,7 @@ def evaluate_state(
             "client": q.client,
             "row": q.row,
             "task": rows[q.row].task,
-            "slot": int(np.argmax(q.weights)) if any(q.weights) else None,
+            "slot": int(np.argmax(np.array(q.weights)[slots])) if any(q.weights) else None,
             "instruction": rows[q.row].instruction,
             "reference": rows[q.row].output,
             "answer": texts[place],

@@ -67,7 +67,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         max_response=data.max_response,
     )
     asked = test_rows(split)
-    test = dict(zip(asked, encode([dataset.test[i] for i in asked]), strict=True))
+    test = dict(zip(asked, encode([dataset.test[i] for i in asked], to_answer=True), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     largest = max(max(row.prompt + row.response) for rows in (*train, test.values()) for row in rows)
     if largest >= model.config.vocab_size:
@@ -201,7 +201,8 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     local, total = cluster_counts(config, prepared.partition)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if prepared.strategy.enrolling in ("nothing", "random"):
-        return routing.one_cluster_each(rows, total or 1, key if prepared.strategy.enrolling == "random" else None)
+        dealt = key if prepared.strategy.enrolling == "random" else None
+        return routing.one_cluster_each(rows, total or 1, dealt, config.data.newcomers)
     if prepared.strategy.enrolling == "tasks":
         tasks = prepared.partition.tasks
         numbers = [
@@ -215,7 +216,9 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
         recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
         found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)
-    return routing.staggered(found, config.data.newcomers) if config.rounds.turns == "staggered" else found
+    if config.rounds.turns == "staggered":
+        return routing.staggered(found, config.rounds.rounds, config.data.newcomers)
+    return found
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
@@ -233,7 +236,7 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     fresh = lora.init(jax.random.key(config.seed), shapes, decoder.layers, config.lora.rank)
     state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    return placed(prepared, state._replace(server=server_lib.init(server, state.bank)))
+    return placed(prepared, state._replace(server=server_lib.init(server, prepared.strategy.owners, state.bank)))
 
 
 def alone(prepared: Prepared) -> Prepared:
@@ -285,8 +288,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
-    steps = local.steps * (clients if prepared.strategy.pooled else 1)  # as many rows as in a federation
+    steps = plan.steps(config, prepared.strategy)  # pooled: as many rows as in a federation
     over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch
@@ -307,28 +309,29 @@ def train_round(
     phases = strategy.phases(int(state.round), prepared.config.rounds.rounds)
     size = 0 if strategy.pooled else bank_lib.wire_bytes(strategy.owners, state.bank, phases)
     trained = work.weight > 0
+    counted = trained & np.isfinite(loss).all(axis=1)
     lanes = [
         {
             "client": int(work.client[i]),
             "cluster": int(work.cluster[i]),
             "weight": float(work.weight[i]),
-            "loss": [float(value) for value in loss[i]],
+            "loss": [float(value) if np.isfinite(value) else None for value in loss[i]],
             **({"rejected": "not finite"} if info.rejected[i] else {}),
         }
         for i in np.flatnonzero(trained)
     ]
     clients = len(set(work.client[trained].tolist()))
-    received = strategy.received(state, len(lanes), size)
+    up, down = strategy.traffic(state, len(lanes), size)
     if strategy.regroup is not None:
         state = placed(prepared, strategy.regroup(processes.whole(state)))
     regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
     return state, {
         "round": int(state.round),
-        "loss": float(loss[trained].mean()),
+        "loss": float(loss[counted].mean()) if counted.any() else None,  # JSON has no NaN
         "learning_rate": float(info.learning_rate),
         "seconds": round(seconds, 3),
-        "bytes_up": len(lanes) * size,
-        "bytes_down": len(lanes) * received,
+        "bytes_up": len(lanes) * up,
+        "bytes_down": len(lanes) * down,
         "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
         "adapters_per_client": len(lanes) / clients,
         "tokens": int((batch.rows.packs.segments > 0).sum()),

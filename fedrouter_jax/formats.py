@@ -50,7 +50,7 @@ class Lane(TypedDict):
     client: int
     cluster: int
     weight: float
-    loss: list[float]  # of each optimiser step
+    loss: list[float | None]  # of each optimiser step; None: not finite
     rejected: NotRequired[str]  # why its result was left out
 
 
@@ -58,7 +58,7 @@ class Round(TypedDict):
     """A line of `rounds.jsonl`."""
 
     round: int
-    loss: float
+    loss: float | None  # mean over lanes whose losses are finite; None: there are none
     seconds: float
     bytes_up: float
     bytes_down: float

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedrouter_jax import bank, client, lora
 from fedrouter_jax import config as config_lib
+from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
@@ -64,7 +66,7 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     base: int  # frozen weights
-    bank: int  # every adapter and what else the method remembers, the sums of a round, and the bank after it
+    bank: int  # every adapter and what the method remembers, the same for the sums of a round, the server's moments
     batches: int  # tokens of a round
     lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
     activations: int  # what the backward pass keeps of one pack, of the groups that run at once
@@ -160,7 +162,15 @@ def federation(decoder: DecoderConfig, config: Config, strategy: Strategy, clust
     columns = clusters if strategy.enrolling == "clustering" else 1
     table = jax.ShapeDtypeStruct((config.data.clients, columns), jnp.int32)
     state = jax.eval_shape(start, adapter_shapes(decoder, config.lora), table, router)
-    return Federation(decoder, config, strategy, state)
+    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
+    own = jax.eval_shape(lambda bank: server_lib.init(server, strategy.owners, bank), state.bank)
+    return Federation(decoder, config, strategy, state._replace(server=own))
+
+
+def steps(config: Config, strategy: Strategy) -> int:
+    """Optimiser steps of a lane: those of all clients that take part where their rows are pooled."""
+    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
+    return config.local.steps * (clients if strategy.pooled else 1)
 
 
 def asked(federation: Federation, lanes: int) -> Adapters:
@@ -182,8 +192,8 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
         base=nbytes(base) // config.compute.model_parallel,  # norms apart, which are few
-        bank=3 * nbytes(federation.state.bank) + 2 * nbytes(federation.state.memory),
-        batches=4 * groups * config.local.steps * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
+        bank=2 * nbytes((federation.state.bank, federation.state.memory)) + nbytes(federation.state.server),
+        batches=4 * groups * steps(config, federation.strategy) * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
         # Asked for and sent back; received, trained, two gradients (a pack's, their sum), two moments. On a mesh all
         # lanes ask before the first trains.
         lanes=nbytes(lanes) * (6 * at_once + (groups if spread else at_once)),
@@ -228,7 +238,7 @@ def plan(
     clients = schedule.taking_part(data.clients - data.newcomers, rounds.participation)
     lanes = 1 if strategy.pooled else clients * each
     pack = pack_shape(config, row_tokens, response_tokens)
-    pack = pack._replace(lanes=min(pack.lanes, lanes))
+    pack = pack._replace(lanes=min(pack.lanes, lanes), rows=min(pack.lanes, lanes) * config.local.batch)
     groups = -(-lanes // pack.lanes)
     here = -(-groups // rows_of_devices)
     at_once = config.compute.groups_at_once or (
@@ -236,10 +246,12 @@ def plan(
     )
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
-    steps = config.local.steps * (clients if strategy.pooled else 1)
-    tokens = lanes * steps * config.local.batch * row_tokens
+    tokens = lanes * steps(config, strategy) * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
     size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, start.state.bank)
+    # Of the last round, when as many clusters of clients are found as there may be.
+    found = np.arange(data.clients)[:, None] % clusters
+    up, down = strategy.traffic(start.state._replace(round=rounds.rounds, table=found), lanes, size)
     flops = 4.0 * (blocks + head) * tokens
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
@@ -249,8 +261,8 @@ def plan(
         groups=groups,
         groups_at_once=at_once,
         memory=memory(start, pack, here, at_once, rows_of_devices > 1),
-        bytes_up=lanes * size,
-        bytes_down=lanes * strategy.received(start.state, lanes, size),
+        bytes_up=lanes * up,
+        bytes_down=lanes * down,
         tokens=tokens,
         flops=flops,
         seconds=None if rate is None else flops / (rate * devices),

@@ -67,16 +67,17 @@ def loss(rows: Sequence[Row]) -> Figure:
         lanes: dict[tuple[int, int], list] = {}
         for record in rows[0].runs[0].rounds:
             for lane in record["lanes"]:
-                lanes.setdefault((lane["client"], lane["cluster"]), []).append((record["round"], np.mean(lane["loss"])))
+                mean = np.mean(np.array(lane["loss"], float))  # None, which was not finite, is drawn as a gap
+                lanes.setdefault((lane["client"], lane["cluster"]), []).append((record["round"], mean))
         for number, points in enumerate(lanes.values()):
             label = "one client, one local cluster" if number == 0 else None
             axes.plot(*zip(*points, strict=True), color=GREY, alpha=0.5, linewidth=0.7, marker=".", markersize=3,
                       label=label)  # fmt: skip
     for place, (row, name) in enumerate(zip(rows, names(rows), strict=True)):
         for number, run in enumerate(run for run in row.runs if run.rounds):
-            points = [(record["round"], record["loss"]) for record in run.rounds]
+            points = np.array([(record["round"], record["loss"]) for record in run.rounds], float)
             label = name if number == 0 else None
-            axes.plot(*zip(*points, strict=True), **look(place), linewidth=1.6, marker="o", markersize=3, label=label)
+            axes.plot(*points.T, **look(place), linewidth=1.6, marker="o", markersize=3, label=label)
     rounds_axis(axes)
     axes.set(ylabel="cross-entropy per response token (nats)", title="Training loss, mean over a round")
     axes.grid(axis="y")

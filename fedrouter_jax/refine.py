@@ -49,7 +49,7 @@ def silhouette(points: Array, present: Array, centroids: Array, valid: Array | N
 
     def client(rows, here):
         labels, _ = kmeans.nearest(rows, centroids, valid)
-        products = jnp.matmul(rows, mean.T, precision=jax.lax.Precision.HIGHEST)
+        products = jnp.matmul(rows, mean.T, precision="highest")
         away = jnp.maximum(jnp.sum(rows**2, axis=1, keepdims=True) - 2 * products + square, 0)
         own = jax.nn.one_hot(labels, len(centroids), dtype=bool)
         size = jnp.sum(jnp.where(own, counts, 0), axis=1)
@@ -83,17 +83,23 @@ def choose_k(
     return jax.lax.map(score, jnp.asarray(candidates))
 
 
-def follow(points: Array, present: Array, centroids: Array, local: int | None) -> tuple[np.ndarray, np.ndarray]:
+def follow(
+    points: Array, present: Array, centroids: Array, local: int | None, founders: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The slot of each local cluster, int32 [client, cluster], -1 for none; and of each row its cluster, -1: absent.
 
     A client keeps the `local` slots with most of its rows; with None, those with at least a quarter of an even share
-    and two rows. Its other rows go to the nearest slot kept.
+    and two rows. Its other rows go to the nearest slot kept. Clients from number `founders` on (None: none) join later,
+    and have slots of the others only: nobody trains an adapter of theirs alone.
     """
     slots = len(centroids)
-    distances = np.asarray(jax.vmap(lambda rows: kmeans.nearest(rows, centroids)[1])(points))
+    distances = np.array(jax.vmap(lambda rows: kmeans.nearest(rows, centroids)[1])(points))
     held = np.asarray(present)
-    kept = []
-    for away, here in zip(distances, held, strict=True):
+    kept: list[np.ndarray] = []
+    for client, (away, here) in enumerate(zip(distances, held, strict=True)):
+        if client == founders:
+            trained = np.isin(np.arange(slots), np.concatenate(kept))
+            distances[client:] = np.where(trained, distances[client:], np.inf)
         counts = np.bincount(away[here].argmin(axis=1), minlength=slots)
         order = np.argsort(-counts, kind="stable")
         enough = int(np.sum(counts >= max(2, _LEAST_SHARE * here.sum() / slots))) if local is None else local
@@ -113,7 +119,7 @@ def _reports(points: Array, present: Array, centroids: Array, valid: Array | Non
     def client(rows, here):
         labels, _ = kmeans.nearest(rows, centroids, valid)
         own = jax.nn.one_hot(labels, len(centroids)) * here[:, None]
-        sums = jnp.matmul(own.T, rows, precision=jax.lax.Precision.HIGHEST)
-        return own.sum(axis=0), sums, own.T @ jnp.sum(rows**2, axis=1)
+        sums = jnp.matmul(own.T, rows, precision="highest")
+        return own.sum(axis=0), sums, jnp.matmul(own.T, jnp.sum(rows**2, axis=1), precision="highest")
 
     return jax.vmap(client)(points, present)

@@ -124,13 +124,16 @@ def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
 
 
-def one_cluster_each(rows: Sequence[int], clusters: int = 1, key: Array | None = None) -> Enrolment:
+def one_cluster_each(rows: Sequence[int], clusters: int = 1, key: Array | None = None, newcomers: int = 0) -> Enrolment:
     """The enrolment of strategies that do not cluster rows: every client is one local cluster.
 
     `rows`: rows per client; `clusters`: slots of cluster-owned adapters, for those that cluster clients. With `key`,
-    clients are dealt to the slots at random, evenly; without, all are in slot 0.
+    clients but for the last `newcomers` are dealt to the slots at random, evenly; the others, and all without a key,
+    are in slot 0.
     """
-    table = jnp.zeros(len(rows), jnp.int32) if key is None else jax.random.permutation(key, len(rows)) % clusters
+    founders = len(rows) - newcomers
+    dealt = jnp.zeros(founders, jnp.int32) if key is None else jax.random.permutation(key, founders) % clusters
+    table = jnp.pad(dealt, (0, newcomers))
     labels = np.where(np.arange(max(rows))[None] < np.asarray(rows)[:, None], 0, -1).astype(np.int32)
     return Enrolment(table[:, None].astype(jnp.int32), clusters, (), labels, {})
 
@@ -201,9 +204,9 @@ def enroll(
     fit = kmeans.fit(global_key, flat, total, weight=weight, restarts=recipe.restarts)
     if recipe.lloyd:
         centroids = refine.lloyd(points, founding, fit.centers, recipe.lloyd)
-        table, labels = refine.follow(points, present, centroids, local)
+        table, labels = refine.follow(points, present, centroids, local, founders)
         return Enrolment(jnp.asarray(table), total, router._replace(centroids=centroids), labels, silhouettes)
-    slots = jnp.where(weight > 0, fit.labels, kmeans.nearest(flat, fit.centers)[0])
+    slots = jnp.where(weight > 0, fit.labels, kmeans.nearest(flat, fit.centers, fit.counts > 0)[0])
     table = jnp.where(filled, slots.reshape(filled.shape), -1)
     return Enrolment(
         table.astype(jnp.int32),
@@ -214,23 +217,26 @@ def enroll(
     )
 
 
-def staggered(enrolment: Enrolment, newcomers: int = 0) -> Enrolment:
+def staggered(enrolment: Enrolment, rounds: int, newcomers: int = 0) -> Enrolment:
     """The same clusters with clients' local ones in another order, so that their turns reach all slots in every round.
 
     A client trains its local clusters in turn, in an order that means nothing (K-Means'). So in some rounds clients
     meet at a slot while nobody trains another. The server, which knows `table`, tells one client after the other the
     order that meets the fewest lanes so far in the same rounds: an assignment of clusters to turns. Where all clients
-    hold all slots, that is a Latin square. The last `newcomers` clients take no part.
+    hold all slots, that is a Latin square. The last `newcomers` clients take no part; `rounds` is how many there are.
     """
     table, labels = np.array(enrolment.table), np.array(enrolment.labels)
     founders = table[: len(table) - newcomers]
-    lanes = np.zeros((math.lcm(*(founders >= 0).sum(axis=1).tolist()), enrolment.clusters), int)  # by round and slot
+    period = min(rounds, math.lcm(*(founders >= 0).sum(axis=1).tolist()))  # after it, all turns come again
+    lanes = np.zeros((period, enrolment.clusters), int)  # by round and slot
     for client in range(len(founders)):
         held = np.flatnonzero(table[client] >= 0)
         slots = table[client, held]
-        by_turn = lanes.reshape(-1, len(held), enrolment.clusters)  # a turn comes again in every len(held)th round
-        turns, order = linear_sum_assignment(by_turn.sum(axis=0)[:, slots])
-        by_turn[:, turns, slots[order]] += 1
+        turn = np.arange(period) % len(held)  # of each round
+        met = np.zeros((len(held), enrolment.clusters), int)
+        np.add.at(met, turn, lanes)
+        turns, order = linear_sum_assignment(met[:, slots])  # turns are sorted
+        lanes[np.arange(period), slots[order[turn]]] += 1
         place = np.full(table.shape[1], -1, np.int32)
         place[held[order]] = turns
         labels[client] = np.where(labels[client] >= 0, place[labels[client]], -1)

@@ -197,7 +197,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
             files.append(log, json.dumps(record) + "\n")
             if t % config.compute.checkpoint_every == 0 or t == last:
                 checkpoint.save(out / "checkpoints", t, state)
-            advance(1, f"loss {record['loss']:.3f}")
+            advance(1, "loss not finite" if record["loss"] is None else f"loss {record['loss']:.3f}")
     return state
 
 
@@ -239,9 +239,12 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
     statistics = training * (2 * width + 1) * size if clustered and standardised else 0
     # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step.
     steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd if clustered else 0
-    tried = steps * sum(map(int, enrolment.silhouettes.get("global", [enrolment.clusters])))
-    statistics += training * tried * (width + 2) * size
-    down = len(clients) * (enrolment.clusters + 2 * standardised) + training * tried  # rows of a model's width
+    scored = sum(map(int, enrolment.silhouettes.get("global", []))) if steps else 0
+    tried = steps * (scored + enrolment.clusters)
+    statistics += training * (tried + scored) * (width + 2) * size  # and once more what a silhouette is made of
+    down = len(clients) * (enrolment.clusters + 2 * standardised) + training * (
+        tried + 2 * scored
+    )  # of a model's width
     return {
         "tasks": tasks,
         "clustered": clustered,
@@ -254,11 +257,22 @@ def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
         if prepared.strategy.pooled
         else schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
         "silhouettes": enrolment.silhouettes,
-        "bytes_up": statistics + (int((table[:training] >= 0).sum()) * width * size if clustered else 0),
+        "bytes_up": statistics + (_centres_sent(prepared, enrolment) * width * size if clustered else 0),
         "bytes_down": down * width * size if clustered else 0,
         "data": digest(prepared.dataset),
         "clients": clients,
     }
+
+
+def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:
+    """How many local centres the server was sent; with `refined`, clients keep other clusters than those."""
+    data, silhouettes = prepared.config.data, enrolment.silhouettes
+    training = range(data.clients - data.newcomers)
+    if "local 0" in silhouettes:
+        return sum(int(max(scores := silhouettes[f"local {client}"], key=scores.get)) for client in training)
+    if routing.RECIPES[prepared.config.cluster.recipe].lloyd:
+        return len(training) * (experiment.cluster_counts(prepared.config, prepared.partition)[0] or 0)
+    return int((np.asarray(enrolment.table)[training] >= 0).sum())
 
 
 def export(loaded: Loaded, to: Path) -> None:
@@ -324,6 +338,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     path = out / "embeddings.npy"
     found = (other / path.name for other in alike(shared, prepared.config, recipe=True))
     taken = None if path.exists() else next((other for other in found if other.exists()), None)
+    processes.meet("all know whether embeddings are there")  # before the first writes them
     if taken is not None:
         timings["taken_over"].append("embeddings")
         if processes.first():

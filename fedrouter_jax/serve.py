@@ -44,7 +44,9 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
         distances = np.asarray(routing.nearest(state.memory, embeddings)[1])
     mode = "global" if client is None else "local"
     rows = [Row(text, "", "") for text in texts]
-    encoded = tokens.encode(prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response)
+    encoded = tokens.encode(
+        prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response, to_answer=True
+    )
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
     weights = np.asarray(prepared.strategy.route(state, clients, view, mode))

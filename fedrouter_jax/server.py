@@ -6,12 +6,16 @@ The difference between a slot's adapter and the average that came back is taken 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.types import Adapters, PyTree, Server
+from fedrouter_jax.types import Adapters, Array, PyTree, Server
+
+OWN = ("shared", "cluster")  # the owners whose adapters are the server's
 
 
 def optimiser(name: Server, rate: float) -> optax.GradientTransformation | None:
@@ -19,14 +23,37 @@ def optimiser(name: Server, rate: float) -> optax.GradientTransformation | None:
     return {
         "average": None,
         "momentum": optax.sgd(rate, momentum=0.9),
-        "adam": optax.adam(rate, b1=0.9, b2=0.99, eps=1e-3),
-        "yogi": optax.yogi(rate, b1=0.9, b2=0.99, eps=1e-3),
+        "adam": adaptive(rate, lambda v, square: 0.99 * v + 0.01 * square),
+        "yogi": adaptive(rate, lambda v, square: v - 0.01 * square * jnp.sign(v - square)),
     }[name]
 
 
-def init(server: optax.GradientTransformation | None, bank: Adapters) -> PyTree:
-    """Optimiser states `[slot, ...]`, one for every slot of every leaf, so that each slot counts its own updates."""
-    return () if server is None else [jax.vmap(server.init)(leaf) for leaf in jax.tree.leaves(bank)]
+def adaptive(rate: float, second: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+    """Algorithm 2 of Reddi et al.: m <- .9 m + .1 g; v <- second(v, g^2); a step of -rate m / (sqrt(v) + tau).
+
+    Unlike optax's, without bias correction, and v starts at tau^2: the averages of adapters move by about tau, and the
+    correction would make first steps ten times as long.
+    """
+    tau = 1e-3
+
+    def init(x):
+        return jax.tree.map(jnp.zeros_like, x), jax.tree.map(lambda leaf: jnp.full_like(leaf, tau**2), x)
+
+    def update(gradient, state, x=None):
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state[0], gradient)
+        v = jax.tree.map(lambda v, g: second(v, g**2), state[1], gradient)
+        return jax.tree.map(lambda m, v: -rate * m / (jnp.sqrt(v) + tau), m, v), (m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def init(server: optax.GradientTransformation | None, owners: PyTree, bank: Adapters) -> PyTree:
+    """Optimiser states `[slot, ...]` of every leaf that is the server's, so that each slot counts its own updates."""
+    if server is None:
+        return ()
+    spread = jax.tree.leaves(bank_lib.spread(owners, bank))
+    pairs = zip(spread, jax.tree.leaves(bank), strict=True)
+    return [jax.vmap(server.init)(leaf) if owner in OWN else () for owner, leaf in pairs]
 
 
 def step(
@@ -39,7 +66,10 @@ def step(
     spread = jax.tree.leaves(bank_lib.spread(owners, before))
     made = []
     for owner, old, new, state in zip(spread, leaves, jax.tree.leaves(averaged), states, strict=True):
-        moved = jnp.any((old != new).reshape(len(old), -1), axis=1) & (owner in ("shared", "cluster"))
+        if owner not in OWN:
+            made.append((new, state))
+            continue
+        moved = jnp.any((old != new).reshape(len(old), -1), axis=1)
         update, fresh = jax.vmap(server.update)(old - new, state, old)
         kept = jax.tree.map(lambda a, b, moved=moved: jnp.where(bank_lib.expand(moved, a), a, b), fresh, state)
         made.append((jnp.where(bank_lib.expand(moved, old), old + update, new), kept))

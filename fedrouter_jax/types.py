@@ -119,6 +119,6 @@ class Strategy(NamedTuple):
     choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round
     base: Callable[[FederationState, PyTree], PyTree] | None = None  # what the frozen parameters have become
-    # (state, lanes, bytes that one sends) -> bytes that it receives in a round of so many
-    received: Callable[[FederationState, int, int], int] = lambda state, lanes, sent: sent
+    # (state after a round, its lanes, bytes of all that one trains and does not keep) -> bytes one sends, and receives
+    traffic: Callable[[FederationState, int, int], tuple[int, int]] = lambda state, lanes, size: (size, size)
     derive: Callable[[FederationState], FederationState] | None = None  # what follows from the new adapters

@@ -84,6 +84,19 @@ def test_later_rounds_train_ones_own_expert_and_all_scores(federation, grouped):
     assert max(jax.tree.leaves((moved["other_1"].a, moved["other_1"].b, moved["other_2"]))) == 0
 
 
+def test_what_is_sent_is_of_the_experts_that_were_found(grouped):
+    """Two experts of at most three: a lane's own and 2 * 2 - 1 of 5 scores go up, both experts and those come down."""
+    strategy, state, *_ = grouped
+    own = state.bank["own"]
+    expert = sum(leaf[0].nbytes for leaf in jax.tree.leaves((own.a, own.b)))
+    score = sum(leaf[0, ..., 0].nbytes for leaf in own.gate.values())
+    size = bank.wire_bytes(strategy.owners, state.bank, strategy.phases(2, 5))
+    assert size == expert + 5 * score
+    later = state._replace(round=jnp.asarray(2))
+    assert strategy.traffic(later, 4, size) == (expert + 3 * score, 2 * expert + 3 * score)
+    assert strategy.traffic(state, 4, expert) == (expert, expert)  # the first round: one adapter
+
+
 def test_with_one_expert_it_is_fedit(federation):
     found, _ = play(federation, fedlease(1), federation.update, rounds=1)
     plain, _ = play(federation, fedit(), federation.update, rounds=1)

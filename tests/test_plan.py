@@ -10,10 +10,12 @@ import pytest
 
 from fedrouter_jax import bank, client, experiment, plan
 from fedrouter_jax import config as config_lib
+from fedrouter_jax import server as server_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Batch
+from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, model_config
@@ -27,11 +29,12 @@ from fedrouter_jax.types import Work
 SMOLLM = plan.SHAPES["smollm2-135m"]
 
 
-def compiled(decoder, config, strategy, pack, groups, at_once):
+def compiled(federation, pack, groups, at_once):
     """Bytes of a compiled round: arguments, results that are no arguments, and temporary room."""
+    decoder, config, strategy, state = federation
     update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
-    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once)
-    state = plan.federation(decoder, config, strategy, 4).state
+    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
+    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server)
     lanes = groups * pack.lanes
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     lead = (groups, config.local.steps)
@@ -52,6 +55,8 @@ CASES = {
     "135m, mixed": (SMOLLM, {"dtype": "mixed"}, 1, 1),
     "135m, nf4": (SMOLLM, {"quantise": "nf4"}, 1, 1),
     "wide": (WIDE, {}, 1, 1),
+    "135m, 256 adapters, adam": (SMOLLM, {"clusters": 256, "rounds": RoundConfig(server="adam")}, 1, 1),
+    "135m, adapters of 512 clients": (SMOLLM, {"strategy": "local", "clients": 512}, 1, 1),
     "wide, fedex": (WIDE, {"strategy": "fedex", "lora": LoRAConfig(targets=MODULES)}, 1, 1),
 }
 
@@ -60,14 +65,16 @@ CASES = {
 def test_planned_memory_is_that_of_the_compiled_round(name):
     decoder, changes, groups, at_once = CASES[name]
     changes = dict(changes)
-    remat = changes.pop("remat", False)
+    remat, clusters = changes.pop("remat", False), changes.pop("clusters", 4)
+    clients = changes.pop("clients", groups * 8)
     config = Config(local=LocalConfig(steps=4, batch=2), **changes)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
     pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=groups * pack.lanes))
-    strategy = config_lib.strategy(config, 4)
-    found = plan.memory(plan.federation(decoder, config, strategy, 4), pack, groups, at_once)
-    exact = compiled(decoder, config, strategy, pack, groups, at_once)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
+    strategy = config_lib.strategy(config, clusters)
+    federation = plan.federation(decoder, config, strategy, clusters)
+    found = plan.memory(federation, pack, groups, at_once)
+    exact = compiled(federation, pack, groups, at_once)
     print(
         name,
         {k: round(v / 1e6) for k, v in found._asdict().items()},
@@ -122,3 +129,16 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
     assert "does not fit" in capsys.readouterr().out
     assert main(["plan", "--memory", "0"]) == 2
     assert "--memory is 0.0; it must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["centralised", "fedit"])
+def test_planned_batches_are_those_of_a_round(strategy):
+    config = dataclasses.replace(smoke(), strategy=strategy)
+    prepared = experiment.prepare(config)
+    enrolment = experiment.enroll(prepared, None)
+    work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    made = plan.plan(config, 60, 12)
+    lanes = min(config.compute.lanes_together, len(work.client))
+    pack = plan.Pack(*prepared.pack, lanes * config.local.batch, lanes)
+    found = plan.memory(plan.federation(prepared.model.config, config, prepared.strategy, 4), pack, made.groups, 1)
+    assert found.batches == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(batch)), rel=0.01)

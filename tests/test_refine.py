@@ -65,6 +65,17 @@ def test_local_clusters_follow_the_centroids_and_strays_go_to_the_nearest_kept()
     assert table.tolist() == [[0, 1, 2], [1, -1, -1]]
 
 
+def test_who_joins_later_has_slots_of_the_others_only():
+    """Nobody else holds slot 2, which most rows of the newcomer are nearest to."""
+    centroids = jnp.asarray([[0.0, 0], [10, 0], [0, 10]])
+    first = [[1, 0], [0, 0], [11, 0], [10, 0]]
+    points = jnp.asarray([first, [[0, 9], [1, 10], [0, 11], [10, 1]]], jnp.float32)
+    present = jnp.ones((2, 4), bool)
+    table, labels = refine.follow(points, present, centroids, 2, founders=1)
+    assert table.tolist() == [[0, 1], [0, 1]] and labels.tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    assert refine.follow(points, present, centroids, 2)[0].tolist() == [[0, 1], [1, 2]]
+
+
 def test_as_many_clusters_as_there_are_centres_may_be_found():
     """Four clients of one task each, as in Single: every centre is a cluster. Two clients: the least there can be."""
     for count in (4, 2):

@@ -160,7 +160,7 @@ def test_staggered_turns_reach_every_slot_in_every_round(held):
     """The same rows in the same slots, in another order: as many lanes at each slot as at any other."""
     embeddings, _ = clients_of(held)
     found = routing.enroll(KEY, embeddings, routing.RECIPES["refined"], len(held[0]), 4)
-    order = routing.staggered(found)
+    order = routing.staggered(found, 100)
     for client, labels in enumerate(found.labels):
         before, after = (np.asarray(e.table)[client, e.labels[client]] for e in (found, order))
         np.testing.assert_array_equal(before[labels >= 0], after[labels >= 0])
@@ -176,11 +176,26 @@ def test_staggered_turns_of_clients_with_fewer_clusters_or_none_yet():
     """Local clusters come first in a client's line; a newcomer's stay as they are and count for nothing."""
     table = jnp.asarray([[2, -1, 0], [0, -1, -1], [0, 2, 1]], jnp.int32)
     labels = np.array([[0, 2, 2], [0, 0, -1], [2, 1, 0]], np.int32)
-    found = routing.staggered(routing.Enrolment(table, 3, (), labels, {}), newcomers=1)
+    found = routing.staggered(routing.Enrolment(table, 3, (), labels, {}), 100, newcomers=1)
     assert sorted(np.asarray(found.table)[0].tolist()[:2]) == [0, 2] and found.table[0, 2] == -1
     np.testing.assert_array_equal(np.asarray(found.table)[0, found.labels[0]], [2, 0, 0])
     np.testing.assert_array_equal(found.table[2], table[2])
     np.testing.assert_array_equal(found.labels[1:], labels[1:])
+
+
+def test_staggered_turns_are_no_longer_than_the_run():
+    """Turns of these clients would come again together after 232,792,560 rounds."""
+    counts = (5, 7, 9, 11, 13, 16, 17, 19)
+    table = np.array([[k if k < count else -1 for k in range(19)] for count in counts], np.int32)
+    labels = np.maximum(table, 0)
+    found = routing.staggered(routing.Enrolment(jnp.asarray(table), 19, (), labels, {}), 30)
+    assert [sorted(row[row >= 0].tolist()) for row in np.asarray(found.table)] == [list(range(n)) for n in counts]
+
+
+def test_clients_are_dealt_evenly_and_who_joins_later_takes_no_place():
+    for seed in range(12):
+        found = routing.one_cluster_each([3] * 8, 4, jax.random.key(seed), newcomers=4)
+        assert sorted(found.table[:4, 0].tolist()) == [0, 1, 2, 3] and found.table[4:, 0].tolist() == [0] * 4
 
 
 def test_staggered_turns_of_clients_whose_turns_come_again_at_different_times():
@@ -194,7 +209,7 @@ def test_staggered_turns_of_clients_whose_turns_come_again_at_different_times():
             row[: len(slots)] = slots
         labels = np.array([[0, 1, 2] if len(slots) == 3 else [0, len(slots) - 1, 0] for slots in held])
         own = routing.Enrolment(jnp.asarray(table, jnp.int32), 4, (), labels, {})
-        missed.append([without_lanes(found) for found in (own, routing.staggered(own))])
+        missed.append([without_lanes(found) for found in (own, routing.staggered(own, 100))])
     before, after = np.mean(missed, axis=0)
     assert after < 0.9 * before, (before, after)
 

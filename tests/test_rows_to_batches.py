@@ -32,6 +32,12 @@ def test_a_long_row_loses_the_end_of_its_instruction_never_its_answer():
     assert TOKENIZER.decode(row.response[:-1]) == " yes"
 
 
+def test_a_prompt_to_answer_is_the_same_whatever_it_is_compared_with():
+    rows = [Row("x" * 500, answer, "t") for answer in ("", "yes", "y" * 50)]
+    prompts = [row.prompt for row in tokens.encode(TOKENIZER, rows, "short", 100, 16, to_answer=True)]
+    assert len(prompts[0]) == 100 - 16 and prompts == [prompts[0]] * 3
+
+
 def test_a_long_answer_is_cut_and_does_not_learn_to_stop_there():
     (row,) = tokens.encode(TOKENIZER, [Row("x", "y" * 50, "t")], "short", 100, 16)
     assert len(row.response) == 16 and row.truncated

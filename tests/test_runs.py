@@ -331,6 +331,49 @@ def test_newcomers_send_nothing_to_be_enrolled():
     assert found[1]["bytes_down"] - found[0]["bytes_down"] == (4 + 2) * 64 * 4  # centroids, mean and deviation
 
 
+def test_what_finding_the_counts_costs_is_counted():
+    """Local centres as many as the silhouettes said; for every k ten Lloyd steps and a score, then ten steps more."""
+    counts = dataclasses.replace(smoke().cluster, local_clusters=0, global_clusters=0)
+    prepared = experiment.prepare(dataclasses.replace(smoke(), cluster=counts))
+    rows = sum(len(held.train) for held in prepared.partition.clients)
+    enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
+    found, silhouettes = runs.describe_clusters(prepared, enrolment), dict(enrolment.silhouettes)
+    ks = sum(silhouettes.pop("global"))
+    centres = sum(max(scores, key=scores.get) for scores in silhouettes.values())
+    slots = 10 * (ks + enrolment.clusters) + ks
+    assert found["bytes_up"] == 4 * (centres * 64 + 4 * (2 * 64 + 1) + 4 * slots * (64 + 2))
+    assert found["bytes_down"] == 4 * 64 * 4 * (enrolment.clusters + 2 + slots + ks)
+
+
+def test_a_lane_that_is_not_finite_leaves_a_record_that_is_json():
+    prepared = experiment.prepare(dataclasses.replace(smoke(), strategy="local"))
+    enrolment = experiment.enroll(prepared, None)
+    state, rows = experiment.start(prepared, enrolment), experiment.members(prepared, enrolment)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), state.bank)
+    compute = dataclasses.replace(prepared.config.compute, lanes_together=1)
+    prepared = prepared._replace(config=dataclasses.replace(prepared.config, compute=compute))
+    inputs = experiment.round_inputs(prepared, rows, 1)
+    _, record = experiment.train_round(prepared, state._replace(bank=poisoned), *inputs)
+    again = json.loads(json.dumps(record, allow_nan=False))
+    (bad,) = [lane for lane in again["lanes"] if "rejected" in lane]
+    assert bad["client"] == 1 and set(bad["loss"]) == {None}
+    others = [lane["loss"] for lane in again["lanes"] if lane is not bad]
+    assert again["loss"] == pytest.approx(np.mean(others), rel=1e-5)
+
+
+def test_predictions_name_the_cluster_that_a_text_was_sent_to(tmp_path):
+    """Of FedRouter-Sum, whose adapter of all tasks answers with each."""
+    once = dataclasses.replace(smoke().rounds, rounds=1)
+    runs.run(dataclasses.replace(smoke(), strategy="fedrouter-sum", rounds=once), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    sent = {}
+    for line in lines:
+        if line["part"] == "generalisation":
+            sent[line["instruction"]] = line["slot"]
+    found = serve.route(tmp_path / "run", list(sent))
+    assert [entry["slot"] for entry in found] == list(sent.values()) and len(set(sent.values())) > 1
+
+
 @pytest.mark.parametrize("participation, clients", [(1.0, 4), (0.25, 1)])
 def test_centralised_training_takes_the_steps_of_all_clients_of_a_round(participation, clients):
     once = dataclasses.replace(smoke().rounds, participation=participation)

@@ -39,13 +39,19 @@ class Tokens(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: str, max_length: int, max_response: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    template: str,
+    max_length: int,
+    max_response: int,
+    to_answer: bool = False,
 ) -> list[Tokens]:
     """Tokenise rows under a template of `TEMPLATES`.
 
     No row is dropped. A response longer than `max_response` tokens (EOS included) is cut and keeps no EOS, for the
     text does not end there; a prompt that leaves no room gives up the end of its instruction, never the template's
-    tail, so the answer always starts at the same marker. `truncated` tells either.
+    tail, so the answer always starts at the same marker. `truncated` tells either. Prompts `to_answer` leave room for
+    `max_response` tokens, however long the answer is that they are compared with.
     """
     head, tail = TEMPLATES[template].split("{instruction}")
     tail_tokens = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
@@ -62,7 +68,7 @@ def encode(
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
         answer = [*response, tokenizer.eos_token_id][:max_response]
-        room = max_length - len(answer)
+        room = max_length - (max_response if to_answer else len(answer))
         truncated = len(prompt) > room or len(answer) <= len(response)
         if len(prompt) > room:
             prompt = prompt[: room - tail_tokens] + prompt[-tail_tokens:]

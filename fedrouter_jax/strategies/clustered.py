@@ -44,7 +44,9 @@ def clustered() -> Strategy:
     def tell(state, sums):
         averages, met, directions = sums
         memory = jax.tree.map(
-            lambda new, old: jnp.where(state.round == 0, new, old), (directions @ directions.T, met), state.memory
+            lambda new, old: jnp.where(state.round == 0, new, old),
+            (jnp.matmul(directions, directions.T, precision="highest"), met),
+            state.memory,
         )
         return average(state, averages)._replace(memory=memory)
 

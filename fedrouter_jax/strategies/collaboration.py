@@ -32,7 +32,7 @@ def fedrouter_warm(together: int = 2) -> Strategy:
         first = (state.round < together) & (back > 0)
 
         def of_leaf(own, total):
-            mean = jnp.tensordot(heavy, total, 1) / jnp.where(back > 0, back, 1)
+            mean = jnp.tensordot(heavy, total, 1, precision="highest") / jnp.where(back > 0, back, 1)
             return jnp.where(first, mean, own)
 
         return apart._replace(bank=jax.tree.map(of_leaf, apart.bank, sums.bank))

@@ -10,6 +10,8 @@ What was added to W0 is kept in the memory of the state. Every client can comput
 it costs as many adapters on the way down as there are lanes.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,8 @@ from fedrouter_jax.models import values
 from fedrouter_jax.types import Strategy
 
 OWNERS = {"main": "shared"}
+# What is kept is a small difference of products: rounded operands, an accelerator's default, would leave little of it.
+exact = partial(jnp.einsum, precision="highest")
 
 
 def fedex(scale: float = 2.0) -> Strategy:
@@ -37,7 +41,7 @@ def fedex(scale: float = 2.0) -> Strategy:
         def added(sums, lanes, adapters):
             share, lora = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12), adapters["main"]
             products = {
-                m: total + jnp.einsum("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
+                m: total + exact("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
                 for m, total in sums[1].items()
             }
             return add(sums[0], lanes, adapters), products
@@ -48,10 +52,8 @@ def fedex(scale: float = 2.0) -> Strategy:
         halves, products = sums
         told, share = average(state, halves), halves.share["shared"]
         mean = told.bank["main"]
-        memory = {
-            m: state.memory[m] + jnp.where(share > 0, products[m] / share - mean.a[m][0] @ mean.b[m][0], 0)
-            for m in products
-        }
+        kept = {m: exact("ldr,lro->ldo", mean.a[m][0], mean.b[m][0]) for m in products}
+        memory = {m: state.memory[m] + jnp.where(share > 0, products[m] / share - kept[m], 0) for m in products}
         return told._replace(memory=memory)
 
     def base(state, params):
@@ -70,5 +72,5 @@ def fedex(scale: float = 2.0) -> Strategy:
         tell,
         only_slot,
         base=base,
-        received=lambda state, lanes, sent: lanes * sent,
+        traffic=lambda state, lanes, size: (size, lanes * size),
     )

@@ -114,14 +114,17 @@ def fedlease(experts: int = 4) -> Strategy:
         here = jax.nn.one_hot(state.table[clients, 0], experts)
         return bank_lib.weights(state.bank, dict.fromkeys(state.bank, here))
 
-    def received(state, lanes, sent):
-        """All experts, and the scores of one's own cluster, which are sent too."""
-        own = state.bank["own"]
+    def traffic(state, lanes, size):
+        """Up an expert and the scores of one's own cluster, down all experts and those scores; at first an adapter."""
+        if int(state.round) < 2:
+            return size, size
+        own, found = state.bank["own"], int(state.table.max()) + 1
         expert = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves((own.a, own.b)))
-        return sent + (experts - 1) * expert
+        scores = (size - expert) * (2 * found - 1) // (2 * experts - 1)  # seats without an expert are not sent
+        return expert + scores, found * expert + scores
 
     return Strategy(
-        "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup, received=received,
+        "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup, traffic=traffic,
         derive=copied,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ def ifca() -> Strategy:
     def route(state, clients, view, mode):
         return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
 
-    def received(state, lanes, sent):
-        return jax.tree.leaves(state.bank)[0].shape[0] * sent
+    def traffic(state, lanes, size):
+        return size, jax.tree.leaves(state.bank)[0].shape[0] * size
 
-    return Strategy("ifca", OWNERS, *owned(OWNERS), route, enrolling="random", choose=choose, received=received)
+    return Strategy("ifca", OWNERS, *owned(OWNERS), route, enrolling="random", choose=choose, traffic=traffic)
