@@ -5,10 +5,11 @@
     python -m experiments.bench --data FLAN4 --gpu    the same with loads that keep a GPU busy
     python -m experiments.bench --smoke               hardly any rows, to see that everything works
 
-First both sides must have the same losses from the same adapter on the same rows. Then each phase is timed in turns,
-ours, theirs, ours ..., after a run of each that compiles; figures are medians, ratios are of useful tokens (no padding)
-a second. Against the machine: four floating-point operations a parameter and useful token of training (two of reading),
-over the rate of a large matrix product measured beside them in the same turn.
+The first call of each side compiles, and what it returns (embeddings, losses from the same adapter on the same rows,
+answers) must be what the other sides return. Then each phase is timed in turns, ours, theirs, ours ...; figures are
+medians, ratios are of useful tokens (no padding) a second. Against the machine: four floating-point operations a
+parameter and useful token of training (two of reading), over the rate of a large matrix product measured beside them in
+the same turn.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markdown import Markdown
 
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, show_markdown
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def main(options: Bench) -> None:
             f"the bench compares with PyTorch and needs {error.name!r}: pip install -r requirements-dev.txt"
         ) from error
     small = options.quick or options.smoke
+    jax.config.update("jax_compilation_cache_dir", None)  # so that first calls compile, whatever ran before
     load = Load(1024, 8, 16, 512, 48, 64, 6, rows=300) if options.gpu else Load(96, 2, 2, 96, 48, 64, 6)
     if small:
         load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(16, 1, 2, 24, 16, 64, 3)
@@ -69,7 +71,7 @@ def main(options: Bench) -> None:
     files.write(out / "bench.json", json.dumps(found, indent=1) + "\n")
     files.write(out / "bench.md", markdown(found))
     figure(found).savefig(out / "bench.png", dpi=100, bbox_inches="tight")
-    Console().print(Markdown((out / "bench.md").read_text(encoding="utf-8")))
+    show_markdown(out / "bench.md")
 
 
 def rates(phase: dict) -> dict[str, float]:
@@ -79,7 +81,7 @@ def rates(phase: dict) -> dict[str, float]:
 
 def useful(phase: dict, side: str) -> int:
     """Useful tokens or rows of a side; answers of rounded weights may end elsewhere."""
-    return phase["useful"].get(side, phase["useful"][""])
+    return phase["useful"][side if side in phase["useful"] else ""]
 
 
 def markdown(found: dict) -> str:
@@ -91,7 +93,7 @@ def markdown(found: dict) -> str:
         "",
         f"{found['model']}, float32 where nothing else is said, rows of {found['data']}; device {found['device']}, "
         f"jax {found['jax']}, torch {found['torch']} with {found['threads']} threads. Median of {turns} turn(s), after "
-        "one that compiles. "
+        "a first call, which compiles (with no program kept from earlier). "
         f"{load['texts']} texts embedded; {found['lanes']} lanes x {load['steps']} steps x {load['batch']} rows; "
         f"{load['prompts']} prompts of {found['slots']} adapters, trained for {load['rounds']} rounds, at most "
         f"{load['new']} new tokens; K-Means of {load['clients']} clients.",

@@ -1,4 +1,4 @@
-"""The phases that `bench.py` times, each on both sides, checked to compute the same before anything is timed."""
+"""The phases that `bench.py` times, each on all sides, whose first results must be the same before a turn counts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,20 @@ from fedrouter_jax.types import LoRA
 
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
-# Useful tokens or rows (of all sides, or by side with "" for those not named), and what each side does.
-Phase = tuple[int | dict[str, int], dict[str, Callable[[], Any]]]
+# How far a side may be from the published flow: embeddings by this much of the largest number, losses as they are.
+ALIKE = {
+    "embeddings": {"ours": 1e-3, "best effort": 1e-3, "ours, mixed": 3e-2, "best effort, bf16": 3e-2},
+    "losses": {"ours": 1e-2, "best effort": 1e-2, "ours, mixed": 1e-1, "best effort, bf16": 1e-1},
+}
+
+
+class Phase(NamedTuple):
+    """What each side does, and what its first results are worth."""
+
+    sides: dict[str, Callable[[], Any]]
+    # Of the sides' first results: useful tokens or rows by side ("" for those not named); UserError where they differ.
+    useful: Callable[[dict[str, Any]], dict[str, int]]
+    unit: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -72,35 +84,19 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         if best_effort:
             half = flow.load(smollm2_path(), Path(folder), device, torch.bfloat16)
             peers += [Peer("best effort", flow.BEST_EFFORT, theirs), Peer("best effort, bf16", flow.BEST_EFFORT, half)]
-    adapters = trained(prepared, load, console)
-    phases = {
-        "embed": embedding(prepared, mixed, peers, load),
-        "K-Means": clustering(load),
-        "train a round": training(prepared, mixed, peers),
-        "route": nearest(load),
-        "read prompts": generation(prepared, mixed, adapters, peers, load, new=1),
-        "routed generation": generation(prepared, mixed, adapters, peers, load, load.new),
+    measured = {
+        name: timed(name, phase, turns, console)
+        for name, phase in (
+            ("embed", embedding(prepared, mixed, peers, load)),
+            ("K-Means", clustering(load)),
+            ("train a round", training(prepared, mixed, peers)),
+            ("route", nearest(load)),
+        )
     }
-    measured = {}
-    for name, (useful, sides) in phases.items():
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        first, matrix = {}, []
-        for turn in range(turns + 1):
-            matrix.append(matrix_rate())  # in every turn, for what a shared machine gives changes within minutes
-            for side, action in sides.items():
-                before = clock.perf_counter()
-                action()
-                spent = clock.perf_counter() - before
-                console.print(f"{name}, {side}: {spent:.2f} s{'' if turn else ' (first run, not counted)'}")
-                if turn:
-                    seconds[side].append(spent)
-                else:
-                    first[side] = spent
-        useful = useful if isinstance(useful, dict) else {"": useful}
-        unit = "rows" if name in ("K-Means", "route") else "tokens"
-        measured[name] = {
-            "useful": useful, "unit": unit, "seconds": seconds, "first": first, "matrix_rate": matrix[1:]
-        }  # fmt: skip
+    # Only now, so that the first call above is the one that compiles training.
+    adapters = trained(prepared, load, console)
+    for name, new in (("read prompts", 1), ("routed generation", load.new)):
+        measured[name] = timed(name, generation(prepared, mixed, adapters, peers, load, new), turns, console)
     blocks = sum(leaf.size for leaf in jax.tree.leaves(model.params["blocks"]))
     return {
         "model": model.base_name,
@@ -121,6 +117,39 @@ def measure(data: str, load: Load, turns: int, best_effort: bool, console: Conso
         },
         "phases": measured,
     }
+
+
+def timed(name: str, phase: Phase, turns: int, console: Console) -> dict[str, Any]:
+    """Seconds of every side's first call, which compiles and is checked, and of as many turns as asked."""
+    seconds: dict[str, list[float]] = {side: [] for side in phase.sides}
+    first, results, matrix = {}, {}, []
+    for side, action in phase.sides.items():
+        results[side], first[side] = clocked(action)
+        console.print(f"{name}, {side}: {first[side]:.2f} s, the first call")
+    useful = phase.useful(results)
+    for _ in range(turns):
+        matrix.append(matrix_rate())  # in every turn, for what a shared machine gives changes within minutes
+        for side, action in phase.sides.items():
+            seconds[side].append(clocked(action)[1])
+            console.print(f"{name}, {side}: {seconds[side][-1]:.2f} s")
+    return {"useful": useful, "unit": phase.unit, "seconds": seconds, "first": first, "matrix_rate": matrix}
+
+
+def clocked(action: Callable[[], Any]) -> tuple[Any, float]:
+    """What an action returns, and its seconds."""
+    before = clock.perf_counter()
+    found = action()
+    return found, clock.perf_counter() - before
+
+
+def same(what: str, found: dict[str, Any], most: dict[str, float]) -> None:
+    """Refuse to go on where a side's results are further from the published flow's than they may be."""
+    for side, limit in most.items():
+        gap = float(np.abs(np.array(found[side]) - np.array(found["published"])).max()) if side in found else 0
+        if gap > limit:
+            raise UserError(
+                f"{what}: {side!r} and 'published' differ by {gap:.1e}, more than {limit:.1e}; no use to time them"
+            )
 
 
 def setting(data: str, load: Load) -> Config:
@@ -168,11 +197,6 @@ def embedding(prepared: Prepared, mixed: Prepared, peers: list[Peer], load: Load
     texts = texts_of(prepared, load)
     ids = tokens.encode_texts(prepared.model.tokenizer, texts, prepared.config.data.max_length)
     pad = prepared.model.tokenizer.pad_token_id
-    other = flow.embed(peers[0].model, ids, pad, peers[0].flow)
-    for ours, most in ((prepared, 1e-3), (mixed, 3e-2)):
-        gap = float(np.abs(experiment.embed_texts(ours, texts) - other).max() / np.abs(other).max())
-        if gap > most:
-            raise UserError(f"the embeddings of both sides differ by {gap:.1e} of the largest; nothing is timed")
     cluster = replace(prepared.config.cluster, recipe="refined")
     shallow = prepared._replace(config=replace(prepared.config, cluster=cluster))
     sides: dict[str, Callable] = {
@@ -181,7 +205,13 @@ def embedding(prepared: Prepared, mixed: Prepared, peers: list[Peer], load: Load
         "ours, refined": lambda: experiment.embed_texts(shallow, texts),
     }
     sides |= {each.name: lambda each=each: flow.embed(each.model, ids, pad, each.flow) for each in peers}
-    return sum(map(len, ids)), sides
+
+    def useful(found):
+        largest = float(np.abs(found["published"]).max())
+        same("embeddings", found, {side: most * largest for side, most in ALIKE["embeddings"].items()})
+        return {"": sum(map(len, ids))}
+
+    return Phase(sides, useful)
 
 
 def training(prepared: Prepared, mixed: Prepared, peers: list[Peer]) -> Phase:
@@ -209,7 +239,7 @@ def training(prepared: Prepared, mixed: Prepared, peers: list[Peer]) -> Phase:
 
     def ours(prepared):
         state = experiment.start(prepared, enrolment)
-        return experiment.train_round(prepared, state, work, batch)[1]
+        return [lane["loss"] for lane in experiment.train_round(prepared, state, work, batch)[1]["lanes"]]
 
     compiled: dict[str, Any] = {}
 
@@ -220,16 +250,12 @@ def training(prepared: Prepared, mixed: Prepared, peers: list[Peer]) -> Phase:
             compiled[each.name] = torch.compile(each.model, dynamic=True) if here else each.model
         return flow.train_round(compiled[each.name], [given] * SLOTS, lanes, rate, pad, each.flow)[1]
 
-    expected = np.array(other(peers[0]))
-    for side, most in ((prepared, 1e-2), (mixed, 1e-1)):
-        gap = float(np.abs(np.array([lane["loss"] for lane in ours(side)["lanes"]]) - expected).max())
-        if gap > most:
-            raise UserError(f"the losses of both sides differ by {gap:.1e}; nothing is timed")
-    useful = sum(row.length for _, _, drawn in lanes for rows in drawn for row in rows)
-    return useful, {
-        "ours": lambda: ours(prepared), "ours, mixed": lambda: ours(mixed),
-        **{each.name: lambda each=each: other(each) for each in peers},
-    }  # fmt: skip
+    def useful(found):
+        same("losses", found, ALIKE["losses"])
+        return {"": sum(row.length for _, _, drawn in lanes for rows in drawn for row in rows)}
+
+    sides = {"ours": lambda: ours(prepared), "ours, mixed": lambda: ours(mixed)}
+    return Phase(sides | {each.name: lambda each=each: other(each) for each in peers}, useful)
 
 
 def trained(prepared: Prepared, load: Load, console: Console) -> LoRA:
@@ -267,21 +293,16 @@ def generation(prepared: Prepared, mixed: Prepared, adapters: LoRA, peers: list[
             each.model, theirs_bank, slots, prompts, tokenizer.pad_token_id, tokenizer.eos_token_id, new, each.flow
         )
 
-    found, expected = ours(prepared.model.params), other(peers[0])
-    same = np.mean([a == b for a, b in zip(found, expected, strict=True)])
-    if same < 0.75:  # greedy answers of equal models part ways where two tokens are as likely
-        raise UserError(f"only {same:.0%} of the answers of both sides agree; nothing is timed")
+    def useful(found):
+        agreed = np.mean([a == b for a, b in zip(found["ours"], found["published"], strict=True)])
+        if agreed < 0.75:  # greedy answers of equal models part ways where two tokens are as likely
+            raise UserError(f"only {agreed:.0%} of the answers of both sides agree; no use to time them")
+        # Those of rounded weights end elsewhere, so each side has its own count.
+        read = sum(map(len, prompts))
+        return {side: read + sum(len(answer) + 1 for answer in answers) for side, answers in found.items()}
 
-    def useful(answers):
-        return sum(map(len, prompts)) + sum(len(answer) + 1 for answer in answers)
-
-    # Rounded operands end some answers elsewhere.
-    rounded = {"ours, mixed": useful(ours(mixed.model.params))}
-    rounded |= {each.name: useful(other(each)) for each in peers if each.model is not peers[0].model}
-    return {"": useful(expected)} | rounded, {
-        "ours": lambda: ours(prepared.model.params), "ours, mixed": lambda: ours(mixed.model.params),
-        **{each.name: lambda each=each: other(each) for each in peers},
-    }  # fmt: skip
+    sides = {"ours": lambda: ours(prepared.model.params), "ours, mixed": lambda: ours(mixed.model.params)}
+    return Phase(sides | {each.name: lambda each=each: other(each) for each in peers}, useful)
 
 
 def in_torch(adapter: LoRA, device) -> dict:
@@ -309,9 +330,12 @@ def clustering(load: Load) -> Phase:
     def theirs():
         return np.array([KMeans(SLOTS, n_init=10, random_state=0).fit(x).inertia_ for x in rows])
 
-    if not np.allclose(ours(), theirs(), rtol=1e-2):
-        raise UserError("the K-Means of both sides reach different inertias; nothing is timed")
-    return load.clients * POINTS, {"ours": ours, "scikit-learn": theirs}
+    def useful(found):
+        if not np.allclose(found["ours"], found["scikit-learn"], rtol=1e-2):
+            raise UserError("the K-Means of both sides reach different inertias; no use to time them")
+        return {"": load.clients * POINTS}
+
+    return Phase({"ours": ours, "scikit-learn": theirs}, useful, "rows")
 
 
 def nearest(load: Load) -> Phase:
@@ -326,9 +350,12 @@ def nearest(load: Load) -> Phase:
     def theirs():
         return torch.cdist(torch.from_numpy(rows), torch.from_numpy(centroids)).argmin(dim=1).numpy()
 
-    if (ours() != theirs()).any():
-        raise UserError("both sides route rows to different centroids; nothing is timed")
-    return len(rows), {"ours": ours, "torch": theirs}
+    def useful(found):
+        if (found["ours"] != found["torch"]).any():
+            raise UserError("both sides route rows to different centroids; no use to time them")
+        return {"": len(rows)}
+
+    return Phase({"ours": ours, "torch": theirs}, useful, "rows")
 
 
 def torch_matrix_rate(device: str, dtype: str) -> float:

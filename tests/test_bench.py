@@ -10,10 +10,12 @@ import pytest
 import torch
 from helpers import tiny_llama, word_rows
 from peft import PeftModel
+from rich.console import Console
 
 from experiments import bench, bench_phases
 from experiments.torch_baseline import flow
 from fedrouter_jax import embed, generate, lora, peft_io
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import module_shapes
 from fedrouter_jax.models.hf import load_folder
 
@@ -110,3 +112,27 @@ def test_the_table_divides_what_was_measured(tmp_path):
     assert "500 GFLOP/s here in float32 and 500 in bfloat16, in PyTorch 500 and 500." in text
     assert "(2 a parameter) reach 50 and 50 % of theirs" in text
     bench.figure(found).savefig(tmp_path / "bench.png")
+
+
+def test_sides_are_compared_by_their_first_call_and_then_take_turns():
+    calls = []
+
+    def side(name, value):
+        return lambda: calls.append(name) or value
+
+    sides = {"ours": side("ours", [1.0, 2.0]), "published": side("published", [1.0, 2.005])}
+
+    def useful(found):
+        bench_phases.same("losses", found, bench_phases.ALIKE["losses"])
+        return {"": 7}
+
+    found = bench_phases.timed("train", bench_phases.Phase(sides, useful), 2, Console(quiet=True))
+    assert calls == ["ours", "published"] * 3
+    assert found["useful"] == {"": 7} and len(found["matrix_rate"]) == 2
+    assert [len(spent) for spent in found["seconds"].values()] == [2, 2] and set(found["first"]) == set(sides)
+
+    calls.clear()
+    sides["ours"] = side("ours", [1.0, 2.1])
+    with pytest.raises(UserError, match="losses: 'ours' and 'published' differ by 9.5e-02, more than 1.0e-02"):
+        bench_phases.timed("train", bench_phases.Phase(sides, useful), 2, Console(quiet=True))
+    assert calls == ["ours", "published"]  # nothing is timed
