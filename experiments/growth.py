@@ -1,4 +1,4 @@
-"""What grows with a federation, and what must not: time and memory by lanes, rounds, centroids, adapters; start-up.
+"""What grows with a federation, and what must not: time and memory by lanes, rounds, centroids and adapters.
 
     python -m experiments.growth               minutes on two cores; growth.json, growth.md in docs/bench
     python -m experiments.growth --smoke       seconds: small numbers, to see that it works
@@ -9,10 +9,7 @@ Lanes and rounds are those of the tiny model, where a lane costs so little that 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,8 +25,8 @@ from rich.console import Console
 from fedrouter_jax import experiment, files, generate, kmeans, lora
 from fedrouter_jax.data import schedule
 from fedrouter_jax.models import load_model, module_shapes
-from fedrouter_jax.presets import demo, smoke
-from fedrouter_jax.terminal import guarded, keep_programs, show_markdown
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.terminal import guarded, show_markdown
 from fedrouter_jax.types import Work
 
 GROUP = 8  # lanes that share packs
@@ -37,7 +34,7 @@ GROUP = 8  # lanes that share packs
 
 @dataclass(frozen=True)
 class Growth:
-    """Time and memory by lanes, rounds, centroids and adapters, and start-up."""
+    """Time and memory by lanes, rounds, centroids and adapters."""
 
     smoke: bool = False
     """Small numbers; they mean nothing."""
@@ -51,7 +48,6 @@ def main(options: Growth) -> None:
     found = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "start": start_up("smoke" if small else "demo", console),
         "lanes": by_lanes((8, 16) if small else (8, 64, 512, 4096), console),
         "rounds": by_rounds(12 if small else 200, console),
         "centroids": by_centroids(((1000, 8),) if small else ((10_000, 64), (100_000, 64), (1_000_000, 64)), console),
@@ -78,32 +74,6 @@ def resident() -> int:
     """Bytes of this process in memory (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
-
-
-def start_up(preset: str, console: Console) -> dict:
-    """Seconds from starting a process to the end of its first optimiser step: the first time, and the next times."""
-    spent = []
-    with tempfile.TemporaryDirectory() as empty:
-        environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-        code = f"from experiments.growth import first_step; first_step({preset!r})"
-        for _ in range(4):
-            before = clock.perf_counter()
-            subprocess.run([sys.executable, "-c", code], env=environment | {"FEDROUTER_CACHE": empty}, check=True)
-            spent.append(clock.perf_counter() - before)
-    found = {"preset": preset, "seconds": spent[0], "seconds_with_programs_kept": float(np.median(spent[1:]))}
-    console.print(found)
-    return found
-
-
-def first_step(preset: str) -> None:
-    """One optimiser step of all clients of a preset whose tasks are known."""
-    keep_programs()
-    config = {"smoke": smoke, "demo": demo}[preset]()
-    config = replace(config, strategy="oracle", local=replace(config.local, steps=1))
-    prepared = experiment.prepare(config)
-    enrolment = experiment.enroll(prepared, None)
-    inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
-    experiment.train_round(prepared, experiment.start(prepared, enrolment), *inputs)
 
 
 def federation(lanes: int):
@@ -216,12 +186,7 @@ def markdown(found: dict) -> str:
     lines = [
         "# Growth",
         "",
-        f"Device {found['device']}, jax {found['jax']}. After a run that compiles, but for the first table.",
-        "",
-        "| from starting a process to the end of its first optimiser step | seconds |",
-        "|---|---|",
-        f"| preset `{found['start']['preset']}`, nothing kept from earlier | {found['start']['seconds']:.1f} |",
-        f"| compiled programs and tokenizer kept | {found['start']['seconds_with_programs_kept']:.1f} |",
+        f"Device {found['device']}, jax {found['jax']}. After a run that compiles.",
         "",
     ]
     first = found["lanes"][0]["lanes"]

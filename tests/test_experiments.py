@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from experiments import bench, clustering, clustering_figures, growth, limit, precision, studies, summaries, table1
+from experiments import (
+    bench,
+    clustering,
+    clustering_figures,
+    growth,
+    limit,
+    precision,
+    startup,
+    studies,
+    summaries,
+    table1,
+)
 from fedrouter_jax import records, report, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
@@ -142,8 +153,9 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     speed = (ROOT / "docs" / "bench" / "bench.md").read_text(encoding="utf-8")
     assert bench.markdown(json.loads((ROOT / "docs" / "bench" / "bench.json").read_text(encoding="utf-8"))) == speed
     assert "\n".join(line for line in speed.splitlines() if line.startswith("|")) in readme
-    grown = json.loads((ROOT / "docs" / "bench" / "growth.json").read_text(encoding="utf-8"))
-    assert growth.markdown(grown) == (ROOT / "docs" / "bench" / "growth.md").read_text(encoding="utf-8")
+    for name, script in (("growth", growth), ("startup", startup)):
+        found = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+        assert script.markdown(found) == (ROOT / "docs" / "bench" / f"{name}.md").read_text(encoding="utf-8")
     measured = json.loads((ROOT / "docs" / "bench" / "limit.json").read_text(encoding="utf-8"))
     assert limit.markdown(measured) == (ROOT / "docs" / "bench" / "limit.md").read_text(encoding="utf-8")
     shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
