@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from fedrouter_jax import kmeans, refine
+from fedrouter_jax import kmeans, refine, silhouette
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array
 
@@ -301,7 +301,7 @@ def _fit_each(keys, points, present, k: int, restarts: int) -> kmeans.KMeans:
 def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tuple[Array, Array]:
     def score(inputs):
         key, rows, here = inputs
-        return kmeans.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
+        return silhouette.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
 
     return jax.lax.map(score, (keys, points, present))
 

@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans as Oracle
 from sklearn.metrics import silhouette_samples, silhouette_score
 from threadpoolctl import threadpool_limits
 
-from fedrouter_jax import kmeans
+from fedrouter_jax import kmeans, silhouette, weighted_rows
 from fedrouter_jax.errors import UserError
 
 few = settings(max_examples=10, deadline=None, derandomize=True)
@@ -187,7 +187,7 @@ def test_more_distinct_rows_than_clusters_leave_none_empty():
 
 def test_an_empty_cluster_takes_the_costliest_row():
     x = jnp.array([[0.0], [1], [2], [10]])
-    rows = kmeans._Rows(x, x[:, 0] ** 2, jnp.ones(4))
+    rows = weighted_rows.Rows(x, x[:, 0] ** 2, jnp.ones(4))
     centers = kmeans._lloyd(rows, jnp.array([[1.0], [500.0]]), jnp.ones(2, bool), 0.0, 300)
     np.testing.assert_allclose(centers, [[1], [10]])
 
@@ -212,11 +212,11 @@ def test_silhouettes_equal_scikit_learn(row, width, k):
     there[7] = True
     given_labels = np.where(there, labels, -1)
     garbage = np.where(there[:, None], x, np.nan)
-    mean, samples = kmeans.silhouette(garbage, given_labels, k + 2)
+    mean, samples = silhouette.silhouette(garbage, given_labels, k + 2)
     np.testing.assert_allclose(mean, silhouette_score(x[there].astype(float), labels[there]), atol=1e-4)
     np.testing.assert_allclose(samples[there], silhouette_samples(x[there].astype(float), labels[there]), atol=1e-4)
     assert samples[7] == 0 and np.all(np.asarray(samples)[~there] == 0)
-    masked = kmeans.silhouette(garbage, labels, k + 2, there.astype(np.float32))
+    masked = silhouette.silhouette(garbage, labels, k + 2, there.astype(np.float32))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), masked, (mean, samples))
 
 
@@ -231,24 +231,24 @@ def test_weighted_silhouettes_by_the_definition():
         means = [np.average(away[i, g], weights=weight[g]) if g.any() else 0 for g in groups]
         a, b = means[labels[i]], min(m for c, m in enumerate(means) if c != labels[i])
         expected.append((b - a) / max(a, b) if groups[labels[i]].any() else 0)
-    mean, samples = kmeans.silhouette(x, labels, 3, weight)
+    mean, samples = silhouette.silhouette(x, labels, 3, weight)
     np.testing.assert_allclose(samples, expected, atol=1e-4)
     np.testing.assert_allclose(mean, np.average(expected, weights=weight), atol=1e-4)
 
 
 def test_one_cluster_has_no_silhouette():
-    mean, samples = kmeans.silhouette(np.eye(4, dtype=np.float32), np.zeros(4, int), 2)
+    mean, samples = silhouette.silhouette(np.eye(4, dtype=np.float32), np.zeros(4, int), 2)
     assert mean == 0 and np.all(np.asarray(samples) == 0)
 
 
 def test_choose_k_finds_the_number_of_blobs():
     rng = np.random.default_rng(5)
     x, which = blobs(rng, 80, 6, 4, 20)
-    scores, best = kmeans.choose_k(jax.random.key(0), x, (6, 4, 2, 3, 1), restarts=3)
+    scores, best = silhouette.choose_k(jax.random.key(0), x, (6, 4, 2, 3, 1), restarts=3)
     assert best == 1 and np.isneginf(scores[4])
     np.testing.assert_allclose(scores[1], silhouette_score(x, which), atol=1e-4)
     pair = np.repeat(np.array([[0.0, 0], [1, 0], [5, 5]], np.float32), 3, axis=0)
-    scores, best = kmeans.choose_k(jax.random.key(0), pair, (4, 3, 2), restarts=2)
+    scores, best = silhouette.choose_k(jax.random.key(0), pair, (4, 3, 2), restarts=2)
     assert np.isneginf(scores[:2]).all() and best == 2
 
 
@@ -265,7 +265,7 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match="do not fit"):
         kmeans.nearest(x, jnp.zeros((2, 3)))
     with pytest.raises(UserError, match="candidates"):
-        kmeans.choose_k(key, x, ())
+        silhouette.choose_k(key, x, ())
 
 
 def test_very_many_rows_are_clustered_by_lloyd_alone():
