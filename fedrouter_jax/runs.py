@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, embed, evaluate, experiment, files, formats, peft_io, processes, routing
+from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, files, formats, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import schedule
-from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
@@ -140,7 +137,7 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
         return _restored(out, prepared, done)._replace(embeddings=embeddings)
     with timed(timings, "cluster"):
         enrolment = experiment.enroll(prepared, embeddings)
-    files.write(out / "clusters.json", json.dumps(describe_clusters(prepared, enrolment)) + "\n")
+    files.write(out / "clusters.json", json.dumps(clusters.describe(prepared, enrolment)) + "\n")
     state = experiment.start(prepared, enrolment)
     checkpoint.save(out / "checkpoints", 0, state)
     return Loaded(prepared, enrolment, state, embeddings)
@@ -163,7 +160,7 @@ def read_config(out: Path) -> Config:
 
 
 def _restored(out: Path, prepared: Prepared, done: int) -> Loaded:
-    enrolment = _read_clusters(out, prepared)
+    enrolment = clusters.read(out / "clusters.json", prepared)
     state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
     return Loaded(prepared, enrolment, state, None)
 
@@ -211,70 +208,6 @@ def score(
         return evaluate.evaluate_state(prepared, state, enrolment, asked, advance, base_answers)
 
 
-def describe_clusters(prepared: Prepared, enrolment: Enrolment) -> dict:
-    """`clusters.json`: who holds which rows, in which local and global cluster, and how well that matches the tasks."""
-    tasks, table = prepared.partition.tasks, np.asarray(enrolment.table)
-    clients, right, total = [], 0.0, 0
-    for number, held in enumerate(prepared.partition.clients):
-        labels = enrolment.labels[number][: len(held.train)]
-        names = [prepared.dataset.train[i].task for i in held.train]
-        counts = np.zeros((len(tasks), table.shape[1]), int)
-        np.add.at(counts, ([tasks.index(name) for name in names], labels), 1)
-        right, total = right + evaluate.matched(counts) * len(names), total + len(names)
-        clients.append(
-            {
-                "client": number,
-                "rows": held.train,
-                "tasks": names,
-                "local": labels.tolist(),
-                "global": table[number, labels].tolist(),
-            }
-        )
-    sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
-    training = len(clients) - prepared.config.data.newcomers
-    counts = evaluate.slot_tasks(prepared, enrolment)
-    clustered = prepared.strategy.enrolling == "clustering"
-    width, size = prepared.model.config.width, 4
-    standardised = routing.RECIPES[prepared.config.cluster.recipe].standardise
-    statistics = training * (2 * width + 1) * size if clustered and standardised else 0
-    # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step.
-    steps = routing.RECIPES[prepared.config.cluster.recipe].lloyd if clustered else 0
-    scored = sum(map(int, enrolment.silhouettes.get("global", []))) if steps else 0
-    tried = steps * (scored + enrolment.clusters)
-    statistics += training * (tried + scored) * (width + 2) * size  # and once more what a silhouette is made of
-    down = len(clients) * (enrolment.clusters + 2 * standardised) + training * (
-        tried + 2 * scored
-    )  # of a model's width
-    return {
-        "tasks": tasks,
-        "clustered": clustered,
-        "recipe": prepared.config.cluster.recipe if clustered else None,
-        "clusters": enrolment.clusters,
-        "table": table.tolist(),
-        "slot_tasks": evaluate.slot_names(prepared, counts),
-        "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
-        "never_trained": []
-        if prepared.strategy.pooled
-        else schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
-        "silhouettes": enrolment.silhouettes,
-        "bytes_up": statistics + (_centres_sent(prepared, enrolment) * width * size if clustered else 0),
-        "bytes_down": down * width * size if clustered else 0,
-        "data": digest(prepared.dataset),
-        "clients": clients,
-    }
-
-
-def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:
-    """How many local centres the server was sent; with `refined`, clients keep other clusters than those."""
-    data, silhouettes = prepared.config.data, enrolment.silhouettes
-    training = range(data.clients - data.newcomers)
-    if "local 0" in silhouettes:
-        return sum(int(max(scores := silhouettes[f"local {client}"], key=scores.get)) for client in training)
-    if routing.RECIPES[prepared.config.cluster.recipe].lloyd:
-        return len(training) * (experiment.cluster_counts(prepared.config, prepared.partition)[0] or 0)
-    return int((np.asarray(enrolment.table)[training] >= 0).sum())
-
-
 def export(loaded: Loaded, to: Path) -> None:
     """PEFT folders under `to/adapters`, and the router, if there is one, under `to/router`."""
     with files.guarded(to):
@@ -306,7 +239,7 @@ def _export(loaded: Loaded, to: Path) -> None:
             "max_length": config.data.max_length,
             "metric": "euclidean",
             "adapters": names,
-            "tasks": describe_clusters(prepared, enrolment)["slot_tasks"],
+            "tasks": evaluate.slot_names(prepared, evaluate.slot_tasks(prepared, enrolment)),
         }
         peft_io.write_router(to / "router", state.memory, description)
 
@@ -362,34 +295,3 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
             f"{path}: not the embeddings of this run ({error}); delete it, and they are made again"
         ) from None
     return found
-
-
-def _read_clusters(out: Path, prepared: Prepared) -> Enrolment:
-    """The enrolment as `clusters.json` has it; the router's numbers are in the checkpoint."""
-    path = out / "clusters.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("data", digest(prepared.dataset)) != digest(prepared.dataset):
-            raise ValueError(f"the rows of {prepared.config.data.data} were others then")
-        labels, silhouettes = [client["local"] for client in raw["clients"]], raw["silhouettes"]
-        table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
-        for row, slots, held, client in zip(labels, table, prepared.partition.clients, raw["clients"], strict=True):
-            if client["rows"] != held.train:
-                raise ValueError("clients hold other rows now: config.json was changed")
-            if len(row) != len(held.train) or not set(row) <= set(np.flatnonzero(slots >= 0).tolist()):
-                raise ValueError("the local clusters of a client are not those of its rows")
-        if table.max() >= clusters:
-            raise ValueError(f"slot {table.max()} of {clusters}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the clusters of this run ({error}); restore the file, or start a new run"
-        ) from None
-    table = jnp.asarray(table)
-    padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
-    for number, row in enumerate(labels):
-        padded[number, : len(row)] = row
-    if prepared.strategy.enrolling != "clustering":
-        return Enrolment(table, clusters, (), padded, {})
-    width = prepared.model.config.width
-    router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
-    return Enrolment(table, clusters, router, padded, silhouettes)

@@ -54,7 +54,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
     shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
     names = bank_lib.serving_names(owners, state.bank)
-    tasks = runs.describe_clusters(prepared, loaded.enrolment)["slot_tasks"]
+    tasks = evaluate.slot_names(prepared, evaluate.slot_tasks(prepared, loaded.enrolment))
     return [
         {
             "text": text,

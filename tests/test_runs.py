@@ -19,7 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import evaluate, experiment, plan, runs, serve
+from fedrouter_jax import clusters, evaluate, experiment, plan, runs, serve
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
@@ -326,7 +326,7 @@ def test_newcomers_send_nothing_to_be_enrolled():
         prepared = experiment.prepare(dataclasses.replace(smoke(), data=data))
         rows = sum(len(held.train) for held in prepared.partition.clients)
         points = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
-        found.append(runs.describe_clusters(prepared, experiment.enroll(prepared, points)))
+        found.append(clusters.describe(prepared, experiment.enroll(prepared, points)))
     assert found[0]["bytes_up"] == found[1]["bytes_up"]
     assert found[1]["bytes_down"] - found[0]["bytes_down"] == (4 + 2) * 64 * 4  # centroids, mean and deviation
 
@@ -337,7 +337,7 @@ def test_what_finding_the_counts_costs_is_counted():
     prepared = experiment.prepare(dataclasses.replace(smoke(), cluster=counts))
     rows = sum(len(held.train) for held in prepared.partition.clients)
     enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
-    found, silhouettes = runs.describe_clusters(prepared, enrolment), dict(enrolment.silhouettes)
+    found, silhouettes = clusters.describe(prepared, enrolment), dict(enrolment.silhouettes)
     ks = sum(silhouettes.pop("global"))
     centres = sum(max(scores, key=scores.get) for scores in silhouettes.values())
     slots = 10 * (ks + enrolment.clusters) + ks
@@ -383,7 +383,7 @@ def test_centralised_training_takes_the_steps_of_all_clients_of_a_round(particip
         enrolment = experiment.enroll(prepared, None)
         work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
         steps.append(int((work.weight > 0).sum()) * batch.rows.labels.shape[1])
-        assert runs.describe_clusters(prepared, enrolment)["never_trained"] == [] or strategy == "fedit"
+        assert clusters.describe(prepared, enrolment)["never_trained"] == [] or strategy == "fedit"
         assert plan.plan(prepared.config, 60, 12).tokens == steps[-1] * prepared.config.local.batch * 60
     assert steps == [clients * smoke().local.steps] * 2
 
