@@ -9,7 +9,7 @@ evaluate
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event, Lock
@@ -69,12 +69,8 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked], to_answer=True), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
-    largest = max(max(row.prompt + row.response) for rows in (*train, test.values()) for row in rows)
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {config.model} gives token {largest}, but the model embeds {model.config.vocab_size}; "
-            "are they of one model?"
-        )
+    for rows in (*train, test.values()):
+        check_tokens(model, rows)
     strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
     if data.max_length > model.config.max_positions:
@@ -97,6 +93,16 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         model = model._replace(params=mesh.place_base(on, model.params))
     round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss, on)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round, on)
+
+
+def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
+    """Raises `UserError` for a token that the model does not embed; JAX would take the last one it does."""
+    largest = max(max(row.prompt + row.response) for row in rows)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model.name} gives token {largest}, but the model embeds {model.config.vocab_size}; "
+            "are they of one model?"
+        )
 
 
 def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> int | None:

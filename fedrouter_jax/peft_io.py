@@ -23,6 +23,8 @@ from fedrouter_jax.types import LoRA, PyTree
 BLOCK = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
          "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}  # fmt: skip
 
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal")
+
 
 def tensor_name(layer: int, module: str, side: str) -> str:
     """PEFT's key of one tensor; `side` is "A" or "B"."""
@@ -74,16 +76,25 @@ def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[s
 def read_adapter(folder: Path, decoder: DecoderConfig) -> tuple[LoRA, LoRAConfig]:
     """A PEFT folder as float32 LoRA of this decoder. Raises `UserError` for what this project cannot represent."""
     raw = _read_json(folder / "adapter_config.json")
+    if not isinstance(raw, dict):
+        raise UserError(f"{folder}/adapter_config.json: JSON of type {type(raw).__name__}; expected an object")
     unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern",
-                                   "layers_to_transform") if raw.get(key)]  # fmt: skip
+                                   "layers_to_transform", "layer_replication", "alora_invocation_tokens")
+                   if raw.get(key)]  # fmt: skip
+    if raw.get("init_lora_weights") not in _PLAIN_INITS:  # the others change the base
+        unsupported.append(f"init_lora_weights {raw['init_lora_weights']!r}")
     if raw.get("peft_type") != "LORA" or unsupported or raw.get("bias", "none") != "none":
         odd = unsupported[0] if unsupported else f"peft_type {raw.get('peft_type')!r}, bias {raw.get('bias')!r}"
         raise UserError(f"{folder}: an adapter with {odd} is not plain LoRA; export it merged to plain LoRA first")
     targets = raw.get("target_modules")
     shapes = module_shapes(decoder)
-    if not isinstance(targets, list) or not targets or set(targets) - set(shapes):
+    if not isinstance(targets, list) or not targets or any(target not in list(shapes) for target in targets):
         raise UserError(f"{folder}: target_modules is {targets!r}; expected a list among {', '.join(shapes)}")
-    config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)))
+    try:
+        numbers = int(raw["r"]), float(raw["lora_alpha"]), float(raw.get("lora_dropout", 0.0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/adapter_config.json lacks or garbles a number of LoRA: {error}") from None
+    config = LoRAConfig(*numbers, tuple(sorted(targets)))
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:

@@ -42,7 +42,8 @@ def lloyd(points: Array, present: Array, centroids: Array, steps: int, valid: Ar
 def silhouette(points: Array, present: Array, centroids: Array, valid: Array | None = None) -> Array:
     """The mean silhouette (float32 []) of all rows in the clusters of their nearest centroids, of squared distances.
 
-    Equal to scikit-learn's `silhouette_score(metric="sqeuclidean")` of the pooled rows.
+    Equal to scikit-learn's `silhouette_score(metric="sqeuclidean")` of the pooled rows, for rows about as near to the
+    origin as to each other (as unit vectors are): distances are differences of squares.
     """
     counts, sums, squares = (part.sum(axis=0) for part in _reports(points, present, centroids, valid))
     mean, square = sums / jnp.maximum(counts, 1)[:, None], squares / jnp.maximum(counts, 1)

@@ -38,15 +38,16 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     if prepared.strategy.enrolling == "tasks":
         raise UserError("an oracle is told the task of each row and routes no new text; use a fedrouter run")
     clients = jnp.full(len(texts), client or 0, jnp.int32)
+    rows = [Row(text, "", "") for text in texts]
+    encoded = tokens.encode(
+        prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response, to_answer=True
+    )
+    experiment.check_tokens(prepared.model, encoded)
     embeddings = distances = None
     if prepared.strategy.enrolling == "clustering":
         embeddings = jnp.asarray(experiment.embed_texts(prepared, texts))
         distances = np.asarray(routing.nearest(state.memory, embeddings)[1])
     mode = "global" if client is None else "local"
-    rows = [Row(text, "", "") for text in texts]
-    encoded = tokens.encode(
-        prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response, to_answer=True
-    )
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
     weights = np.asarray(prepared.strategy.route(state, clients, view, mode))

@@ -190,6 +190,18 @@ def test_an_adapter_that_is_not_plain_lora_is_refused(base, adapter, tmp_path):
     path.write_text(text.replace('"use_dora": false', '"use_dora": true'))
     with pytest.raises(UserError, match="use_dora"):
         peft_io.read_adapter(tmp_path, decoder)
+    odd = {
+        '"alora_invocation_tokens": [5]': "alora_invocation_tokens", '"layer_replication": [[0, 2]]': "layer_repl",
+        '"init_lora_weights": "pissa"': "init_lora_weights 'pissa'", '"r": null': "garbles a number of LoRA",
+        '"lora_alpha": "x"': "garbles a number of LoRA", '"target_modules": [["q_proj"]]': "target_modules is",
+    }  # fmt: skip
+    for setting, message in odd.items():
+        path.write_text(text.rstrip("}\n ") + f", {setting}}}")
+        with pytest.raises(UserError, match=message):
+            peft_io.read_adapter(tmp_path, decoder)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="type list; expected an object"):
+        peft_io.read_adapter(tmp_path, decoder)
     path.write_text(text.replace('"r": 4', '"r": 8'))
     with pytest.raises(UserError, match="expected .8, 64."):
         peft_io.read_adapter(tmp_path, decoder)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from fedrouter_jax.data import packing, scenarios, schedule, synthetic, tokens
 from fedrouter_jax.data.rows import Dataset, Row
@@ -42,6 +43,19 @@ def test_a_long_answer_is_cut_and_does_not_learn_to_stop_there():
     (row,) = tokens.encode(TOKENIZER, [Row("x", "y" * 50, "t")], "short", 100, 16)
     assert len(row.response) == 16 and row.truncated
     assert TOKENIZER.eos_token_id not in row.response
+
+
+@pytest.mark.parametrize("max_length", [60, 256])
+def test_a_prompt_goes_on_even_where_the_tokenizer_ends_every_text(max_length):
+    ends, plain = tiny_tokenizer(), tiny_tokenizer()
+    end = (plain.eos_token, plain.eos_token_id)
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {plain.eos_token}", special_tokens=[end]
+    )
+    rows = [Row("red " * 20, "blue", "")]
+    assert ends("red")["input_ids"][-1] == plain.eos_token_id
+    assert tokens.encode(ends, rows, "short", max_length, 8) == tokens.encode(plain, rows, "short", max_length, 8)
+    assert tokens.encode_texts(ends, ["red"], 8) == tokens.encode_texts(plain, ["red"], 8)
 
 
 def test_no_room_for_the_instruction_is_bad_input():

@@ -55,15 +55,14 @@ def encode(
     """
     head, tail = TEMPLATES[template].split("{instruction}")
     tail_tokens = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    head_tokens = len(tokenizer(head)["input_ids"])
+    head_tokens = len(_started(tokenizer, [head])[0])
     if max_length < head_tokens + tail_tokens + max_response + 1:
         raise UserError(
             f"max_length {max_length} leaves no room for the instruction: the {template!r} template takes "
             f"{head_tokens + tail_tokens} tokens and max_response {max_response}; raise --max-length to at least "
             f"{head_tokens + tail_tokens + max_response + 1}"
         )
-    # Not verbose: rows longer than the model's context are cut below, and need no warning.
-    prompts = tokenizer([head + row.instruction + tail for row in rows], verbose=False)["input_ids"]
+    prompts = _started(tokenizer, [head + row.instruction + tail for row in rows])
     responses = tokenizer([" " + row.output.strip() for row in rows], add_special_tokens=False)["input_ids"]
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -78,4 +77,11 @@ def encode(
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of bare texts (BOS if the tokenizer adds one), cut at `max_length`: what is embedded for routing."""
-    return [ids[:max_length] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    return [ids[:max_length] for ids in _started(tokenizer, list(texts))]
+
+
+def _started(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that go on: with BOS if the tokenizer adds one, without the EOS that some add."""
+    ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    # Not verbose: texts longer than the model's context are cut, and need no warning.
+    return [ids[: len(ids) - ends] for ids in tokenizer(texts, verbose=False)["input_ids"]]

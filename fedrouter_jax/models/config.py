@@ -65,20 +65,26 @@ def module_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+_KINDS = ("full_attention", "sliding_attention")  # of a layer, as transformers calls them
+
+
 def _no_window(_: dict[str, Any]) -> None:
     return None
 
 
 def _mistral_window(found: dict[str, Any]) -> int | None:
-    return found.get("sliding_window")
+    return found.get("sliding_window", 4096)
 
 
 def _qwen_window(found: dict[str, Any]) -> int | None:
-    """Qwen's window holds from layer `max_window_layers` on, and only with `use_sliding_window`."""
+    """Qwen's window needs `use_sliding_window`; it holds where `layer_types` says, or from `max_window_layers` on."""
     if not found.get("use_sliding_window", False):
         return None
-    layers = found["num_hidden_layers"]
-    full = min(max(found.get("max_window_layers", 28), 0), layers)
+    layers, first = int(found["num_hidden_layers"]), found.get("max_window_layers", 28)
+    kinds = found.get("layer_types") or [_KINDS[layer >= first] for layer in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= set(_KINDS):
+        raise ValueError(f"layer_types is {kinds}; expected {' or '.join(_KINDS)} for each of {layers} layers")
+    full = kinds.count(_KINDS[0])
     if 0 < full < layers:
         raise UserError(
             f"config.json mixes {full} layers of full attention with {layers - full} of sliding window; expected one "
@@ -200,7 +206,11 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
     """
     name = metadata.get("general.architecture")
     family = _family(name, GGUF_FAMILIES, "GGUF key general.architecture")
-    if metadata.get(f"{name}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in metadata["tensors"]:
+    factors = (f"{name}.rope.{key}" for key in ("scaling.factor", "scale_linear"))  # of files that name no type
+    scaled = metadata.get(f"{name}.rope.scaling.type", "none") != "none" or any(
+        metadata.get(key, 0) not in (0, 1) for key in factors
+    )
+    if scaled or "rope_freqs.weight" in metadata["tensors"]:
         raise UserError(f"the GGUF file scales the {name} rope frequencies; expected none: load the safetensors folder")
     if f"{name}.expert_count" in metadata:
         raise UserError("the GGUF file is a mixture of experts; expected a dense decoder")

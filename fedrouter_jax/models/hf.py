@@ -68,7 +68,7 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
             wanted[f"model.layers.{layer}.{name}"] = (place, None if stack is None else stack[layer])
     wanted = {name: entry for name, entry in wanted.items() if entry[1] is not None}
     missing = sorted(set(wanted) - names)
-    # A tied model may store its head as well; the embedding is what counts.
+    # A tied model may store its head as well.
     unexpected = sorted(n for n in names - set(wanted) - {"lm_head.weight"} if not _IGNORED.fullmatch(n))
     if missing or unexpected:
         what, first, count = ("lack", missing, len(missing)) if missing else ("hold", unexpected, len(unexpected))
@@ -81,6 +81,12 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
             shapes = [list(s[::-1] if place.transposed else s) for s in (found.shape, target.shape)]
             raise UserError(f"the tensor {name} has shape {shapes[0]}; expected {shapes[1]} by its configuration")
         target[...] = found
+    if config.tied and "lm_head.weight" in names:
+        if not np.array_equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
+            raise UserError(
+                "the configuration ties the head to the embedding, but the weights hold two different ones; expected "
+                "equal ones: set tie_word_embeddings false in config.json to keep both"
+            )
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -107,12 +113,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise UserError(f"{folder} holds no model.safetensors and no index of shards; expected safetensors weights")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():  # as in transformers, whatever an index beside it says
         return [single]
+    if not index.exists():
+        raise UserError(f"{folder} holds no model.safetensors and no index of shards; expected safetensors weights")
     shards = _json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} holds no weight_map; expected an index of safetensors shards")

@@ -73,7 +73,7 @@ def _folder_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerFast:
 
     try:
         return _with_pad(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} has no tokenizer that can be read; expected tokenizer.json: {reason}") from error
 
@@ -83,8 +83,11 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     kept = cache_folder() / "tokenizers" / fingerprint
     if not (kept / "tokenizer.json").exists():
         tokenizer = gguf.load_tokenizer(path)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = tempfile.mkdtemp(dir=kept.parent)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            fresh = tempfile.mkdtemp(dir=kept.parent)
+        except OSError:  # nothing can be kept there: the file is read again next time
+            return _with_pad(tokenizer)
         tokenizer.save_pretrained(fresh)
         try:
             os.replace(fresh, kept)
@@ -113,6 +116,11 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
     model = _load(name, dtype)
     if model.tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token (eos_token), which answers end with; name one")
+    if model.tokenizer.eos_token_id >= model.config.vocab_size:
+        raise UserError(
+            f"the end token of {name} is number {model.tokenizer.eos_token_id}, but the model embeds "
+            f"{model.config.vocab_size}; are model and tokenizer of one model?"
+        )
     params = quantise_params(model.params, quantise)
     return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
 

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
 from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
@@ -18,7 +19,7 @@ from fedrouter_jax.models import config as configs
 from fedrouter_jax.models import gguf, hf, load
 
 SMALL = {
-    "vocab_size": 96,
+    "vocab_size": 257,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -44,7 +45,20 @@ FAMILIES = {
     "mistral full": ("Mistral", {"sliding_window": None, "head_dim": 8}),
     "qwen2": ("Qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 1}),
     "qwen2 window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen2 full by layer types": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 0,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 window by layer types": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"] * 3},
+    ),
 }
 
 
@@ -141,6 +155,21 @@ def test_the_old_spelling_of_rope_is_the_same(tmp_path):
     assert hash(new) == hash(configs.from_hf({**found, "rope_theta": 500.0, "rope_scaling": scaling}))
 
 
+def test_a_tied_model_may_store_its_head_too(tmp_path):
+    torch_model("Llama", {"tie_word_embeddings": True}, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    config, params = hf.load_folder(tmp_path, "float32")
+    assert config.tied and "head" not in params
+
+
+def test_mistral_has_a_window_where_its_config_names_none(tmp_path):
+    torch_model("Mistral", {}, tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    del found["sliding_window"]
+    assert configs.from_hf(found).sliding_window == 4096  # as in transformers
+
+
 def test_shards_and_bfloat16_files(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -172,7 +201,7 @@ def test_a_hub_id_is_found_in_the_cache_without_network(llama, tmp_path, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model = models.load_model("someone/small")
-    assert model.base_name == "someone/small" and model.config.vocab_size == 96
+    assert model.base_name == "someone/small" and model.config.vocab_size == 257
     with pytest.raises(UserError, match="'someone/other' is no folder.* not cached"):
         models.load_model("someone/other")
     with pytest.raises(UserError, match="'no/valid/id' is no folder.*no valid hub id"):
@@ -209,6 +238,19 @@ CONFIG_ERRORS = {
         {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
         "mixes 1 layers of full attention with 2 of sliding window",
     ),
+    "layer types mixed": (
+        {
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "mixes 1 layers of full attention with 2 of sliding window",
+    ),
+    "layer types unknown": (
+        {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["linear_attention"] * 3},
+        "lacks or garbles a field of the qwen3 family: layer_types",
+    ),
     "too many layers": ({"num_hidden_layers": 4}, r"lack the tensor model.layers.3.input_layernorm.weight \(9 such\)"),
     "too few layers": ({"num_hidden_layers": 2}, r"hold the tensor model.layers.2.*does not account for"),
     "untied": ({"tie_word_embeddings": False}, "lack the tensor lm_head.weight"),
@@ -243,15 +285,27 @@ def break_weights(broken, kind):
         save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
     elif kind == "integers":
         save_file({k: v.astype(np.int32) for k, v in load_file(weights).items()}, weights)
+    elif kind == "another head":
+        tensors = load_file(weights)
+        edit_config(broken, tie_word_embeddings=True)
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"][::-1].copy()}, weights)
     elif kind == "missing shard":
+        weights.unlink()
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "empty index":
+        weights.unlink()
         (broken / "model.safetensors.index.json").write_text("{}")
     elif kind == "no end token":
         path = broken / "tokenizer_config.json"
         told = json.loads(path.read_text())
         path.write_text(json.dumps({key: told[key] for key in told if key not in ("eos_token", "pad_token")}))
+    elif kind == "end token too large":
+        tokenizer = AutoTokenizer.from_pretrained(broken)
+        tokenizer.add_special_tokens({"eos_token": "<|the very end|>"})
+        tokenizer.save_pretrained(broken)
+    elif kind == "tokenizer of another kind":
+        (broken / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}')
     elif kind == "no tokenizer":
         for path in broken.glob("tokenizer*"):
             path.unlink()
@@ -266,10 +320,13 @@ FILE_ERRORS = {
     "empty": "model.safetensors is truncated",
     "missing tensor": "lack the tensor model.norm.weight",
     "integers": "is of type I32; expected one of F32",
+    "another head": "ties the head to the embedding, but the weights hold two different ones",
     "missing shard": "model-00001-of-00002.safetensors does not exist, but",
     "empty index": "holds no weight_map",
     "no tokenizer": "has no tokenizer that can be read",
     "no end token": "has no end token",
+    "end token too large": "the end token of .* is number .*, but the model embeds 257",
+    "tokenizer of another kind": "has no tokenizer that can be read",
 }
 
 
@@ -360,12 +417,24 @@ def test_gguf_errors(tmp_path):
     write_gguf(path, model, llama__rope__scaling__type="yarn")
     with pytest.raises(UserError, match="scales the llama rope frequencies"):
         gguf.load_gguf(path, "float32")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        metadata = {**gguf._metadata(gguf._open(path)), "llama.rope.scaling.type": "none"}
+        assert configs.from_gguf(metadata | {key: 1.0}).rope_scaling is None
+        with pytest.raises(UserError, match="scales the llama rope frequencies"):
+            configs.from_gguf(metadata | {key: 4.0})
     writer = GGUFWriter(path, "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(UserError, match="'gemma'; expected one of llama, qwen2, qwen3"):
         gguf.load_gguf(path, "float32")
+
+
+def test_a_tokenizer_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda path: models.tiny_tokenizer())
+    assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
 
 
 def test_names_that_cannot_be_loaded(monkeypatch):
