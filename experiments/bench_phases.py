@@ -24,7 +24,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
-from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.models import load_model
 from fedrouter_jax.models.load import smollm2_path
 from fedrouter_jax.presets import demo
 from fedrouter_jax.types import LoRA
@@ -172,8 +172,7 @@ def setting(data: str, load: Load) -> Config:
 def fresh(prepared: Prepared) -> LoRA:
     """An adapter as training starts from."""
     decoder, config = prepared.model.config, prepared.config.lora
-    shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.targets}
-    return lora.init(jax.random.key(0), shapes, decoder.layers, config.rank)
+    return lora.init(jax.random.key(0), decoder, config)
 
 
 def spread(values: list, count: int) -> list:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from fedrouter_jax import experiment, files, generate, kmeans, lora
 from fedrouter_jax.data import schedule
-from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.terminal import guarded, show_markdown
 from fedrouter_jax.types import Work
@@ -165,11 +165,10 @@ def by_adapters(asked: tuple[str, tuple[int, ...]], console: Console, rows: int 
     """Seconds to answer one batch whose rows use so many adapters."""
     name, counts = asked
     model, config = load_model(name), lora.LoRAConfig()
-    shapes = {module: module_shapes(model.config)[module] for module in config.targets}
     prompts = [list(range(1, 65))] * rows
     found = []
     for count in counts:
-        fresh = lora.init(jax.random.key(0), shapes, model.config.layers, config.rank)
+        fresh = lora.init(jax.random.key(0), model.config, config)
         bank = lora.concatenate(jax.tree.map(lambda leaf, n=count: jnp.repeat(leaf[None], n, axis=0), fresh))
         gates = np.asarray(lora.gates(jax.nn.one_hot(jnp.arange(rows) % count, count), config))
 

@@ -32,7 +32,7 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import map_groups
-from fedrouter_jax.models import DecoderConfig, module_shapes
+from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
@@ -103,8 +103,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)["blocks"]))
     lanes = options.groups * options.lanes
     batch, useful = rows_of_a_turn(decoder, options)
-    shapes = {module: module_shapes(decoder)[module] for module in config.targets}
-    fresh = lora.init(jax.random.key(1), shapes, decoder.layers, config.rank)
+    fresh = lora.init(jax.random.key(1), decoder, config)
     adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
     update = client.make_client_update(decoder, config, client.LocalConfig(options.steps, options.batch))
     phases = (Phase(train=True, weights={"main": 1.0}),)

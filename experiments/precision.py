@@ -24,7 +24,7 @@ from experiments.sweep import at_least_one
 from fedrouter_jax import client, evaluate, experiment, files, generate, lora
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing
-from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.models import load_model
 from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
 from fedrouter_jax.terminal import guarded, show_markdown
@@ -81,8 +81,7 @@ def measure(config: Config) -> dict[str, float]:
     longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
     time = packing.pack_length(longest)
     batch = packing.batch([rows], len(rows), time, answer * (time // longest + 1))
-    shapes = {module: module_shapes(model.config)[module] for module in config.lora.targets}
-    fresh = lora.init(jax.random.key(0), shapes, model.config.layers, config.lora.rank)  # B is zero: the base alone
+    fresh = lora.init(jax.random.key(0), model.config, config.lora)  # B is zero: the base alone
     loss = jax.jit(client.make_client_loss(model.config, config.lora))
     lane, step = (jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree) for tree in ({"main": fresh}, batch))
     answers = generate.generate(

@@ -29,7 +29,7 @@ from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_groups
-from fedrouter_jax.models import Model, load_model, module_shapes
+from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
 
 Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
@@ -238,8 +238,7 @@ def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | 
 def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     """The state before round 1: every slot holds the same fresh adapter."""
     config, decoder = prepared.config, prepared.model.config
-    shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.lora.targets}
-    fresh = lora.init(jax.random.key(config.seed), shapes, decoder.layers, config.lora.rank)
+    fresh = lora.init(jax.random.key(config.seed), decoder, config.lora)
     state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     return placed(prepared, state._replace(server=server_lib.init(server, prepared.strategy.owners, state.bank)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from fedrouter_jax.models.config import DecoderConfig, module_shapes
 from fedrouter_jax.types import Array, LoRA
 
 
@@ -34,18 +35,22 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
-def init(key: Array, shapes: dict[str, tuple[int, int]], layers: int, rank: int) -> LoRA:
+def init(key: Array, decoder: DecoderConfig, config: LoRAConfig) -> LoRA:
     """A fresh adapter: A Kaiming-uniform with a = sqrt(5), so bounded by 1 / sqrt(in) as in PEFT; B zero (float32).
 
-    `shapes` is {module: (in, out)}. The adapter changes nothing until it is trained.
+    It changes nothing until it is trained.
     """
+    shapes = {module: module_shapes(decoder)[module] for module in sorted(config.targets)}
     a = {
         module: jax.random.uniform(
-            jax.random.fold_in(key, number), (layers, width_in, rank), minval=-(width_in**-0.5), maxval=width_in**-0.5
+            jax.random.fold_in(key, number),
+            (decoder.layers, width_in, config.rank),
+            minval=-(width_in**-0.5),
+            maxval=width_in**-0.5,
         )
-        for number, (module, (width_in, _)) in enumerate(sorted(shapes.items()))
+        for number, (module, (width_in, _)) in enumerate(shapes.items())
     }
-    b = {module: jnp.zeros((layers, rank, width_out)) for module, (_, width_out) in sorted(shapes.items())}
+    b = {module: jnp.zeros((decoder.layers, config.rank, width_out)) for module, (_, width_out) in shapes.items()}
     return LoRA(a, b)
 
 

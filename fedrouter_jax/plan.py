@@ -25,7 +25,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
+from fedrouter_jax.models import DecoderConfig, model_config
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import computation
 from fedrouter_jax.models.quantise import stored_shapes
@@ -102,8 +102,7 @@ def nbytes(tree: PyTree) -> int:
 
 def adapter_shapes(decoder: DecoderConfig, config: lora.LoRAConfig) -> LoRA:
     """One adapter, abstract."""
-    shapes = {module: shape for module, shape in module_shapes(decoder).items() if module in config.targets}
-    return jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, decoder.layers, config.rank))
+    return jax.eval_shape(lambda: lora.init(jax.random.key(0), decoder, config))
 
 
 def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> Pack:

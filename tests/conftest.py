@@ -22,7 +22,7 @@ from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, Federation
 
 from fedrouter_jax import client, lora
 from fedrouter_jax.data import synthetic, tokens
-from fedrouter_jax.models import load_model, module_shapes
+from fedrouter_jax.models import load_model
 from fedrouter_jax.routing import Enrolment, Router
 
 
@@ -50,8 +50,7 @@ def federation(tiny) -> Federation:
     )
     table = jnp.asarray([[0, 1], [1, 2], [0, 0], [2, 1]], jnp.int32)
     labels = np.zeros((CLIENTS, 1), np.int32)
-    shapes = {module: module_shapes(tiny.config)[module] for module in LORA.targets}
-    fresh = lora.init(jax.random.key(0), shapes, tiny.config.layers, LORA.rank)
+    fresh = lora.init(jax.random.key(0), tiny.config, LORA)
     adapters = {"main": fresh._replace(b=jax.tree.map(lambda b: b + 0.02, fresh.b))}
     update = jax.jit(client.make_client_update(tiny.config, LORA, LOCAL))
     return Federation(tiny, update, Enrolment(table, SLOTS, router, labels, {}), adapters, members)

@@ -16,7 +16,6 @@ from experiments import bench, bench_phases
 from experiments.torch_baseline import flow
 from fedrouter_jax import embed, generate, lora, peft_io
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import module_shapes
 from fedrouter_jax.models.hf import load_folder
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0)
@@ -30,8 +29,7 @@ def sides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(folder, 0)
     decoder, params = load_folder(folder, "float32")
-    shapes = {module: module_shapes(decoder)[module] for module in CONFIG.targets}
-    fresh = lora.init(jax.random.key(0), shapes, decoder.layers, CONFIG.rank)
+    fresh = lora.init(jax.random.key(0), decoder, CONFIG)
     adapters = [
         fresh._replace(b={m: 0.3 * jax.random.normal(jax.random.key(s), b.shape) for m, b in fresh.b.items()})
         for s in range(2)

@@ -11,7 +11,7 @@ from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.embed import embed
 from fedrouter_jax.generate import generate
-from fedrouter_jax.models import hidden_states, logits, module_shapes
+from fedrouter_jax.models import hidden_states, logits
 
 NEW = 10
 LONGEST = 210  # tokens of a prompt and its answer
@@ -20,8 +20,7 @@ LONGEST = 210  # tokens of a prompt and its answer
 @pytest.fixture(scope="module")
 def bank(tiny):
     """Three adapters that each change the answers."""
-    shapes = {module: module_shapes(tiny.config)[module] for module in LORA.targets}
-    one = [lora.init(jax.random.key(i), shapes, tiny.config.layers, LORA.rank) for i in range(3)]
+    one = [lora.init(jax.random.key(i), tiny.config, LORA) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
     return stacked._replace(b={m: jax.random.normal(jax.random.key(9), b.shape) for m, b in stacked.b.items()})
 

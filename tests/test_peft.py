@@ -11,7 +11,7 @@ from fedrouter_jax import client, lora, peft_io
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
-from fedrouter_jax.models import hf, hidden_states, load_model, logits, module_shapes, tiny_tokenizer, values
+from fedrouter_jax.models import hf, hidden_states, load_model, logits, tiny_tokenizer, values
 from fedrouter_jax.types import LoRA, Work, one_phase
 
 torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
@@ -34,8 +34,7 @@ def base(tmp_path_factory):
 def adapter(base):
     """A random adapter with both halves nonzero."""
     _, decoder, _ = base
-    shapes = {module: module_shapes(decoder)[module] for module in CONFIG.targets}
-    fresh = lora.init(jax.random.key(3), shapes, decoder.layers, CONFIG.rank)
+    fresh = lora.init(jax.random.key(3), decoder, CONFIG)
     keys = iter(jax.random.split(jax.random.key(4), len(fresh.b)))
     return fresh._replace(b={m: 0.1 * jax.random.normal(next(keys), b.shape) for m, b in fresh.b.items()})
 

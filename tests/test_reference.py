@@ -8,7 +8,7 @@ from helpers import assert_close, tiny_llama, word_rows
 from fedrouter_jax import client, lora
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.models import hf, module_shapes
+from fedrouter_jax.models import hf
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.strategies import feddpa_t, fedit, fedrouter, fedsa
 from fedrouter_jax.types import LoRA
@@ -42,8 +42,7 @@ def members():
 def start(model):
     """The first adapter, with a nonzero B."""
     _, decoder, _ = model
-    shapes = {module: module_shapes(decoder)[module] for module in CONFIG.targets}
-    fresh = lora.init(jax.random.key(3), shapes, decoder.layers, CONFIG.rank)
+    fresh = lora.init(jax.random.key(3), decoder, CONFIG)
     return fresh._replace(b={m: 0.1 * jax.random.normal(jax.random.key(4), b.shape) for m, b in fresh.b.items()})
 
 
