@@ -61,10 +61,10 @@ def main(options: Precision) -> None:
     config = replace(config, data=data if options.smoke else replace(data, data=options.data))
     console, found = Console(stderr=True), {}
     for name, (dtype, quantise) in PRECISIONS.items():
-        found[name] = measure(replace(config, dtype=dtype, quantise=quantise))
+        rows, found[name] = measure(replace(config, dtype=dtype, quantise=quantise))
         console.print(name, found[name])
         jax.clear_caches()
-    made = {"model": config.model, "data": Path(config.data.data).name, "rows": options.rows,
+    made = {"model": config.model, "data": Path(config.data.data).name, "rows": rows,
             "device": jax.devices()[0].device_kind, "jax": jax.__version__, "precisions": found}  # fmt: skip
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     files.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
@@ -72,8 +72,8 @@ def main(options: Precision) -> None:
     show_markdown(out / "precision.md")
 
 
-def measure(config: Config) -> dict[str, float]:
-    """Bytes of all parameters and of the blocks; mean loss a response token; mean ROUGE-1 of greedy answers."""
+def measure(config: Config) -> tuple[int, dict[str, float]]:
+    """How many rows; bytes of all parameters and of the blocks, mean loss a response token, mean ROUGE-1 of answers."""
     model = load_model(config.model, config.dtype, config.quantise)
     prepared = experiment.prepare(config, model)
     chosen = sorted(prepared.partition.mix)
@@ -91,7 +91,7 @@ def measure(config: Config) -> dict[str, float]:
     texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
     references = [prepared.dataset.test[i].output for i in chosen]
     rouge = [evaluate.score(want, text.strip())["rouge1"] for want, text in zip(references, texts, strict=True)]
-    return {
+    return len(rows), {
         "bytes": nbytes(model.params),
         "block_bytes": nbytes(model.params["blocks"]),
         "loss": float(loss(model.params, lane, step)[0]),

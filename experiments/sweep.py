@@ -37,10 +37,10 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
     for number, (name, config) in enumerate(configs.items(), 1):
         folder = out / name
         folders.append(folder)
-        if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
-            raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
         if kept and summaries.known(kept / f"{name}.json", config):
             continue
+        if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
+            raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
         if not (folder / "report.md").exists():
             console.rule(f"run {number} of {len(configs)}: {name}")
             wanted = (config.model, config.dtype, config.quantise)

@@ -263,7 +263,8 @@ def costs(found: dict[str, dict]) -> list[str]:
     ]
     for (where, method), same in groups.items():
         if where == scenario:
-            mean = {key: np.mean([s["cost"][key] for s in same]) for key in same[0]["cost"]}
+            shown = ("optimiser_steps_per_client", "tokens", "bytes_up", "bytes_down", "seconds_training")
+            mean = {key: np.mean([s["cost"][key] for s in same]) for key in shown}
             steps = mean["optimiser_steps_per_client"] * same[0]["config"]["rounds"]["rounds"]
             lines.append(
                 f"| {method} | {steps:.0f} | {mean['tokens']:.0f} | "

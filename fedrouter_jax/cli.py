@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import PRESETS
@@ -213,6 +214,8 @@ def finish(out: Path) -> None:
             f"note: {nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give "
             "fewer --global-clusters, or more --local-clusters"
         )
+    for option in config_lib.idle(run.config):
+        console.print(f"note: without effect here: {option}")
     missed = len(run.clusters.get("never_trained", ()))
     if missed:
         console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")
@@ -291,6 +294,13 @@ def plan(arguments: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if parsed.response_tokens >= parsed.row_tokens:
         raise UserError(f"--response-tokens is {parsed.response_tokens}, of --row-tokens {parsed.row_tokens} in all")
+    data = parsed.config.data
+    for name, value, flag, most in (
+        ("row", parsed.row_tokens, "length", data.max_length),
+        ("response", parsed.response_tokens, "response", data.max_response),
+    ):
+        if value > most:
+            raise UserError(f"--{name}-tokens is {value}, but rows are cut at --max-{flag} {most}; raise that, too")
     limit, rate = (None if v is None else v * unit for v, unit in ((parsed.memory, 2**30), (parsed.rate, 1e12)))
     found = plan_lib.plan(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
     if parsed.json:

@@ -30,9 +30,10 @@ class LocalConfig:
     batch: int = 16
     """Rows of one optimiser step."""
     learning_rate: float = 5e-4
-    """Learning rate of the first round; cosine over rounds, constant inside one."""
+    """Peak of the cosine over rounds 1 to T, constant inside one: the first round is just below it, the last at the
+    minimum (with one round, the only one)."""
     min_learning_rate: float = 1e-5
-    """Learning rate that the cosine ends at."""
+    """Learning rate of the last round."""
     clip: float = 1.0
     """Gradients are clipped to this global norm."""
     weight_decay: float = 0.0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import evaluate, experiment, routing
+from fedrouter_jax import evaluate, experiment, formats, routing
+from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
@@ -55,8 +58,33 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "bytes_up": up,
         "bytes_down": down,
         "data": digest(prepared.dataset),
+        "config": choices(prepared.config),
         "clients": clients,
     }
+
+
+def choices(config: Config) -> dict[str, Any]:
+    """All choices that change results, as JSON has them; rows have a digest of their own, wherever they lie."""
+    found = json.loads(json.dumps(asdict(config)))
+    del found["compute"], found["data"]["data"]
+    flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    return flat | {
+        f"{section}.{key}": value
+        for section, part in found.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+
+
+def check_config(path: Path, config: Config) -> None:
+    """Raise `UserError` where the clusters in `path` were made for a run of other choices: config.json was changed."""
+    begun = (formats.read_json(path, remedy="start a new run") or {}).get("config", {})
+    for key, value in choices(config).items():
+        if begun.get(key, value) != value:
+            raise UserError(
+                f"{path.parent / 'config.json'}: {key} is {value!r}, but the run was begun with {begun[key]!r}; "
+                "restore it, or start a new run"
+            )
 
 
 def traffic(prepared: Prepared, enrolment: Enrolment) -> tuple[int, int]:
@@ -94,7 +122,7 @@ def read(path: Path, prepared: Prepared) -> Enrolment:
         table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
         for row, slots, held, client in zip(labels, table, prepared.partition.clients, raw["clients"], strict=True):
             if client["rows"] != held.train:
-                raise ValueError("clients hold other rows now: config.json was changed")
+                raise ValueError("clients hold other rows now: by another config.json, or another version")
             if len(row) != len(held.train) or not set(row) <= set(np.flatnonzero(slots >= 0).tolist()):
                 raise ValueError("the local clusters of a client are not those of its rows")
         if table.max() >= clusters:

@@ -213,6 +213,21 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
         )
 
 
+def idle(config: Config) -> list[str]:
+    """The options that were set to something and change nothing in this run."""
+    clustered = strategy(config, None).enrolling == "clustering"
+    set_for_nothing = {
+        "--server-rate (--server average has none)": config.rounds.server == "average"
+        and config.rounds.server_rate != 1,
+        "--mixture-alpha (of --scenario dirichlet)": config.data.scenario != "dirichlet"
+        and config.data.mixture_alpha != 0.5,
+        f"--local-clusters ({config.strategy} clusters no rows)": config.cluster.local_clusters and not clustered,
+        f"--turns ({config.strategy} clusters no rows)": config.rounds.turns != "own"
+        and not (clustered or config.strategy == "oracle"),
+    }
+    return [option for option, found in set_for_nothing.items() if found]
+
+
 def to_json(config: Config) -> str:
     """The config as it stands in a run directory."""
     return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"

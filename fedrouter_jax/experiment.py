@@ -55,6 +55,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
 
     `model` is the config's model where it is loaded already; `strategy` is one of your own, in place of the config's.
     """
+    on = mesh.make(config.compute.model_parallel)
     dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
     split = partition(dataset, data, config.seed)
@@ -88,7 +89,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora)
-    on = mesh.make(config.compute.model_parallel) if jax.device_count() > 1 else None
+    on = on if on.size > 1 else None
     if on is not None:
         model = model._replace(params=mesh.place_base(on, model.params))
     round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss, on)

@@ -89,6 +89,7 @@ class Clusters(TypedDict):
     bytes_down: float
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
     data: NotRequired[str]  # sha256 of all rows
+    config: NotRequired[dict[str, Any]]  # choices by section.name
     clients: list[Client]
 
 

@@ -293,7 +293,8 @@ def scatter(axes: Axes, points: np.ndarray, labels: np.ndarray, kinds: Sequence)
         return
     for place, kind in enumerate(kinds):
         colour, marker = PALETTE[place % len(PALETTE)], MARKERS[(place // len(PALETTE) + place) % len(MARKERS)]
-        axes.scatter(*points[labels == kind].T, color=colour, marker=marker, s=14, linewidth=0, alpha=0.8, label=kind)
+        shown = kind if str(kind) else "no task"
+        axes.scatter(*points[labels == kind].T, color=colour, marker=marker, s=14, linewidth=0, alpha=0.8, label=shown)
     columns = max(1, min(len(kinds), 64 // (max(len(str(kind)) for kind in kinds) + 5)))
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, handletextpad=0.1, columnspacing=1.0, fontsize=8

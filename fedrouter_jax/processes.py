@@ -8,6 +8,7 @@ nothing here does anything.
 from __future__ import annotations
 
 import os
+import re
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         return
     if coordinator == "auto":
         coordinator = None
+    elif not re.fullmatch(r".+:\d{1,5}", coordinator) or int(coordinator.rpartition(":")[2]) >= 2**16:
+        raise UserError(f"--coordinator is {coordinator}; give HOST:PORT of the first process, such as 10.0.0.1:1234")
     elif None in given or not 0 <= number < count:
         raise UserError(
             f"--coordinator {coordinator} needs --num-processes N and --process-id 0 to N-1, found {count} and {number}"

@@ -12,6 +12,7 @@ import numpy as np
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import formats
 from fedrouter_jax.config import Config, DataConfig
+from fedrouter_jax.errors import UserError
 
 PARTS = ("personalised", "generalisation", "newcomers")  # the last only where clients joined after training
 BASE_PARTS = ("base", "base_generalisation", "base_newcomers")
@@ -59,7 +60,7 @@ def read(path: Path) -> Run:
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Base models first, one for each model and data; then the runs, those that differ in their seed alone together."""
     varying = {name for run in runs for name, value in _choices(run).items() if value != _choices(runs[0])[name]}
-    of_base = {"model", "dtype", *(field.name for field in fields(DataConfig))}
+    of_base = {"model", "dtype", "quantise", *(field.name for field in fields(DataConfig))}
     bases: dict[Any, dict[int, Run]] = {}
     groups: dict[Any, list[Run]] = {}
     for run in runs:
@@ -72,6 +73,14 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         chosen = [of[seed] for seed in sorted(of)]
         rows.append(Row(_label("base model", chosen[0], varying & of_base), chosen, BASE_PARTS))
     for same in groups.values():
+        seeds: dict[int, Run] = {}
+        for run in same:
+            other = seeds.setdefault(run.config.seed, run)
+            if other is not run:
+                raise UserError(
+                    f"{other.path} and {run.path} are one run twice (equal configs, seed {run.config.seed}), which "
+                    "tells nothing of the spread; name one of them"
+                )
         label, first = _label(same[0].config.strategy, same[0], varying), same[0]
         if first.scores is None:
             label += f" (unfinished: {len(first.rounds)} of {first.config.rounds.rounds} rounds)"

@@ -156,6 +156,7 @@ def read_config(out: Path) -> Config:
     """The config of a run directory, checked."""
     config = config_lib.load(out / "config.json")
     config_lib.check(config)
+    clusters.check_config(out / "clusters.json", config)
     return config
 
 

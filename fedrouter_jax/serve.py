@@ -17,7 +17,7 @@ from fedrouter_jax.errors import UserError
 
 
 def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
-    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`.
+    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`; several adapters where all count.
 
     `client` routes among that client's own clusters (or to its own adapter); None among all. `distances` are to all
     centroids, empty for strategies without a router.
@@ -59,11 +59,12 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     return [
         {
             "text": text,
-            "adapter": names[shown[slot]],
+            "adapter": " + ".join(names[shown[place]] for place in np.flatnonzero(opened == opened.max())),
             "slot": slot,
             "task": tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": answers[i],
         }
-        for i, (text, slot) in enumerate(zip(texts, weights[:, shown].argmax(axis=1).tolist(), strict=True))
+        for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
+        for slot in [int(opened.argmax())]
     ]

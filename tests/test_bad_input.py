@@ -78,6 +78,9 @@ def one_line(capsys, *arguments):
         (["--dtype", "mixed", "--quantise", "nf4"], "choose one of them"),
         (["--strategy", "fedex", "--server", "adam"], "fedex corrects the plain average"),
         (["--max-length", "4096"], "tiny knows 2048 positions"),
+        (["--model-parallel", "64"], "--model-parallel is 64, but there are"),
+        (["--coordinator", "localhost", "--num-processes", "1", "--process-id", "0"], "give HOST:PORT"),
+        (["--coordinator", "host:99999", "--num-processes", "1", "--process-id", "0"], "give HOST:PORT"),
     ],
 )
 def test_values_that_cannot_run(arguments, expected, data, tmp_path, capsys, monkeypatch):

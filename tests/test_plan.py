@@ -129,6 +129,8 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
     assert "does not fit" in capsys.readouterr().out
     assert main(["plan", "--memory", "0"]) == 2
     assert "--memory is 0.0; it must be above 0" in capsys.readouterr().err
+    assert main(["plan", "--preset", "smoke", "--row-tokens", "5000"]) == 2
+    assert "--row-tokens is 5000, but rows are cut at --max-length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", ["centralised", "fedit"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedrouter_jax import config as config_lib
@@ -182,6 +183,11 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     other = make_run(tmp_path / "other", strategy="fedit", lora=replace(CONFIG.lora, rank=2))
     assert list(table_of([*paths, other], "Scores"))[1:] == ["fedrouter (rank 8)", "fedit (rank 8)", "fedit (rank 2)"]
     assert len(records.read_all([paths[0], paths[0] / ".", paths[1]])) == 2
+    coded = make_run(tmp_path / "coded", quantise="int8", seed=2)
+    assert list(table_of([paths[0], coded], "Scores"))[:2] == [f"base model (quantise {q})" for q in ("none", "int8")]
+    twice = make_run(tmp_path / "twice", seed=0)
+    with pytest.raises(UserError, match="are one run twice .equal configs, seed 0."):
+        records.rows_of(records.read_all([*paths, twice]))
 
 
 def test_the_best_of_a_setting_is_bold(tmp_path):
@@ -342,6 +348,13 @@ def test_embeddings_are_drawn_as_they_were_clustered(tmp_path):
     np.testing.assert_array_equal(
         plots.embedded(records.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]
     )
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_without_a_task_have_a_name_in_the_legend():
+    axes = Figure().subplots()
+    plots.scatter(axes, np.zeros((2, 2)), np.array(["", ""]), [""])
+    assert axes.get_legend().get_texts()[0].get_text() == "no task"
 
 
 def test_projection_keeps_groups_apart():

@@ -145,13 +145,35 @@ def test_mixtures_deal_without_overlap_and_follow_alpha(alpha, most):
     data = synthetic.make(train_per_task=60, test_per_task=20)
     split = scenarios.partition(data, dealt_as("dirichlet", 8, mixture_alpha=alpha), 3)
     dealt = [i for client in split.clients for i in client.train]
-    assert len(dealt) == len(set(dealt)) and max(len(client.train) for client in split.clients) <= 32
+    assert len(dealt) == len(set(dealt)) and max(len(client.train) for client in split.clients) <= 30
     held = [Counter(data.train[i].task for i in client.train) for client in split.clients]
     assert np.mean([len(tasks) for tasks in held]) <= most
     if alpha > 1:
         assert all(len(tasks) == 4 and max(tasks.values()) - min(tasks.values()) <= 3 for tasks in held)
     for client, tasks in zip(split.clients, held, strict=True):  # tested on the mixture that it trains on
         assert {data.test[i].task for i in client.test} <= set(tasks)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**16), cap=st.integers(4, 24), alpha=st.sampled_from([0.3, 5.0]))
+def test_nobody_gets_more_rows_than_the_caps_say(seed, cap, alpha):
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    data = data._replace(test=[row._replace(output=str(i % 3)) for i, row in enumerate(data.test)])  # labels
+    for scenario in ("all", "dirichlet"):
+        made = scenarios.DataConfig(
+            scenario=scenario,
+            clients=3,
+            mixture_alpha=alpha,
+            train_rows=cap,
+            test_rows=cap,
+            mix_rows=cap,
+            balanced=True,
+        )
+        try:
+            split = scenarios.partition(data, made, seed)
+        except UserError:  # a mixture may leave a client without test rows
+            continue
+        assert max(len(rows) for client in split.clients for rows in client) <= cap and len(split.mix) <= cap
 
 
 @pytest.mark.parametrize("scenario", ["single", "dual", "all"])

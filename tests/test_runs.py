@@ -20,6 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from experiments import summaries
 from experiments.sweep import sweep
 from fedrouter_jax import clusters, evaluate, experiment, plan, runs, serve
+from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
@@ -144,6 +145,8 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
     sweep({"one": smoke()}, tmp_path / "out", console, kept)  # finished here, its summary asked for later
     assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task"}
     sweep({"one": smoke()}, tmp_path / "elsewhere", console, kept)  # finished anywhere
+    speed = dataclasses.replace(smoke(), compute=dataclasses.replace(smoke().compute, rows_at_once=3))
+    sweep({"one": speed}, tmp_path / "out", console, kept)  # however it was computed
     with pytest.raises(UserError, match="a run of another config"):
         sweep({"one": dataclasses.replace(smoke(), seed=1)}, tmp_path / "out", console)
 
@@ -194,22 +197,25 @@ def relabel(run):
     path.write_text(json.dumps(clusters))
 
 
-def fewer(run):
-    path = run / "config.json"
-    path.write_text(path.read_text().replace('"train_rows": 24', '"train_rows": 20'))
-
-
-def narrowed(run):
-    path = run / "config.json"
-    path.write_text(path.read_text().replace('"rank": 8', '"rank": 4'))
-
-
 def lacking(key):
     def without(run):
         path = run / "clusters.json"
         path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
 
     return without
+
+
+def edited(old, new, older=False):
+    """config.json with another value; `older`: in a run whose clusters do not say yet what it was begun with."""
+
+    def edit(run):
+        path = run / "config.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        if older:
+            lacking("config")(run)
+
+    return edit
 
 
 def shorten(name):
@@ -229,8 +235,10 @@ def shorten(name):
         (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
         (relabel, "resume", "not the clusters of this run"),
         (relabel, "route", "not the clusters of this run"),
-        (narrowed, "resume", "is in one of config.json and the checkpoint only"),
-        (fewer, "route", "clients hold other rows now: config.json was changed"),
+        (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),
+        (edited('"train_rows": 24', '"train_rows": 20', older=True), "route", "clients hold other rows now"),
+        (edited('"learning_rate": 0.005', '"learning_rate": 0.5'), "resume", "local.learning_rate is 0.5, but the run"),
+        (edited('"rounds": 3', '"rounds": 5'), "route", "rounds.rounds is 5, but the run was begun with 3; restore it"),
         (lacking("silhouettes"), "resume", "not the clusters of this run ('silhouettes')"),
         (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
         (shorten("config.json"), "export", "config.json: not readable as JSON"),
@@ -298,8 +306,21 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
     assert not (out / "router").exists() and (out / "report.md").exists()
     up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
     assert (up == 0) == (strategy == "local")
+    if strategy == "fedalt":  # both of a client's adapters count
+        assert serve.route(out, ["Say yes."], 1)[0]["adapter"] == "own_1 + rest_1"
     capsys.readouterr()
     assert main(["route", str(out), "text"]) == (0 if strategy == "fedex" else 2)
+
+
+def test_options_that_change_nothing_are_named():
+    assert config_lib.idle(smoke()) == []
+    fedit = dataclasses.replace(
+        smoke(), strategy="fedit", cluster=dataclasses.replace(smoke().cluster, local_clusters=2)
+    )
+    rounds = dataclasses.replace(smoke().rounds, server_rate=0.1, turns="staggered")
+    named = config_lib.idle(dataclasses.replace(fedit, rounds=rounds))
+    assert [option.split()[0] for option in named] == ["--server-rate", "--local-clusters", "--turns"]
+    assert config_lib.idle(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []
 
 
 def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path):

@@ -24,8 +24,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedrouter_jax.data.tokens import Tokens
 
-ROWS = 16  # of an embedding or generation batch
-
 
 @dataclass(frozen=True)
 class Flow:
@@ -35,6 +33,7 @@ class Flow:
     sorted: bool  # rows of like length share a batch, where the order is free
     answers_only: bool  # the output head sees response positions only
     compiled: bool  # torch.compile in training, on a GPU
+    rows: int = 16  # of an embedding or generation batch
 
 
 PUBLISHED = Flow("published", sorted=False, answers_only=False, compiled=False)
@@ -47,8 +46,9 @@ def load(gguf: Path, adapter: Path, device: str, dtype: torch.dtype) -> PeftMode
     return PeftModel.from_pretrained(base.to(device), adapter, is_trainable=True)
 
 
-def batches(lengths: Sequence[int], flow: Flow, size: int = ROWS) -> Iterator[list[int]]:
-    """Row numbers of each batch."""
+def batches(lengths: Sequence[int], flow: Flow, size: int | None = None) -> Iterator[list[int]]:
+    """Row numbers of each batch of `size` rows, by default the flow's."""
+    size = size or flow.rows
     order = sorted(range(len(lengths)), key=lambda i: lengths[i]) if flow.sorted else list(range(len(lengths)))
     for start in range(0, len(order), size):
         yield order[start : start + size]

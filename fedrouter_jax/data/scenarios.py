@@ -44,7 +44,7 @@ class DataConfig:
     """Test rows of the mix of all tasks, at most (generalisation)."""
     balanced: bool = False
     """Test rows of a task that is answered by labels: as many of each label. One answer to all then scores the same
-    whichever it is."""
+    whichever it is. (In Dirichlet mixtures those of the mix alone.)"""
     template: Literal["alpaca", "short"] = "alpaca"
     """Prompt template; "short" saves 25 tokens a row."""
     max_length: int = 1024
@@ -82,18 +82,19 @@ def deal(
 ) -> list[list[int]]:
     """Deal each task's shuffled rows round robin to its holders; a client takes at most `cap` rows in equal shares.
 
-    `balanced`: the rows of a task that is answered by labels label by label, as many of each.
+    `balanced`: the rows of a task that is answered by labels label by label, as many of each, where a share holds one.
     """
     hands: list[list[int]] = [[] for _ in range(clients)]
     held = {client: sum(client in of for of in holders.values()) for client in range(clients)}
     for task, clients_of in holders.items():
         indices = [i for i, row in enumerate(rows) if row.task == task]
         found = sorted({rows[i].output for i in indices})
-        labels = [{label} for label in found] if balanced and len(found) <= LABELS else [set(found)]
+        most = min(LABELS, *(cap // held[client] for client in clients_of))
+        labels = [{label} for label in found] if balanced and len(found) <= most else [set(found)]
         piles = [rng.permutation([i for i in indices if rows[i].output in label]) for label in labels]
         least = min(map(len, piles), default=0)
         for seat, client in enumerate(clients_of):
-            share = max(1, cap // held[client] // max(1, len(piles)))
+            share = cap // held[client] // max(1, len(piles))
             hands[client].extend(int(i) for pile in piles for i in pile[:least][seat :: len(clients_of)][:share])
     return [sorted(hand) for hand in hands]
 
@@ -101,9 +102,13 @@ def deal(
 def deal_shares(rows: Sequence[Row], tasks: Sequence[str], shares: np.ndarray, cap: int, rng) -> list[list[int]]:
     """Deal each client `cap` shuffled rows by its `shares` [client, task]; fewer for all where a task runs out."""
     hands: list[list[int]] = [[] for _ in shares]
+    exact = shares * cap
+    counts = exact.astype(int)
+    order = np.argsort(np.argsort(counts - exact, axis=1, kind="stable"), axis=1)
+    counts += order < cap - counts.sum(axis=1, keepdims=True)  # the largest remainders are rounded up
     for number, task in enumerate(tasks):
         indices = rng.permutation([i for i, row in enumerate(rows) if row.task == task])
-        wanted = np.round(shares[:, number] * cap).astype(int)
+        wanted = counts[:, number]
         if wanted.sum() > len(indices):
             wanted = wanted * len(indices) // wanted.sum()
         for hand, mine in zip(hands, np.split(indices, np.cumsum(wanted))[:-1], strict=True):
