@@ -214,6 +214,8 @@ def finish(out: Path) -> None:
             f"note: {nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give "
             "fewer --global-clusters, or more --local-clusters"
         )
+    if run.config.model == "tiny":
+        console.print("note: the model is random, so the scores mean nothing; this run shows that all works")
     for option in config_lib.idle(run.config):
         console.print(f"note: without effect here: {option}")
     missed = len(run.clusters.get("never_trained", ()))

@@ -71,6 +71,8 @@ def claim(out: Path, config: Config) -> None:
     if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")
+        if (out / "report.md").exists():
+            raise UserError(f"{out} holds this very run, finished; see its report.md, or choose another --out")
         raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")

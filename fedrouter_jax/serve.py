@@ -22,9 +22,11 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     `client` routes among that client's own clusters (or to its own adapter); None among all. `distances` are to all
     centroids, empty for strategies without a router.
     """
+    if not texts:
+        raise UserError(f'no text to route; give one or more in quotes: fedrouter route {run} "Summarise: ..."')
     blank = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
-    if blank is not None or not texts:
-        raise UserError(f"text {blank or 1} to route is empty; give at least one instruction in quotes")
+    if blank is not None:
+        raise UserError(f"text {blank} to route is empty; give an instruction in quotes")
     loaded = runs.read(run)
     prepared, state = loaded.prepared, loaded.state
     data = prepared.config.data
