@@ -59,12 +59,17 @@ class _Words:
     def tokenize(self, text: str) -> list[str]:
         """Words in small letters, signs above and below letters with them."""
 
-        def spaced(sign: str) -> str:
-            if re.match(_UNSPACED, sign):
-                return f" {sign} "
-            return sign if sign.isalnum() or unicodedata.category(sign).startswith("M") else " "
-
-        return "".join(map(spaced, unicodedata.normalize("NFC", text).casefold())).split()
+        words, single = [""], False  # single: the last word is a letter of a script without spaces, and complete
+        for sign in unicodedata.normalize("NFC", text).casefold():
+            if unicodedata.category(sign).startswith("M"):
+                words[-1] += sign
+                continue
+            unspaced = sign.isalnum() and re.match(_UNSPACED, sign) is not None
+            if single or unspaced or not sign.isalnum():
+                words.append("")
+            words[-1] += sign if sign.isalnum() else ""
+            single = unspaced
+        return [word for word in words if word]
 
 
 def distinct(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[float, ...]]], list[int]]:

@@ -194,16 +194,18 @@ def clusters(run: Run) -> Figure:
     order = sorted(range(total), key=lambda slot: ["", *tasks].index(found["slot_tasks"][slot]))
     counts = np.zeros((len(tasks), total), int)
     local: dict[tuple[int, int], np.ndarray] = {}
+    founders = len(found["clients"]) - run.config.data.newcomers
     for client in found["clients"]:
         for task, here, slot in zip(client["tasks"], client["local"], client["global"], strict=True):
-            counts[tasks.index(task), slot] += 1
+            counts[tasks.index(task), slot] += client["client"] < founders
             local.setdefault((client["client"], here), np.zeros(len(tasks), int))[tasks.index(task)] += 1
     held = sorted(local)
     size = (4 + 0.55 * (len(tasks) + total), min(20.0, 1.6 + max(0.5 * len(tasks), 0.24 * len(held))))
     ratios = [max(total, 2), max(len(tasks), 2)]
     figure = Figure(size)
     (left, right) = figure.subplots(1, 2, width_ratios=ratios)
-    heat(left, counts[:, order], f"All clients: accuracy {found['accuracy']['global']:.1%}")
+    who = "Clients that train" if run.config.data.newcomers else "All clients"
+    heat(left, counts[:, order], f"{who}: accuracy {found['accuracy']['global']:.1%}")
     left.set(xlabel="global cluster", ylabel="true task")
     left.set_xticks(range(total), order)
     left.set_yticks(range(len(tasks)), tasks)
@@ -256,16 +258,20 @@ def embedded(run: Run) -> np.ndarray:
     path, clients = run.path / "embeddings.npy", run.clusters["clients"]
     ends = np.cumsum([len(client["rows"]) for client in clients])
     try:
-        rows = np.load(path, allow_pickle=False)[: ends[-1]]
+        rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: not a NumPy array ({error}); delete the file and resume the run") from None
-    if rows.ndim != 2 or len(rows) < ends[-1]:
-        raise UserError(f"{path}: shape {rows.shape}, expected at least {ends[-1]} rows; delete it and resume the run")
-    if not routing.RECIPES[run.clusters["recipe"]].standardise:
+    if rows.ndim != 2 or len(rows) < ends[-1] or not np.isfinite(rows).all():
+        raise UserError(
+            f"{path}: an array of shape {rows.shape}, expected at least {ends[-1]} rows of finite numbers; delete it "
+            "and resume the run"
+        )
+    rows = rows[: ends[-1]]
+    if not routing.RECIPES[run.config.cluster.recipe].standardise:
         return rows
-    mean, deviation = routing.statistics(np.split(rows, ends[:-1]))
-    rows = (rows.astype(np.float64) - mean) / deviation
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    founders = np.split(rows, ends[:-1])[: len(clients) - run.config.data.newcomers]
+    router = routing.Router(np.zeros((0, rows.shape[1])), *routing.statistics(founders), np.asarray(True))
+    return np.asarray(routing.prepare(router, rows))
 
 
 def project(rows: np.ndarray) -> tuple[np.ndarray, str]:
@@ -293,7 +299,7 @@ def scatter(axes: Axes, points: np.ndarray, labels: np.ndarray, kinds: Sequence)
         return
     for place, kind in enumerate(kinds):
         colour, marker = PALETTE[place % len(PALETTE)], MARKERS[(place // len(PALETTE) + place) % len(MARKERS)]
-        shown = kind if str(kind) else "no task"
+        shown = str(kind).lstrip("_") or "no task"  # a label that begins with _ is hidden
         axes.scatter(*points[labels == kind].T, color=colour, marker=marker, s=14, linewidth=0, alpha=0.8, label=shown)
     columns = max(1, min(len(kinds), 64 // (max(len(str(kind)) for kind in kinds) + 5)))
     axes.legend(

@@ -85,7 +85,11 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         if first.scores is None:
             label += f" (unfinished: {len(first.rounds)} of {first.config.rounds.rounds} rounds)"
         rows.append(Row(label, sorted(same, key=lambda run: run.config.seed), PARTS))
-    return rows
+    labels = [row.label for row in rows]
+    # Folders of one name in different places.
+    return [
+        row._replace(label=f"{row.label}, {row.runs[0].path}") if labels.count(row.label) > 1 else row for row in rows
+    ]
 
 
 def setting(run: Run) -> tuple:
@@ -106,7 +110,7 @@ def _label(name: str, run: Run, varying: set[str]) -> str:
     choices = _choices(run)
     others = [key for key in choices if key in varying - {"model", "data"}]
     shown = [key for key in ("model", "data") if key in varying] + (others if len(others) <= 2 else [])
-    apart = [f"{key} {brief(choices[key])}" for key in shown] + ([run.path.name] if len(others) > 2 else [])
+    apart = [f"{key} {brief(choices[key])}" for key in shown] + ([run.path.resolve().name] if len(others) > 2 else [])
     return f"{name} ({', '.join(apart)})" if apart else name
 
 

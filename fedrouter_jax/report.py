@@ -253,7 +253,7 @@ def samples(run: Run) -> list[str]:
     text = []
     for task, record in sorted(first.items()):
         where = f"client {record['client']}, adapter {record['slot']}, ROUGE-1 {record['rouge1']:.3f}"
-        text.append(f"**{plain(task)}** ({where})\n")
+        text.append(f"**{plain(task) or 'no task'}** ({where})\n")
         for name, limit in (("instruction", 150), ("reference", 400), ("answer", 400)):
             text[-1] += f"\n- {name}: {plain(record[name], limit) or '(empty)'}"
     return ["## Answers of the trained model", *text] if text else []

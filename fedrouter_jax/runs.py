@@ -26,6 +26,7 @@ from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, files, formats, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
+from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
@@ -96,7 +97,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
         if not all((out / name).exists() for name in ("scores.json", "predictions.jsonl")):
             with timed(timings, "evaluate"):
-                known = _base_answers(shared, loaded.prepared.config)
+                known = _base_answers(shared, loaded.prepared)
                 timings["taken_over"] += ["base answers"] if known else []
                 result = score(loaded, True, track, known)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
@@ -247,20 +248,23 @@ def _export(loaded: Loaded, to: Path) -> None:
         peft_io.write_router(to / "router", state.memory, description)
 
 
-def alike(shared: Shared, config: Config, recipe: bool) -> Iterator[Path]:
+def alike(shared: Shared, prepared: Prepared, recipe: bool) -> Iterator[Path]:
     """The runs of a sweep that asked the same model about the same rows, and (`recipe`) embedded them alike."""
+    config, rows = prepared.config, digest(prepared.dataset)
     for path in shared.runs:
         other = config_lib.load(path / "config.json")
         same = all(
             getattr(other, name) == getattr(config, name) for name in ("data", "model", "dtype", "quantise", "seed")
         )
+        # The files may have been changed in between.
+        same = same and (formats.read_json(path / "clusters.json") or {}).get("data") == rows
         if same and (other.cluster.recipe == config.cluster.recipe or not recipe):
             yield path
 
 
-def _base_answers(shared: Shared, config: Config) -> dict[int, str]:
+def _base_answers(shared: Shared, prepared: Prepared) -> dict[int, str]:
     """What the base model answered to each test row in a run of the same sweep; empty where there is none."""
-    for path in alike(shared, config, recipe=False):
+    for path in alike(shared, prepared, recipe=False):
         if (path / "scores.json").exists():  # written after the predictions: they are whole
             records = map(json.loads, files.lines(path / "predictions.jsonl"))
             return {record["row"]: record["answer"] for record in records if record["part"].startswith("base")}
@@ -272,7 +276,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     if prepared.strategy.enrolling != "clustering":
         return None
     path = out / "embeddings.npy"
-    found = (other / path.name for other in alike(shared, prepared.config, recipe=True))
+    found = (other / path.name for other in alike(shared, prepared, recipe=True))
     taken = None if path.exists() else next((other for other in found if other.exists()), None)
     processes.meet("all know whether embeddings are there")  # before the first writes them
     if taken is not None:

@@ -17,16 +17,19 @@ from fedrouter_jax.errors import UserError
 
 
 def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
-    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`; several adapters where all count.
+    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`. An adapter
+    that counts less than fully is named with its weight.
 
     `client` routes among that client's own clusters (or to its own adapter); None among all. `distances` are to all
     centroids, empty for strategies without a router.
     """
     if not texts:
         raise UserError(f'no text to route; give one or more in quotes: fedrouter route {run} "Summarise: ..."')
-    blank = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
-    if blank is not None:
-        raise UserError(f"text {blank} to route is empty; give an instruction in quotes")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"text {number} to route is empty; give an instruction in quotes")
+        if text != text.encode(errors="ignore").decode():
+            raise UserError(f"text {number} to route holds bytes that are not UTF-8; give it in UTF-8")
     loaded = runs.read(run)
     prepared, state = loaded.prepared, loaded.state
     data = prepared.config.data
@@ -61,7 +64,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     return [
         {
             "text": text,
-            "adapter": " + ".join(names[shown[place]] for place in np.flatnonzero(opened == opened.max())),
+            "adapter": " + ".join(_named(names[shown[place]], opened[place]) for place in np.flatnonzero(opened)),
             "slot": slot,
             "task": tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
@@ -70,3 +73,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
         for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
         for slot in [int(opened.argmax())]
     ]
+
+
+def _named(name: str, weight: float) -> str:
+    return name if weight == 1 else f"{name} ({weight:.2f})"

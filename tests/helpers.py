@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import client, lora
+from fedrouter_jax import bank, client, lora
 from fedrouter_jax.data import schedule, tokens
 from fedrouter_jax.data.rows import Row
+from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.routing import Enrolment
-from fedrouter_jax.types import Adapters, FederationState, Strategy, Work
+from fedrouter_jax.types import Adapters, FederationState, Losses, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
 
 LORA = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.1)
+KEY = jax.random.key(7)
 LOCAL = client.LocalConfig(steps=2, batch=3, learning_rate=1e-2)
 CLIENTS, CLUSTERS, SLOTS = 4, 2, 3
 
@@ -38,6 +41,49 @@ def inputs(federation: Federation, t: int, clusters_per_round: int = 1, particip
     config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
     work = schedule.lanes(sizes, t, config, 0)
     return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0, together)
+
+
+def rate(t):
+    return client.learning_rate(LOCAL, 5, t)
+
+
+def nudge(base, adapters, batch, lr, keys, phases):
+    """A cheap client update that depends on each lane's key, rows and adapters."""
+    lanes = jnp.arange(len(keys))
+    own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
+    step = jax.vmap(jax.random.normal)(keys) * 0.01 + own * 1e-6
+    adapters = jax.tree.map(lambda leaf: leaf * 0.9 + bank.expand(step, leaf), adapters)
+    return adapters, Losses(jnp.ones(LOCAL.steps) * step[:, None])
+
+
+def fit(base, adapters, batch):
+    """A cheap loss that depends on each lane's rows and adapters."""
+    lanes = jnp.arange(jax.tree.leaves(adapters)[0].shape[0])
+    own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3)) % 7
+    return jnp.abs(own * 0.01 - sum(leaf.mean(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(adapters)))
+
+
+def begin(federation, strategy):
+    """The state before the first round."""
+    return strategy.init(dict.fromkeys(strategy.owners, federation.adapters["main"]), federation.enrolment)
+
+
+def round_of(strategy, update, at_once, kept={}):  # noqa: B006
+    """A jitted round, compiled once for all tests that play the same one."""
+    key = (id(strategy), id(update), at_once)
+    if key not in kept:  # the objects are kept too, so that their ids stay theirs
+        kept[key] = (make_round(strategy, update, rate, 5, at_once, loss=fit), strategy, update)
+    return kept[key][0]
+
+
+def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
+    """The state after some of five rounds, and the last info."""
+    run = round_of(strategy, update, at_once)
+    state = begin(federation, strategy)
+    for t in range(1, rounds + 1):
+        work, batch = change(*inputs(federation, t, **lanes))
+        state, info = run(state, federation.model.params, work, batch, KEY)
+    return state, info
 
 
 def told(strategy: Strategy, state: FederationState, work: Work, adapters: Adapters) -> FederationState:

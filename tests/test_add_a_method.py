@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import test_laws
+from helpers import begin, play
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
 
@@ -40,8 +41,8 @@ def test_its_method_obeys_the_laws(page, federation, law):
 
 def test_a_does_not_move_in_the_first_half(page, federation):
     strategy = page["personal_a"]()
-    before = test_laws.begin(federation, strategy).bank["main"]
+    before = begin(federation, strategy).bank["main"]
     for rounds, still in ((2, True), (3, False)):
-        after = test_laws.play(federation, strategy, federation.update, rounds=rounds)[0].bank["main"]
+        after = play(federation, strategy, federation.update, rounds=rounds)[0].bank["main"]
         same = all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (after.a, before.a)), strict=True))
         assert same == still

@@ -196,7 +196,7 @@ def test_no_committed_run_would_run_again():
     for name in summaries.load(results / "table1-long" / "runs"):
         assert summaries.known(results / "table1-long" / "runs" / f"{name}.json", of_table[name]), name
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
-        of_study = studies.configs(folder.name, studies.Studies())
+        of_study = studies.configs(folder.name, studies.Studies(seeds=3))
         for name in summaries.load(folder):
             assert summaries.known(folder / f"{name}.json", of_study[name]), name
 

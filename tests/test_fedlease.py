@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, assert_close, told
-from test_laws import begin, inputs, play
+from helpers import CLIENTS, assert_close, begin, inputs, play, told
 
 from fedrouter_jax import bank
 from fedrouter_jax.models.low_rank import _compete
@@ -139,3 +138,10 @@ def test_competing_adapters_share_a_token_as_a_plain_loop_says(seats):
             share = sum(np.exp(scores[seat]) for seat in best if seat[0] == slot) / total if best else 0
             if is_open[row, slot]:
                 np.testing.assert_allclose(found[row, slot * rank : (slot + 1) * rank], share, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_are_found_by_average_linkage():
+    """Ten degrees between neighbours of a chain: by single linkage no gap would be a border but the widest."""
+    angles = np.deg2rad([0, 10, 20, 30, 40, 50, 60, 70, 81])
+    b = {"q": np.stack([np.cos(angles), np.sin(angles)], axis=1)[:, None, :, None]}
+    assert alike(b, 2).sum() in (4, 5)

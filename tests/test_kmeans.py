@@ -276,3 +276,34 @@ def test_very_many_rows_are_clustered_by_lloyd_alone():
     oracle = Oracle(64, n_init=2, random_state=0).fit(x)
     np.testing.assert_allclose(found.inertia, cost(x, np.ones(len(x)), found.labels, found.centers), rtol=1e-3)
     assert found.inertia < 1.05 * oracle.inertia_
+
+
+def test_an_empty_cluster_takes_the_row_that_weighs_most():
+    x = jnp.array([[0.0], [1], [8], [10]])
+    rows = weighted_rows.Rows(x, x[:, 0] ** 2, jnp.array([1.0, 1, 5, 0.1]))
+    centers = kmeans._lloyd(rows, jnp.array([[1.0], [500.0]]), jnp.ones(2, bool), 0.0, 1)
+    np.testing.assert_allclose(centers[1], [8])
+
+
+def test_as_many_distinct_rows_as_clusters_are_in_order_of_appearance():
+    x = jnp.array([[0.0, 7], [5, 1], [2, 2], [5, 1], [0, 7], [2, 2]])
+    for seed in range(4):
+        found = kmeans.fit(jax.random.key(seed), x, 3, restarts=2)
+        assert found.labels.tolist() == [0, 1, 2, 1, 0, 2] and found.inertia == 0
+
+
+def test_no_move_of_one_row_improves_a_fit():
+    rng = np.random.default_rng(0)
+    for seed in range(12):
+        x, weight = rng.normal(size=(40, 3)).astype(np.float32), rng.gamma(1.0, size=40).astype(np.float32)
+        found = kmeans.fit(jax.random.key(seed), x, 6, weight=weight, restarts=1)
+        own = np.asarray(found.labels)
+        away = ((x[:, None].astype(float) - np.asarray(found.centers, float)) ** 2).sum(axis=-1)
+        mass, w = np.bincount(own, weight, 6), weight[:, None]
+        leave = (
+            np.where(mass[own] > weight * 1.0001, mass[own] / np.maximum(mass[own] - weight, 1e-9), 0)
+            * away[np.arange(40), own]
+        )
+        gain = w * (leave[:, None] - mass / (mass + w) * away)
+        gain[np.arange(40), own] = 0
+        assert gain.max() <= 1e-5 * float(found.inertia)

@@ -7,7 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, assert_close, inputs, told
+from helpers import (
+    CLIENTS,
+    CLUSTERS,
+    KEY,
+    LOCAL,
+    LORA,
+    SLOTS,
+    assert_close,
+    begin,
+    fit,
+    inputs,
+    nudge,
+    play,
+    rate,
+    told,
+)
 
 from fedrouter_jax import bank, client, routing
 from fedrouter_jax import server as server_lib
@@ -29,54 +44,10 @@ from fedrouter_jax.strategies import (
 )
 from fedrouter_jax.types import FederationState, LoRA, Losses, View
 
-KEY = jax.random.key(7)
 # The rounds of these are FedRouter's and FedIT's, function for function: only routes and what they are given differ.
 OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised", "fedrouter-soft")]
 BY_NAME = {strategy.name: strategy for strategy in OTHERS}
 every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
-
-
-def rate(t):
-    return client.learning_rate(LOCAL, 5, t)
-
-
-def nudge(base, adapters, batch, lr, keys, phases):
-    """A cheap client update that depends on each lane's key, rows and adapters."""
-    lanes = jnp.arange(len(keys))
-    own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
-    step = jax.vmap(jax.random.normal)(keys) * 0.01 + own * 1e-6
-    adapters = jax.tree.map(lambda leaf: leaf * 0.9 + bank.expand(step, leaf), adapters)
-    return adapters, Losses(jnp.ones(LOCAL.steps) * step[:, None])
-
-
-def fit(base, adapters, batch):
-    """A cheap loss that depends on each lane's rows and adapters."""
-    lanes = jnp.arange(jax.tree.leaves(adapters)[0].shape[0])
-    own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3)) % 7
-    return jnp.abs(own * 0.01 - sum(leaf.mean(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(adapters)))
-
-
-def begin(federation, strategy):
-    """The state before the first round."""
-    return strategy.init(dict.fromkeys(strategy.owners, federation.adapters["main"]), federation.enrolment)
-
-
-def round_of(strategy, update, at_once, kept={}):  # noqa: B006
-    """A jitted round, compiled once for all tests that play the same one."""
-    key = (id(strategy), id(update), at_once)
-    if key not in kept:  # the objects are kept too, so that their ids stay theirs
-        kept[key] = (make_round(strategy, update, rate, 5, at_once, loss=fit), strategy, update)
-    return kept[key][0]
-
-
-def play(federation, strategy, update, at_once=None, rounds=2, change=lambda work, batch: (work, batch), **lanes):
-    """The state after some of five rounds, and the last info."""
-    run = round_of(strategy, update, at_once)
-    state = begin(federation, strategy)
-    for t in range(1, rounds + 1):
-        work, batch = change(*inputs(federation, t, **lanes))
-        state, info = run(state, federation.model.params, work, batch, KEY)
-    return state, info
 
 
 @every_strategy
@@ -518,16 +489,6 @@ def test_the_servers_optimiser_remembers_nothing_of_what_is_not_the_servers(fede
     for owner, leaf, state in zip(owners, jax.tree.leaves(held), states, strict=True):
         sizes = [part.shape for part in jax.tree.leaves(state)]
         assert sizes == ([leaf.shape] * 2 if owner in ("shared", "cluster") else [])
-
-
-def test_fedprox_stays_nearer_to_what_was_received(federation):
-    def distance(proximal):
-        local = dataclasses.replace(LOCAL, proximal=proximal, learning_rate=1e-3, min_learning_rate=1e-3)
-        update = client.make_client_update(federation.model.config, LORA, local)
-        after, before = play(federation, fedit(), update)[0].bank, begin(federation, fedit()).bank
-        return sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
-
-    assert distance(100.0) < 0.9 * distance(0.0)
 
 
 def test_the_command_line_offers_every_strategy():

@@ -1,5 +1,7 @@
 """PEFT and transformers on torch as oracles: the same adapter, loss, gradients, training and answers."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, load_model, logits, tiny_tokenizer, values
+from fedrouter_jax.routing import Router
 from fedrouter_jax.types import LoRA, Work, one_phase
 
 torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
@@ -181,31 +184,51 @@ def test_what_fedex_added_to_weights_is_written_whatever_they_are_held_in(dtype,
         np.testing.assert_allclose(tensor, 0.002, atol=1e-6)
 
 
-def test_an_adapter_that_is_not_plain_lora_is_refused(base, adapter, tmp_path):
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("use_dora", True, "use_dora is not plain LoRA"),
+        ("use_rslora", True, "is not plain LoRA"),
+        ("modules_to_save", ["lm_head"], "is not plain LoRA"),
+        ("rank_pattern", {"q_proj": 2}, "is not plain LoRA"),
+        ("alpha_pattern", {"q_proj": 4}, "is not plain LoRA"),
+        ("layers_to_transform", [0], "is not plain LoRA"),
+        ("layer_replication", [[0, 2]], "is not plain LoRA"),
+        ("alora_invocation_tokens", [5], "is not plain LoRA"),
+        ("init_lora_weights", "pissa", "init_lora_weights 'pissa' is not plain LoRA"),
+        ("peft_type", "LOHA", "is not plain LoRA"),
+        ("bias", "all", "is not plain LoRA"),
+        ("r", None, "garbles a number of LoRA"),
+        ("lora_alpha", "x", "garbles a number of LoRA"),
+        ("target_modules", [["q_proj"]], "target_modules is"),
+        ("r", 8, "expected .8, 64."),
+    ],
+)
+def test_an_adapter_that_cannot_be_represented_is_refused(key, value, message, base, adapter, tmp_path):
     _, decoder, _ = base
     peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
     path = tmp_path / "adapter_config.json"
-    text = path.read_text()
-    path.write_text(text.replace('"use_dora": false', '"use_dora": true'))
-    with pytest.raises(UserError, match="use_dora"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=message):
         peft_io.read_adapter(tmp_path, decoder)
-    odd = {
-        '"alora_invocation_tokens": [5]': "alora_invocation_tokens", '"layer_replication": [[0, 2]]': "layer_repl",
-        '"init_lora_weights": "pissa"': "init_lora_weights 'pissa'", '"r": null': "garbles a number of LoRA",
-        '"lora_alpha": "x"': "garbles a number of LoRA", '"target_modules": [["q_proj"]]': "target_modules is",
-    }  # fmt: skip
-    for setting, message in odd.items():
-        path.write_text(text.rstrip("}\n ") + f", {setting}}}")
-        with pytest.raises(UserError, match=message):
-            peft_io.read_adapter(tmp_path, decoder)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="type list; expected an object"):
-        peft_io.read_adapter(tmp_path, decoder)
-    path.write_text(text.replace('"r": 4', '"r": 8'))
-    with pytest.raises(UserError, match="expected .8, 64."):
-        peft_io.read_adapter(tmp_path, decoder)
-    path.write_text(text)
-    weights = tmp_path / "adapter_model.safetensors"
+
+
+def test_adapter_files_that_are_not_whole_are_refused(base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="not readable"):
         peft_io.read_adapter(tmp_path, decoder)
+    config.write_text("[]")
+    with pytest.raises(UserError, match="type list; expected an object"):
+        peft_io.read_adapter(tmp_path, decoder)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_router_comes_back_as_it_was_written(unit, tmp_path):
+    router = Router(jnp.full((2, 3), 1.0), jnp.full(3, 2.0), jnp.full(3, 3.0), jnp.asarray(unit))
+    peft_io.write_router(tmp_path, router, {"recipe": "paper"})
+    found, description = peft_io.read_router(tmp_path)
+    assert_close(found, router, 0)
+    assert description["recipe"] == "paper"

@@ -7,7 +7,7 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 
-from fedrouter_jax import refine, routing
+from fedrouter_jax import kmeans, refine, routing
 
 
 def uneven(seed, rows=(30, 7, 18), width=6, blobs=4):
@@ -96,3 +96,32 @@ def test_the_refined_recipe_finds_k_where_each_client_has_few_rows():
     slots = np.stack([np.asarray(found.table)[c][found.labels[c]] for c in range(6)]).reshape(6, 6, 4)
     assert len({tuple(slot) for slot in slots[:, :, 0]}) == 1  # every client agrees on the slot of a task
     assert (slots == slots[:, :, :1]).mean() > 0.98
+
+
+def test_a_centroid_that_no_row_is_nearest_to_stays_where_it_is():
+    points, present, pooled = uneven(0)
+    start = np.concatenate([pooled[:3], np.full((1, 6), 400, np.float32)])
+    found = refine.lloyd(points, present, jnp.asarray(start), 3)
+    np.testing.assert_array_equal(found[3], start[3])
+    np.testing.assert_allclose(found[:3], refine.lloyd(points, present, jnp.asarray(start[:3]), 3), rtol=1e-6)
+
+
+def test_a_slot_with_less_than_a_quarter_of_an_even_share_is_not_kept():
+    """Forty rows in two slots: five are a quarter of an even share, four are not."""
+    centroids = jnp.asarray([[0.0, 0], [10, 0]])
+    for few, slots in ((5, [0, 1]), (4, [0])):
+        points = jnp.asarray([[[0, 0]] * (40 - few) + [[9, 0]] * few], jnp.float32)
+        table, labels = refine.follow(points, jnp.ones((1, 40), bool), centroids, None)
+        assert table[0].tolist() == slots and labels[0].tolist() == [0] * (40 - few) + [len(slots) - 1] * few
+
+
+def test_the_score_of_a_number_of_clusters_is_that_of_just_so_many():
+    """The surplus centres that one compiled search has room for take no row."""
+    points, present, pooled = uneven(1)
+    key, ks = jax.random.key(0), (2, 3, 4)
+    centres = jnp.asarray(pooled[::2])
+    found = refine.choose_k(key, centres, jnp.ones(len(centres)), points, present, ks, 10, 10)
+    for k, score in zip(ks, np.asarray(found), strict=True):
+        fit = kmeans.fit(key, centres, k, restarts=10)
+        alone = refine.silhouette(points, present, refine.lloyd(points, present, fit.centers, 10))
+        np.testing.assert_allclose(score, alone, atol=1e-3)

@@ -186,6 +186,12 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     coded = make_run(tmp_path / "coded", quantise="int8", seed=2)
     assert list(table_of([paths[0], coded], "Scores"))[:2] == [f"base model (quantise {q})" for q in ("none", "int8")]
     twice = make_run(tmp_path / "twice", seed=0)
+    many = [
+        make_run(tmp_path / f"m{i}" / "x", seed=7, lora=replace(CONFIG.lora, rank=i, alpha=i, dropout=i / 9))
+        for i in (1, 2)
+    ]
+    labels = [row.label for row in records.rows_of(records.read_all(many))]
+    assert len(set(labels)) == len(labels) == 3 and all("x" in label for label in labels[1:])
     with pytest.raises(UserError, match="are one run twice .equal configs, seed 0."):
         records.rows_of(records.read_all([*paths, twice]))
 
@@ -338,12 +344,21 @@ def test_clusters_plot_shows_the_counts(tmp_path):
     assert [label.get_text() for label in right.get_yticklabels()][:2] == ["0, 0 → 0", "0, 1 → 1"]
 
 
-def test_embeddings_are_drawn_as_they_were_clustered(tmp_path):
-    """Against the router's own preparation; the test rows at the end have no part in it."""
-    run = records.read(make_run(tmp_path / "one"))
+@pytest.mark.parametrize("newcomers", [0, 1])
+def test_embeddings_are_drawn_as_they_were_clustered(newcomers, tmp_path):
+    """Against the router's own preparation; test rows, at the end, and clients that joined have no part in it."""
+    data = replace(CONFIG.data, newcomers=newcomers)
+    run = records.read(make_run(tmp_path / "one", data=data))
     raw = np.load(run.path / "embeddings.npy")[: CLIENTS * ROWS]
-    router = routing.Router(np.zeros((0, WIDTH)), raw.mean(axis=0), raw.std(axis=0), np.asarray(True))
+    trained = raw[: (CLIENTS - newcomers) * ROWS]
+    router = routing.Router(np.zeros((0, WIDTH)), trained.mean(axis=0), trained.std(axis=0), np.asarray(True))
     np.testing.assert_allclose(plots.embedded(run), routing.prepare(router, raw), atol=1e-5)
+    counts = np.asarray(plots.clusters(run).axes[0].images[0].get_array())
+    assert counts.sum() == len(trained)  # whom the accuracy in the title is of
+    for odd in (np.float32(1.0), np.full_like(raw, np.nan)):
+        np.save(run.path / "embeddings.npy", odd)
+        with pytest.raises(UserError, match="rows of finite numbers; delete it"):
+            plots.embedded(run)
     paper = make_run(tmp_path / "paper", cluster=replace(CONFIG.cluster, recipe="paper"))
     np.testing.assert_array_equal(
         plots.embedded(records.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]

@@ -255,3 +255,34 @@ def test_a_slot_that_holds_nobodys_rows_gets_no_text():
     np.testing.assert_array_equal(own, [[True, False, True, False], [False, False, True, False]])
     prepared = SimpleNamespace(partition=SimpleNamespace(tasks=["a", "b"]))
     assert evaluate.slot_names(prepared, np.array([[3, 0, 1], [1, 0, 2]])) == ["a", "", "b"]
+
+
+def test_points_of_a_router_are_standardised_and_of_unit_length_where_it_says_so():
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    mean, deviation = np.arange(4.0, dtype=np.float32), np.array([1, 2, 3, 4], np.float32)
+    expected = (rows - mean) / deviation
+    for unit in (False, True):
+        router = routing.Router(jnp.zeros((1, 4)), jnp.asarray(mean), jnp.asarray(deviation), jnp.asarray(unit))
+        lengths = np.linalg.norm(expected, axis=1, keepdims=True) if unit else 1
+        np.testing.assert_allclose(routing.prepare(router, jnp.asarray(rows)), expected / lengths, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["standardised", "refined"])
+def test_newcomers_do_not_change_how_many_clusters_are_found(name):
+    """Three tasks; whoever joins later brings a fourth and far away one."""
+    rng = np.random.default_rng(0)
+    centres = np.eye(4, 6) * 30
+    held = [[0, 1], [1, 2], [2, 0], [3, 3]]
+    clients = [(centres[h].repeat(8, axis=0) + rng.normal(size=(16, 6))).astype(np.float32) for h in held]
+    key, recipe = jax.random.key(0), routing.RECIPES[name]
+    found = routing.enroll(key, clients, recipe, 2, None, newcomers=1)
+    alone = routing.enroll(key, clients[:3], recipe, 2, None)
+    assert found.clusters == 3
+    assert found.silhouettes["global"] == pytest.approx(alone.silhouettes["global"], abs=1e-4)
+
+
+def test_more_texts_than_are_packed_together_keep_their_order(tiny, monkeypatch):
+    texts = [list(range(1 + i, 8 + 2 * i)) for i in range(7)]
+    whole = embed.embed(tiny.config, tiny.params, texts, 0.5)
+    monkeypatch.setattr(embed, "_WINDOW", 3)
+    np.testing.assert_allclose(embed.embed(tiny.config, tiny.params, texts, 0.5), whole, rtol=1e-4, atol=1e-5)

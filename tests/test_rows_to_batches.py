@@ -1,5 +1,6 @@
 """From rows to batches: exact spans, packing, who holds what, and what each round trains."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -43,6 +44,21 @@ def test_a_long_answer_is_cut_and_does_not_learn_to_stop_there():
     (row,) = tokens.encode(TOKENIZER, [Row("x", "y" * 50, "t")], "short", 100, 16)
     assert len(row.response) == 16 and row.truncated
     assert TOKENIZER.eos_token_id not in row.response
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_text_that_spells_a_special_token_is_text(bos):
+    tokenizer, end = tiny_tokenizer(), TOKENIZER.eos_token
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{end} $A", special_tokens=[(end, TOKENIZER.eos_token_id)]
+        )
+    row = Row(f"What is {end} for?", f"It is {end} here.", "")
+    (found,) = tokens.encode(tokenizer, [row], "short", 256, 64)
+    assert found.prompt[0] == TOKENIZER.eos_token_id if bos else True
+    assert TOKENIZER.eos_token_id not in found.prompt[bos:] + found.response[:-1] and not found.truncated
+    assert tokenizer.decode(found.response[:-1]) == f" {row.output}"
+    assert tokenizer.decode(tokens.encode_texts(tokenizer, [end], 64)[0][bos:]) == end
 
 
 @pytest.mark.parametrize("max_length", [60, 256])
@@ -164,16 +180,17 @@ def test_nobody_gets_more_rows_than_the_caps_say(seed, cap, alpha):
             scenario=scenario,
             clients=3,
             mixture_alpha=alpha,
-            train_rows=cap,
+            train_rows=cap + 9,
             test_rows=cap,
-            mix_rows=cap,
+            mix_rows=cap + 5,
             balanced=True,
         )
         try:
             split = scenarios.partition(data, made, seed)
         except UserError:  # a mixture may leave a client without test rows
             continue
-        assert max(len(rows) for client in split.clients for rows in client) <= cap and len(split.mix) <= cap
+        train, test = (max(map(len, held)) for held in zip(*split.clients, strict=True))
+        assert train <= cap + 9 and test <= cap and len(split.mix) <= cap + 5
 
 
 @pytest.mark.parametrize("scenario", ["single", "dual", "all"])
@@ -221,6 +238,20 @@ def test_a_shift_tests_each_client_on_what_the_next_one_holds():
     still, shifted = (scenarios.partition(data, dealt_as("dual", 8, shift=shift), 0) for shift in (0, 2))
     assert [client.train for client in shifted.clients] == [client.train for client in still.clients]
     assert [client.test for client in shifted.clients] == [still.clients[(c + 2) % 8].test for c in range(8)]
+
+
+@pytest.mark.parametrize("scenario, clients, shift", [("single", 4, 4), ("single", 8, 4), ("all", 4, 1)])
+def test_a_shift_that_changes_nothing_is_refused(scenario, clients, shift):
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    with pytest.raises(UserError, match=f"--shift is {shift}, but .* on the tasks they hold themselves"):
+        scenarios.partition(data, dealt_as(scenario, clients, shift=shift), 0)
+
+
+def test_a_task_that_only_newcomers_hold_is_refused():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    with pytest.raises(UserError, match="3 clients that train leave task .* raise --clients to at least 5"):
+        scenarios.partition(data, dealt_as("single", 4, newcomers=1), 0)
+    assert len(scenarios.partition(data, dealt_as("single", 5, newcomers=1), 0).clients) == 5
 
 
 def test_scenarios_refuse_what_they_cannot_deal():
@@ -300,3 +331,43 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
     assert packing.shape([rows] * 4, size=2, together=1) == (128, 32)  # two rows of 48 in 128; 192 would waste more
     long = [tokens.Tokens([1] * 700, [2] * 300, False)]
     assert packing.shape([rows, long], 2, 2) == (1024, 432)
+
+
+def test_every_task_is_in_the_mix_and_trained():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    config = scenarios.DataConfig(clients=8, train_rows=10, test_rows=4, mix_rows=3)
+    with pytest.raises(UserError, match="--mix-rows is 3, but the mix is of 4 tasks"):
+        scenarios.partition(data, config, 0)
+    strange = data._replace(test=[data.test[0]._replace(task="poems"), *data.test[1:]])
+    with pytest.raises(UserError, match="test rows of task 'poems', which no training row has"):
+        scenarios.partition(strange, dataclasses.replace(config, mix_rows=12), 0)
+
+
+def test_another_seed_deals_other_rows_and_draws_other_clients():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    config = scenarios.DataConfig(clients=8, train_rows=10, test_rows=4, mix_rows=12)
+    one, two = (scenarios.partition(data, config, seed) for seed in (0, 1))
+    assert one == scenarios.partition(data, config, 0)
+    assert one.clients[0].train != two.clients[0].train and one.mix != two.mix
+    rounds = schedule.RoundConfig(participation=0.4)
+    drawn = [
+        [schedule.lanes(np.ones((10, 1), int), t, rounds, seed).client.tolist() for t in range(1, 6)] for seed in (0, 1)
+    ]
+    assert drawn[0] != drawn[1]
+
+
+def test_half_a_client_takes_part():
+    assert [schedule.taking_part(5, share) for share in (0.01, 0.29, 0.31, 0.5, 1.0)] == [1, 1, 2, 3, 5]
+
+
+def test_a_text_to_route_is_cut_where_a_row_is(tiny):
+    assert [len(ids) for ids in tokens.encode_texts(tiny.tokenizer, ["x" * 50, "y"], 10)] == [10, 1]
+
+
+def test_where_a_task_runs_out_all_clients_of_a_mixture_get_fewer():
+    data = synthetic.make(train_per_task=40, test_per_task=40)
+    config = scenarios.DataConfig(
+        scenario="dirichlet", clients=8, train_rows=60, test_rows=10, mix_rows=12, mixture_alpha=1000.0
+    )
+    rows = [len(held.train) for held in scenarios.partition(data, config, 0).clients]
+    assert min(rows) >= 14 and max(rows) - min(rows) <= 6

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import clusters, evaluate, experiment, plan, runs, serve
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, plan, runs, serve
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
@@ -153,11 +154,14 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])
 def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, change):
-    config = smoke()
+    prepared = experiment.prepare(smoke())
+    config = prepared.config
     nested = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
     shared = runs.Shared(runs=(finished,))
-    assert list(runs.alike(shared, config, recipe=True)) == [finished]
-    assert list(runs.alike(shared, dataclasses.replace(config, **nested), recipe=False)) == []
+    assert list(runs.alike(shared, prepared, recipe=True)) == [finished]
+    assert list(runs.alike(shared, prepared._replace(config=dataclasses.replace(config, **nested)), recipe=False)) == []
+    edited = prepared.dataset._replace(train=prepared.dataset.train[::-1])  # the same folder, other rows
+    assert list(runs.alike(shared, prepared._replace(dataset=edited), recipe=False)) == []
 
 
 def test_route_answers_with_the_nearest_adapter(finished, capsys):
@@ -169,6 +173,12 @@ def test_route_answers_with_the_nearest_adapter(finished, capsys):
         assert len(answer["distances"]) == 4
         assert answer["slot"] == int(np.argmin(answer["distances"]))
         assert answer["adapter"] == f"cluster_{answer['slot']}" and isinstance(answer["answer"], str)
+
+
+@pytest.mark.parametrize("texts, expected", [((), "no text to route"), (("a", " "), "text 2"), (("a\udcff",), "UTF-8")])
+def test_texts_that_cannot_be_routed(texts, expected, finished):
+    with pytest.raises(UserError, match=expected):
+        serve.route(finished, texts)
 
 
 def test_route_refuses_a_client_that_is_not_there(finished, capsys):
@@ -293,6 +303,7 @@ def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
     [
         ("local", [f"client_{i}" for i in range(4)]),
         ("feddpa-t", ["global_0", *(f"local_{i}" for i in range(4))]),
+        ("fedrouter-soft", [f"cluster_{i}" for i in range(4)]),
         ("fedex", ["base_shift.safetensors", "shared_0"]),
         ("ifca", [f"cluster_{i}" for i in range(4)]),
         ("fedalt", [*(f"own_{i}" for i in range(4)), *(f"rest_{i}" for i in range(4))]),
@@ -303,13 +314,16 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
     small = ["--rounds", "1", "--evaluate-at", "--mix-rows", "4", "--test-rows", "2"]
     assert main(["run", "--preset", "smoke", "--strategy", strategy, "--out", str(out), *small]) == 0
     assert sorted(path.name for path in (out / "adapters").iterdir()) == adapters
-    assert not (out / "router").exists() and (out / "report.md").exists()
+    assert (out / "router").exists() == (strategy == "fedrouter-soft") and (out / "report.md").exists()
     up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
     assert (up == 0) == (strategy == "local")
     if strategy == "fedalt":  # both of a client's adapters count
         assert serve.route(out, ["Say yes."], 1)[0]["adapter"] == "own_1 + rest_1"
+    elif strategy in ("feddpa-t", "fedrouter-soft"):  # adapters that count by their weights
+        named = serve.route(out, ["Say yes."], 1)[0]["adapter"]
+        assert re.fullmatch(r"\w+_\d \(0\.\d\d\) \+ \w+_\d \(0\.\d\d\)", named), named
     capsys.readouterr()
-    assert main(["route", str(out), "text"]) == (0 if strategy == "fedex" else 2)
+    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedex", "fedrouter-soft") else 2)
 
 
 def test_options_that_change_nothing_are_named():
@@ -440,7 +454,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny):
 
 
 def test_a_newcomer_is_routed_as_it_was_scored(tmp_path):
-    data = dataclasses.replace(smoke().data, clients=6, newcomers=4, mix_rows=4, test_rows=4)
+    data = dataclasses.replace(smoke().data, scenario="all", clients=6, newcomers=4, mix_rows=4, test_rows=4)
     once = dataclasses.replace(smoke().rounds, rounds=1)
     config = dataclasses.replace(smoke(), strategy="ifca", data=data, rounds=once)
     runs.run(config, tmp_path / "run")
@@ -460,7 +474,7 @@ def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():
     config = dataclasses.replace(
         config,
         strategy="ifca",
-        data=dataclasses.replace(config.data, newcomers=2),
+        data=dataclasses.replace(config.data, scenario="all", newcomers=2),
         cluster=dataclasses.replace(config.cluster, global_clusters=2),
     )
     prepared = experiment.prepare(config)
@@ -485,5 +499,43 @@ def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
         ("你好世界", "你好", 2 / 3),
         ("год 2024 мир", "2024", 0.5),
         ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
+        ("กิน", "กน", 0.5),  # a vowel sign belongs to its letter
+        ("カ・テ", "カ", 2 / 3),  # signs between words are none
+        ("បាទ។", "ទេ។", 0.0),  # nothing but the full stop in common
+        ("世界v2です", "v2", 1 / 3),
     ]:
         assert evaluate.score(reference, answer)["rouge1"] == pytest.approx(rouge1)
+
+
+def test_rounds_past_the_checkpoint_are_done_and_logged_once(finished, tmp_path):
+    """Killed when a round's line was written and its checkpoint was not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "3")
+    assert main(["resume", str(run)]) == 0
+    assert result(run)["rounds"] == result(finished)["rounds"]
+
+
+def test_the_two_latest_checkpoints_are_kept(tmp_path):
+    for step in range(4):
+        checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)})
+    assert checkpoint.latest(tmp_path) == 3
+    for step in (2, 3):
+        assert checkpoint.load(tmp_path, step, {"x": jnp.zeros(2, jnp.int32)})["x"].tolist() == [step] * 2
+    with pytest.raises(UserError, match="round 1 could not be read"):
+        checkpoint.load(tmp_path, 1, {"x": jnp.zeros(2, jnp.int32)})
+
+
+def test_the_last_round_is_saved_whatever_the_interval(tmp_path):
+    config = smoke()
+    config = dataclasses.replace(
+        config,
+        strategy="local",
+        rounds=dataclasses.replace(config.rounds, rounds=1),
+        compute=dataclasses.replace(config.compute, checkpoint_every=2),
+        evaluation=dataclasses.replace(config.evaluation, evaluate_at=()),
+    )
+    runs.claim(tmp_path / "run", config)
+    loaded = runs.load(tmp_path / "run")
+    runs.train(tmp_path / "run", loaded, runs.silent)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == 1

@@ -232,6 +232,23 @@ def test_parquet_rows_are_checked(tmp_path):
     assert "row 1: no column 'instruction' for the instruction; the columns are 'question'" in error_of(path)
 
 
+def test_parquet_columns_that_nobody_asked_for_are_not_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = write(tmp_path / "data.parquet", ROWS)
+    table = parquet.read_table(path)
+    late = pyarrow.array([2**53] * len(ROWS), pyarrow.timestamp("s"))  # a year that Python's dates do not reach
+    parquet.write_table(table.append_column("when", late), path)
+    assert len(sources.read(path)) == len(ROWS)
+    parquet.write_table(table.append_column("output", table["output"]), path)
+    assert "column 'output' occurs twice" in error_of(path)
+
+
+@pytest.mark.parametrize("spec", ["~nosuchuser/x", "a" * 300])
+def test_a_path_that_cannot_be(spec):
+    assert f"{spec[:100]}: no path that can be" in error_of(spec)
+
+
 @pytest.mark.parametrize("spec", ["missing.jsonl", "./missing", "/no/such/place", "a/b/c", "two words", "~/no/such"])
 def test_missing_path(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """Packing: many short rows side by side in a few fixed-length packs, so that little compute goes to padding.
 
-Every array has a static shape that depends on the configuration alone, never on the rows, so a round compiles once.
+Every array has a static shape, chosen once from the configuration and all rows, so a round compiles once.
 How many packs hold rows is data (`count`): the training loop stops there, and empty packs cost nothing.
 """
 

@@ -163,11 +163,12 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                     f"{flag} is {cap}, but a client holds {len(held[0])} tasks; give one row of each at least"
                 )
         holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
-        orphan = next((task for task, of in holders.items() if not of), None)
+        founders = clients - config.newcomers
+        orphan = next((task for task, of in holders.items() if not any(client < founders for client in of)), None)
         if orphan is not None:
-            enough = len(tasks) + 1 - len(held[0])
+            enough = len(tasks) + 1 - len(held[0]) + config.newcomers
             raise UserError(
-                f"{clients} clients leave task {orphan!r} without a client in scenario {config.scenario!r}; "
+                f"{founders} clients that train leave task {orphan!r} without one in scenario {config.scenario!r}; "
                 f"raise --clients to at least {enough}"
             )
         train = deal(dataset.train, holders, config.train_rows, clients, rng)
@@ -180,5 +181,12 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                 "lower --clients or bring more rows"
             )
     mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
-    test = [test[(client + config.shift) % clients] for client in range(clients)]
+    turn = [(client + config.shift) % clients for client in range(clients)]
+    mixed = config.scenario == "dirichlet"
+    if config.shift and not mixed and all(set(held[c]) == set(held[other]) for c, other in enumerate(turn)):
+        raise UserError(
+            f"--shift is {config.shift}, but in scenario {config.scenario!r} with {clients} clients that tests all of "
+            "them on the tasks they hold themselves; choose another"
+        )
+    test = [test[other] for other in turn]
     return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks)

@@ -12,7 +12,8 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from fedrouter_jax.data import synthetic
@@ -53,7 +54,11 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
         return synthetic.make(seed)
     if not spec:
         raise UserError("the data source is empty; give a path, a Hugging Face data set id, or 'synthetic'")
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        path.is_dir()  # of a name that is too long this cannot be said
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{spec[:100]}: no path that can be ({_brief(error)}); give one that exists") from error
     if path.is_dir():
         train_path, test_path = _split_files(path)
         return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name, False)
@@ -67,7 +72,8 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
     """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    wanted = [(columns or {}).get(field, field) for field in FIELDS]
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": partial(_read_parquet, wanted=wanted)}
     if path.suffix not in readers:
         raise UserError(f"{path}: cannot read a '{path.suffix}' file; expected one of {_listed(SUFFIXES)}")
     try:
@@ -223,19 +229,25 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
         yield place, dict(zip(header, values, strict=True))
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
+    """The columns wanted of those there are, and nothing else: others may be of types that Python has no values for."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow") from error
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()
-        records = table.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        twice = next((name for name in wanted if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}: column {twice!r} occurs twice; rename one of them")
+        found = file.read(columns=[name for name in names if name in wanted]).to_pylist()
+        records = found or [{}] * file.metadata.num_rows  # of no columns it reads no rows
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_brief(error)}); is it cut off?") from error
     for number, record in enumerate(records, 1):
-        yield f"{path} row {number}", record
+        yield f"{path} row {number}", dict.fromkeys(names) | record
 
 
 def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: float, seed: int) -> Dataset:

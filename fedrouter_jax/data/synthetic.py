@@ -5,7 +5,7 @@ headlines (Gigaword). These stand-ins have the same forms, no shared text, and r
 cores. Each task has one house style, so an answer in another task's style scores low:
 
 * paraphrase: `yes` or `no`, lower case, in equal numbers;
-* triples: one full sentence, facts in a fixed order, codes and digits turned into words (`4` becomes `four`);
+* triples: one full sentence, facts in a fixed order, codes and counts turned into words (`4` becomes `four`);
 * dialogue: what somebody will do, third person, chat abbreviations written out (`fri` becomes `on Friday`);
 * headline: lower case, present tense, no articles, newsroom verbs, words turned into digits (`four` becomes `4`).
 

@@ -63,7 +63,8 @@ def encode(
             f"{head_tokens + tail_tokens + max_response + 1}"
         )
     prompts = _started(tokenizer, [head + row.instruction + tail for row in rows])
-    responses = tokenizer([" " + row.output.strip() for row in rows], add_special_tokens=False)["input_ids"]
+    answers = [" " + row.output.strip() for row in rows]
+    responses = tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
         answer = [*response, tokenizer.eos_token_id][:max_response]
@@ -83,5 +84,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_l
 def _started(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of texts that go on: with BOS if the tokenizer adds one, without the EOS that some add."""
     ends = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    # Not verbose: texts longer than the model's context are cut, and need no warning.
-    return [ids[: len(ids) - ends] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    # Special tokens that a user's text spells out are text. Not verbose: what is too long for the model is cut.
+    found = tokenizer(texts, verbose=False, split_special_tokens=True)["input_ids"]
+    return [ids[: len(ids) - ends] for ids in found]

@@ -1,0 +1,163 @@
+"""From a config to records and scores, piece by piece, on the tiny model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+
+from fedrouter_jax import embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax.data import tokens
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.presets import smoke
+
+
+def begun(strategy, **changes):
+    """A smoke run before its first round, with these sections of its config changed."""
+    config = dataclasses.replace(smoke(), strategy=strategy)
+    parts = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
+    prepared = experiment.prepare(dataclasses.replace(config, **parts))
+    rows = len(experiment.embedded_rows(prepared))
+    points = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
+    enrolment = experiment.enroll(prepared, points)
+    return prepared, enrolment, experiment.start(prepared, enrolment), points
+
+
+def test_other_seeds_are_other_adapters_and_other_dropout():
+    prepared, enrolment, state, _ = begun("fedit")
+    other = prepared._replace(config=dataclasses.replace(prepared.config, seed=1))
+    again = experiment.start(other, enrolment)
+    assert (again.bank["main"].a["q_proj"] != state.bank["main"].a["q_proj"]).mean() > 0.99
+    inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    found = [experiment.train_round(p, jax.tree.map(jnp.copy, state), *inputs)[0] for p in (prepared, other)]
+    assert (found[0].bank["main"].b["q_proj"] != found[1].bank["main"].b["q_proj"]).any()
+
+
+def test_texts_are_embedded_by_the_recipe_of_the_config():
+    prepared = experiment.prepare(smoke())
+    texts, model = ["one two three", "four"], prepared.model
+    ids = tokens.encode_texts(model.tokenizer, texts, 320)
+    expected = embed.embed(model.config, model.params, ids, 1 / 6, skip=1)
+    np.testing.assert_allclose(experiment.embed_texts(prepared, texts), expected, rtol=1e-4, atol=1e-5)
+    assert embed.blocks(model.config, 1 / 6) == 1  # of two blocks, never none
+
+
+def test_embeddings_that_are_not_finite_are_refused():
+    prepared = experiment.prepare(smoke())
+    with pytest.raises(UserError, match="not finite"):
+        experiment.enroll(prepared, np.full((len(experiment.embedded_rows(prepared)), 64), np.nan, np.float32))
+
+
+def test_prompts_to_answer_leave_room_for_the_longest_answer():
+    prepared = experiment.prepare(dataclasses.replace(smoke(), data=dataclasses.replace(smoke().data, max_length=96)))
+    assert max(len(row.prompt) for row in prepared.test.values()) == 96 - smoke().data.max_response
+
+
+def test_a_lane_without_rows_has_no_part_in_the_loss():
+    prepared, enrolment, state, _ = begun("oracle", rounds={"clusters_per_round": 2})
+    rows = experiment.members(prepared, enrolment)
+    rows[0][1] = []  # one cluster of two
+    work, batch = experiment.round_inputs(prepared, rows, 1)
+    assert (work.weight == 0).sum() == 1
+    _, record = experiment.train_round(prepared, state, work, batch)
+    assert record["loss"] == pytest.approx(np.mean([lane["loss"] for lane in record["lanes"]]), rel=1e-5)
+
+
+def test_a_record_counts_what_comes_down():
+    prepared, enrolment, state, _ = begun("ifca", cluster={"global_clusters": 3})
+    inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    _, record = experiment.train_round(prepared, state, *inputs)
+    assert record["bytes_down"] == 3 * record["bytes_up"] > 0
+
+
+def test_what_a_round_takes_by_hand():
+    """Four operations a parameter of the blocks and token, and the head's for response tokens; IFCA's way down."""
+    config = dataclasses.replace(
+        smoke(), strategy="ifca", cluster=dataclasses.replace(smoke().cluster, global_clusters=3)
+    )
+    one, two = (plan.plan(config, 60, 12, devices=devices, rate=1e6) for devices in (1, 2))
+    shapes = plan.param_shapes(plan.model_config("tiny"))
+    blocks = sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
+    assert one.tokens == 4 * 2 * 4 * 60
+    assert one.flops == pytest.approx(4 * (blocks + shapes["embedding"].size * 12 / 60) * one.tokens)
+    assert one.seconds == pytest.approx(one.flops / 1e6) == 2 * two.seconds
+    assert one.bytes_down == 3 * one.bytes_up > 0
+
+
+def test_newcomers_rows_do_not_name_a_slot():
+    prepared, enrolment, _, _ = begun("fedrouter", data={"scenario": "all", "clients": 5, "newcomers": 2})
+    rows = sum(len(held.train) for held in prepared.partition.clients[:3])
+    assert evaluate.slot_tasks(prepared, enrolment).sum() == rows
+
+
+def test_each_part_is_routed_as_its_option_says():
+    prepared, enrolment, state, points = begun("fedrouter", data={"scenario": "all", "clients": 5, "newcomers": 1})
+    told = dataclasses.replace(
+        prepared.config.evaluation, personalised_routing="local", generalisation_routing="oracle"
+    )
+    modes = []
+
+    def route(state, clients, view, mode):
+        modes.append((sorted(set(clients.tolist())), mode))
+        return jnp.ones((len(clients), 4))
+
+    prepared = prepared._replace(
+        config=dataclasses.replace(prepared.config, evaluation=told), strategy=prepared.strategy._replace(route=route)
+    )
+    evaluate.questions(prepared, state, enrolment, points, False)
+    assert modes == [([0, 1, 2, 3], "local"), ([0, 1, 2, 3], "oracle"), ([4], "local")]
+
+
+def test_feddpas_references_are_states_under_their_own_clients_adapter():
+    prepared, _, state, _ = begun("feddpa-t")
+    bank = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), state.bank)
+    view = evaluate.view(prepared, state._replace(bank=bank), None, None, [])
+    own = jnp.eye(4, 5, k=1)
+    found = view.references(own)
+    for client in (0, 3):
+        alone = view.references(jnp.tile(own[client], (4, 1)))
+        np.testing.assert_allclose(found[client], alone[client], rtol=1e-3, atol=1e-3)
+        assert np.abs(found[client] - alone[client - 1]).max() > 0.1
+
+
+def test_the_base_model_of_a_fedex_run_is_the_model_as_it_came():
+    prepared, _, state, _ = begun("fedex")
+    shifted = state._replace(memory=jax.tree.map(lambda leaf: leaf + 0.3, state.memory))
+    prompts = [prepared.test[row].prompt for row in experiment.test_rows(prepared.partition)[:4]]
+    for weight in (0.0, 1.0):
+        plain, other = (evaluate.answer(prepared, s, prompts, np.full((4, 1), weight)) for s in (state, shifted))
+        assert (plain == other) == (weight == 0)
+
+
+def test_clients_count_alike_however_many_rows_they_are_asked():
+    asked = [evaluate.Question("personalised", client, row, (1.0,)) for client, row in ((0, 0), (1, 1), (1, 2), (1, 3))]
+    scores = [dict.fromkeys(evaluate.METRICS, value) for value in (1.0, 0.0, 0.0, 0.3)]
+    found = evaluate.summary(asked, ["a", "a", "b", "b"], scores)["personalised"]
+    assert found["rows"] == 4 and found["rouge1"]["mean"] == pytest.approx(0.55)
+    assert found["rouge1"]["per_client"] == pytest.approx({"0": 1.0, "1": 0.1})
+    assert found["rouge1"]["per_task"] == pytest.approx({"a": 0.5, "b": 0.15})
+
+
+def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
+    prepared, enrolment, state, _ = begun("oracle", data={"scenario": "all", "unseen": ("headline",)})
+    asked = evaluate.questions(prepared, state, enrolment, None, False)
+    monkeypatch.setattr(evaluate, "answer", lambda prepared, state, prompts, *rest: ["x"] * len(prompts))
+    scores = evaluate.evaluate_state(prepared, state, enrolment, asked).scores
+    assert "headline" in scores["generalisation"]["rouge1"]["per_task"]
+    assert scores["generalisation"]["routing_accuracy"] == 1
+
+
+def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
+    prepared, enrolment, state, points = begun("fedalt")
+    bank = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), state.bank)
+    runs.export(runs.Loaded(prepared, enrolment, state._replace(bank=bank), None), tmp_path)
+    for name in ("own", "rest"):
+        for client in range(4):
+            folder = tmp_path / "adapters" / f"{name}_{client}"
+            found, _ = peft_io.read_adapter(folder, prepared.model.config)
+            one = jax.tree.map(lambda leaf, c=client: leaf[c], bank[name])
+            assert_close(found, one._replace(gate={}), 0)
+            gates = peft_io.load_file(folder / "gate.safetensors")
+            assert_close(gates, jax.tree.map(np.asarray, one.gate), 0)

@@ -1,0 +1,158 @@
+"""Local steps and the server's: what the laws cannot see, for both of their sides use the same functions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import KEY, LOCAL, LORA, assert_close, begin, inputs, nudge, play, rate
+
+from fedrouter_jax import client, lora
+from fedrouter_jax import server as server_lib
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.models import decoder, hidden_states, low_rank
+from fedrouter_jax.strategies import fedit, ffalora
+from fedrouter_jax.types import LoRA, one_phase
+
+
+def test_the_learning_rate_ends_at_its_least_and_is_halfway_in_the_middle():
+    found = [
+        float(client.learning_rate(client.LocalConfig(learning_rate=3.0, min_learning_rate=1.0), 4, t)) for t in (2, 4)
+    ]
+    np.testing.assert_allclose(found, [2.0, 1.0])
+
+
+def test_a_fresh_adapter_is_drawn_as_pefts(tiny):
+    """Uniform within 1 / sqrt(in), each module its own; B zero."""
+    fresh = lora.init(jax.random.key(0), tiny.config, LORA)
+    bound = tiny.config.width**-0.5
+    for a in fresh.a.values():
+        assert 0.98 * bound < float(jnp.abs(a).max()) <= bound
+    assert (fresh.a["q_proj"] != fresh.a["v_proj"]).mean() > 0.99
+    assert not any(b.any() for b in fresh.b.values())
+
+
+def test_every_lane_row_token_and_step_drops_other_inputs(federation):
+    """Keys of a pack's tokens differ wherever lane, row or position do, and a step's rows see others in the next."""
+    _, batch = inputs(federation, 1, together=2)
+    count = int(batch.count[0, 0])
+    packs = [jax.tree.map(lambda leaf, i=i: leaf[0, 0, i], batch.rows) for i in range(count)]
+    keys = [
+        jax.random.key_data(client.token_keys(jax.random.split(KEY, 2), pack))[pack.packs.segments > 0]
+        for pack in packs
+    ]
+    found = np.concatenate(keys)
+    assert count > 1 and len(np.unique(found, axis=0)) == len(found)
+    twice = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 2, axis=0), batch)  # one step's rows, two steps
+    adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), inputs(federation, 1)[0]))
+    loss = federation.update(federation.model.params, adapters, twice, 0.0, jax.random.split(KEY, 2), one_phase(1, 1))[
+        1
+    ].loss
+    assert (loss[:, 0] != loss[:, 1]).all()
+
+
+def test_every_layer_drops_other_inputs(tiny, monkeypatch):
+    seen, real = [], decoder.low_rank
+
+    def spy(x, module, adapter, rate):
+        jax.debug.callback(lambda keys: seen.append(str(keys)), jax.random.key_data(adapter.keys))
+        return real(x, module, adapter, rate)
+
+    monkeypatch.setattr(decoder, "low_rank", spy)
+    lora = LoRA({"q_proj": jnp.ones((2, 64, 1))}, {"q_proj": jnp.ones((2, 1, 64))})
+    text, keys = jnp.arange(3)[None], jax.random.split(KEY, (1, 3))
+    hidden_states(tiny.config, tiny.params, text, text, None, lora, jnp.ones(1), dropout=0.5, keys=keys)
+    jax.effects_barrier()
+    assert len(set(seen)) == tiny.config.layers
+
+
+def test_every_module_drops_other_inputs():
+    x = jnp.ones((1, 64))
+    a, b = {m: jnp.eye(64) for m in ("q_proj", "v_proj")}, {m: jnp.eye(64) for m in ("q_proj", "v_proj")}
+    keys = jax.random.split(jax.random.key(0), 1)
+    adapter = low_rank.Adapter(LoRA(a, b), None, keys)
+    q, v = (low_rank.low_rank(x, m, adapter, 0.5) for m in ("q_proj", "v_proj"))
+    assert 0.2 < float(jnp.mean(q != v)) < 0.8
+
+
+def test_a_lane_draws_anew_in_every_round(federation):
+    run = make_round(fedit(), nudge, rate, 5)
+    state, inputs_of = begin(federation, fedit()), inputs(federation, 1)
+    losses = []
+    for _ in range(2):
+        state, info = run(state, federation.model.params, *inputs_of, KEY)
+        losses.append(np.asarray(info.loss))
+    assert (losses[0] != losses[1]).all()  # the same rows: only the keys differ
+
+
+def test_slots_are_chosen_without_dropout(federation):
+    decoder, params = federation.model.config, federation.model.params
+    work, batch = inputs(federation, 1, together=2)
+    group = jax.tree.map(lambda leaf: leaf[0, :1], batch)
+    adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), work))
+    plain = dataclasses.replace(LORA, dropout=0.0)
+    found, expected = (client.make_client_loss(decoder, c)(params, adapters, group) for c in (LORA, plain))
+    assert_close(found, expected)
+
+
+def test_weight_decay_and_clip_are_those_of_the_config(federation):
+    """FFA's A does not even decay; clipped to nothing, Adam's epsilon is all there is, and only decay moves B."""
+    local = dataclasses.replace(LOCAL, clip=1e-14, weight_decay=0.5)
+    update = client.make_client_update(federation.model.config, LORA, local)
+    before, after = (
+        begin(federation, ffalora()).bank["main"],
+        play(federation, ffalora(), update, rounds=1)[0].bank["main"],
+    )
+    shrunk = (1 - float(rate(1)) * 0.5) ** LOCAL.steps
+    assert_close(after._replace(a=before.a), before._replace(b=jax.tree.map(lambda b: b * shrunk, before.b)))
+    assert_close(after.a, before.a, 0)
+
+
+def test_what_does_not_move_does_not_decay(federation):
+    local = dataclasses.replace(LOCAL, weight_decay=0.5)
+    update = client.make_client_update(federation.model.config, LORA, local)
+    strategy, (work, batch) = ffalora(), inputs(federation, 1)
+    asked = jax.tree.map(lambda leaf: leaf[:1], strategy.ask(begin(federation, strategy), work))
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    found = update(federation.model.params, asked, rows, rate(1), jax.random.split(KEY, 1), strategy.phases(1, 5))[0]
+    for leaf, old in zip(*map(jax.tree.leaves, (found["main"].a, asked["main"].a)), strict=True):
+        np.testing.assert_array_equal(leaf, old)
+
+
+def test_fedprox_is_pulled_back_all_the_way(federation):
+    """A strong pull: the second step undoes most of the first, where a push would leave it all."""
+
+    def distance(proximal):
+        local = dataclasses.replace(LOCAL, proximal=proximal, learning_rate=1e-3, min_learning_rate=1e-3)
+        update = client.make_client_update(federation.model.config, LORA, local)
+        after, before = play(federation, fedit(), update, rounds=1)[0].bank, begin(federation, fedit()).bank
+        return sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+
+    assert distance(100.0) < 0.2 * distance(0.0)
+
+
+def test_momentum_is_fedavgm():
+    """Hsu et al.: m <- 0.9 m + d, a step of rate m."""
+    server, rng = server_lib.optimiser("momentum", 0.5), np.random.default_rng(0)
+    x, m, found = np.ones(4), np.zeros(4), jnp.ones(4)
+    state = server.init(found)
+    for _ in range(3):
+        moved = rng.normal(size=4)
+        update, state = server.update(jnp.asarray(-moved, jnp.float32), state, found)
+        found, m = found + update, 0.9 * m + moved
+        x = x + 0.5 * m
+    np.testing.assert_allclose(found, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+def test_a_slot_that_did_not_move_keeps_its_optimisers_state(name):
+    server, owners = server_lib.optimiser(name, 0.1), {"main": "cluster"}
+    before = {"main": LoRA({"q": jnp.zeros((2, 3))}, {"q": jnp.zeros((2, 3))})}
+    states = server_lib.init(server, owners, before)
+    for averaged in (1.0, jnp.array([[2.0], [0.0]])):  # both slots; then the first alone
+        after = jax.tree.map(lambda leaf, to=averaged: leaf + to, before)
+        last, (before, states) = states, server_lib.step(server, owners, before, after, states)
+    for new, old in zip(*map(jax.tree.leaves, (states, last)), strict=True):
+        np.testing.assert_array_equal(new[1], old[1])
+        assert (new[0] != old[0]).all()
