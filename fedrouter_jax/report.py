@@ -228,18 +228,18 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
     alone = runs[0] if len(runs) == 1 else None
     text = [f"# Run {plain(alone.path.resolve().name)}" if alone else f"# {len(runs)} runs"]
     text += ["\n".join(f"- {plain(line)}" for line in setups(rows))]
-    for table in tables(rows):
+    for number, table in enumerate(tables(rows)):
         lines = [[plain(name) for name in table.header], ["--:" if side == "right" else "---" for side in table.sides]]
         lines += [
             [f"**{plain(cell)}**" if (i, j) in table.bold else plain(cell) for j, cell in enumerate(cells)]
             for i, cells in enumerate(table.cells)
         ]
         text += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
-    text.insert(4, plain(note(rows)) + " Bold: the highest mean of a setting.")
+        text += [plain(note(rows)) + " Bold: the highest mean of a setting."] if number == 0 else []
     text += ["## Plots", "\n\n".join(f"![{path.stem}]({link(path, to)})" for path in pictures)] if pictures else []
     text += samples(alone) if alone else []
-    held = [(run, path) for run in runs for path in ([run.path / name for name in FILES] if alone else [run.path])]
-    links = [f"- [{plain(path.name or str(path))}]({link(path, to)})" for _, path in held if path.exists()]
+    paths = [alone.path / name for name in FILES] if alone else [run.path for run in runs]
+    links = [f"- [{plain(path.name or str(path))}]({link(path, to)})" for path in paths if path.exists()]
     text += ["## Files" if alone else "## Runs", "\n".join(links)]
     return "\n\n".join(text) + "\n"
 
