@@ -28,7 +28,7 @@ from rich.console import Console
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, files, lora
-from fedrouter_jax.data import packing
+from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import map_groups
@@ -168,10 +168,9 @@ def rows_of_a_turn(decoder: DecoderConfig, options: Limit) -> tuple[packing.Batc
     clients = [rows for steps in drawn for step in steps for rows in step]
     time, predicted = packing.shape(clients, options.batch, options.lanes)
     packs = options.lanes * options.batch
-    batches = [[packing.batch(step, packs, time, predicted) for step in steps] for steps in drawn]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *[
-        jax.tree.map(lambda *leaves: np.stack(leaves), *steps) for steps in batches
-    ])  # fmt: skip
+    batch = schedule.stack(
+        [schedule.stack([packing.batch(step, packs, time, predicted) for step in steps]) for steps in drawn]
+    )
     return batch, sum(row.length for rows in clients for row in rows)
 
 
