@@ -17,11 +17,11 @@ from fedrouter_jax.errors import UserError
 
 
 def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
-    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`. An adapter
-    that counts less than fully is named with its weight.
+    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`.
 
-    `client` routes among that client's own clusters (or to its own adapter); None among all. `distances` are to all
-    centroids, empty for strategies without a router.
+    `client` routes among that client's own clusters (or to its own adapter); None among all. `adapter` names all that
+    count, with a weight where that is not 1; `slot` is the first of most weight. `distances` are to all centroids,
+    empty for strategies without a router.
     """
     if not texts:
         raise UserError(f'no text to route; give one or more in quotes: fedrouter route {run} "Summarise: ..."')
