@@ -32,7 +32,7 @@ from fedrouter_jax.types import LoRA
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
 # How far a side may be from the published flow: embeddings by this much of the largest number, losses as they are. A
-# model that is in bfloat16 altogether rounds logits and loss as well, to three digits: of a few short answers that shows.
+# model that is in bfloat16 altogether rounds its loss too, to three digits: of a few short answers that shows.
 ALIKE = {
     "embeddings": {"ours": 1e-3, "best effort": 1e-3, "ours, mixed": 3e-2, "best effort, bf16": 3e-2},
     "losses": {"ours": 1e-2, "best effort": 1e-2, "ours, mixed": 1e-1, "best effort, bf16": 2e-1},
