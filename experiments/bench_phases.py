@@ -174,8 +174,7 @@ def setting(data: str, load: Load) -> Config:
 
 def fresh(prepared: Prepared) -> LoRA:
     """An adapter as training starts from."""
-    decoder, config = prepared.model.config, prepared.config.lora
-    return lora.init(jax.random.key(0), decoder, config)
+    return lora.init(jax.random.key(0), prepared.model.config, prepared.config.lora)
 
 
 def spread(values: list, count: int) -> list:

@@ -215,15 +215,16 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
 
 def idle(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
-    clustered = strategy(config, None).enrolling == "clustering"
+    default, data, rounds = Config(), config.data, config.rounds
+    clusters = strategy(config, None).enrolling == "clustering"
+    turns = clusters or config.strategy == "oracle"
+    rate = rounds.server_rate != default.rounds.server_rate
+    alpha = data.mixture_alpha != default.data.mixture_alpha
     set_for_nothing = {
-        "--server-rate (--server average has none)": config.rounds.server == "average"
-        and config.rounds.server_rate != 1,
-        "--mixture-alpha (of --scenario dirichlet)": config.data.scenario != "dirichlet"
-        and config.data.mixture_alpha != 0.5,
-        f"--local-clusters ({config.strategy} clusters no rows)": config.cluster.local_clusters and not clustered,
-        f"--turns ({config.strategy} clusters no rows)": config.rounds.turns != "own"
-        and not (clustered or config.strategy == "oracle"),
+        "--server-rate (--server average has none)": rate and rounds.server == "average",
+        "--mixture-alpha (of --scenario dirichlet)": alpha and data.scenario != "dirichlet",
+        f"--local-clusters ({config.strategy} clusters no rows)": config.cluster.local_clusters and not clusters,
+        f"--turns ({config.strategy} clusters no rows)": rounds.turns != default.rounds.turns and not turns,
     }
     return [option for option, found in set_for_nothing.items() if found]
 

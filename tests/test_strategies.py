@@ -37,9 +37,8 @@ def test_clusters_of_clients_start_from_what_the_first_round_made():
     server = [jnp.array([7.0, 3.0])] * 2
     state = FederationState(jnp.ones((), int), bank, jnp.zeros((2, 1), int), (jnp.eye(2), jnp.ones(2)), server)
     found = clustered().regroup(state)
-    assert [leaf.ravel().tolist() for leaf in jax.tree.leaves((found.bank, found.server))] == [
-        [v, v] for v in (5, 6, 7, 7)
-    ]
+    leaves = [leaf.ravel().tolist() for leaf in jax.tree.leaves((found.bank, found.server))]
+    assert leaves == [[value, value] for value in (5, 6, 7, 7)]
 
 
 def test_in_ifcas_first_round_clients_train_the_slot_they_were_dealt(federation):

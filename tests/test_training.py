@@ -17,10 +17,8 @@ from fedrouter_jax.types import LoRA, one_phase
 
 
 def test_the_learning_rate_ends_at_its_least_and_is_halfway_in_the_middle():
-    found = [
-        float(client.learning_rate(client.LocalConfig(learning_rate=3.0, min_learning_rate=1.0), 4, t)) for t in (2, 4)
-    ]
-    np.testing.assert_allclose(found, [2.0, 1.0])
+    config = client.LocalConfig(learning_rate=3.0, min_learning_rate=1.0)
+    np.testing.assert_allclose([float(client.learning_rate(config, 4, t)) for t in (2, 4)], [2.0, 1.0])
 
 
 def test_a_fresh_adapter_is_drawn_as_pefts(tiny):
@@ -38,17 +36,13 @@ def test_every_lane_row_token_and_step_drops_other_inputs(federation):
     _, batch = inputs(federation, 1, together=2)
     count = int(batch.count[0, 0])
     packs = [jax.tree.map(lambda leaf, i=i: leaf[0, 0, i], batch.rows) for i in range(count)]
-    keys = [
-        jax.random.key_data(client.token_keys(jax.random.split(KEY, 2), pack))[pack.packs.segments > 0]
-        for pack in packs
-    ]
-    found = np.concatenate(keys)
+    lanes = jax.random.split(KEY, 2)
+    keys = [jax.random.key_data(client.token_keys(lanes, pack)) for pack in packs]
+    found = np.concatenate([key[pack.packs.segments > 0] for key, pack in zip(keys, packs, strict=True)])
     assert count > 1 and len(np.unique(found, axis=0)) == len(found)
     twice = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 2, axis=0), batch)  # one step's rows, two steps
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), inputs(federation, 1)[0]))
-    loss = federation.update(federation.model.params, adapters, twice, 0.0, jax.random.split(KEY, 2), one_phase(1, 1))[
-        1
-    ].loss
+    loss = federation.update(federation.model.params, adapters, twice, 0.0, lanes, one_phase(1, 1))[1].loss
     assert (loss[:, 0] != loss[:, 1]).all()
 
 
@@ -100,10 +94,8 @@ def test_weight_decay_and_clip_are_those_of_the_config(federation):
     """FFA's A does not even decay; clipped to nothing, Adam's epsilon is all there is, and only decay moves B."""
     local = dataclasses.replace(LOCAL, clip=1e-14, weight_decay=0.5)
     update = client.make_client_update(federation.model.config, LORA, local)
-    before, after = (
-        begin(federation, ffalora()).bank["main"],
-        play(federation, ffalora(), update, rounds=1)[0].bank["main"],
-    )
+    before = begin(federation, ffalora()).bank["main"]
+    after = play(federation, ffalora(), update, rounds=1)[0].bank["main"]
     shrunk = (1 - float(rate(1)) * 0.5) ** LOCAL.steps
     assert_close(after._replace(a=before.a), before._replace(b=jax.tree.map(lambda b: b * shrunk, before.b)))
     assert_close(after.a, before.a, 0)

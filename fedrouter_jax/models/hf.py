@@ -81,12 +81,12 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
             shapes = [list(s[::-1] if place.transposed else s) for s in (found.shape, target.shape)]
             raise UserError(f"the tensor {name} has shape {shapes[0]}; expected {shapes[1]} by its configuration")
         target[...] = found
-    if config.tied and "lm_head.weight" in names:
-        if not np.array_equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
-            raise UserError(
-                "the configuration ties the head to the embedding, but the weights hold two different ones; expected "
-                "equal ones: set tie_word_embeddings false in config.json to keep both"
-            )
+    both = config.tied and "lm_head.weight" in names
+    if both and not np.array_equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
+        raise UserError(
+            "the configuration ties the head to the embedding, but the weights hold two different ones; expected equal "
+            "ones: set tie_word_embeddings false in config.json to keep both"
+        )
     return jax.tree.map(jnp.asarray, params)
 
 
