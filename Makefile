@@ -35,6 +35,10 @@ lint: .venv/dev
 
 .venv/dev: .venv/demo requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	# The compiler for TPUs that this JAX asks for, apart: JAX looks for a TPU wherever it can import it.
+	wanted=$$($(BIN)/python -c 'import importlib.metadata as m; print(*[r for r in m.requires("jax") if "libtpu" in r])') && \
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/tpu "$${wanted%%;*}" \
+	|| echo "there is no compiler for TPUs to be had; its test will be skipped"
 	touch $@
 
 clean:

@@ -206,6 +206,8 @@ def fold_groups(
 
         return chunk(sums, cut(lanes, each), cut(batches, 1))
 
+    if size == groups:  # a loop of one turn is compiled, and run, twice for a TPU (docs/log.md)
+        return at(start, 0, groups)
     sums, reports = jax.lax.scan(lambda sums, i: at(sums, i * size, size), start, jnp.arange(whole))
     reports = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
     if groups > whole * size:

@@ -38,7 +38,12 @@ def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
 
 
 def put(leaf: Array, sharding: NamedSharding) -> Array:
-    """An array of this process where the sharding says; of several processes each gives its devices' parts."""
+    """An array of this process where the sharding says; of several processes each gives its devices' parts.
+
+    An abstract array is one that lies there.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     # `device_put` of an array on one device to one device each of several processes leaves an unusable array (0.10).

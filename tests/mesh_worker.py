@@ -13,8 +13,6 @@ instead, and prints the largest difference of embeddings and the share of equal 
 import dataclasses
 import functools
 import json
-import math
-import re
 import sys
 from pathlib import Path
 
@@ -28,6 +26,7 @@ if "process" in ASKED:
 
 from jax.experimental.multihost_utils import process_allgather
 
+from experiments import hlo
 from fedrouter_jax import checkpoint, client, evaluate, experiment, mesh
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
@@ -55,23 +54,6 @@ def begin(strategy, quantise):
     return prepared, experiment.start(prepared, enrolment), experiment.members(prepared, enrolment)
 
 
-def traffic(program: str) -> dict[str, int]:
-    """Bytes that the collectives of a compiled program give each device; those in loops count as "in a loop"."""
-    found: dict[str, int] = {}
-    width = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
-    for computation in re.split(r"\n}\n", program):
-        for shapes, operation in re.findall(
-            r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", computation
-        ):
-            size = sum(
-                width[kind] * math.prod(int(n) for n in axes.split(",") if n)
-                for kind, axes in re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", shapes)
-            )
-            name = operation if "ENTRY" in computation else "in a loop"
-            found[name] = found.get(name, 0) + size
-    return found
-
-
 def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, load=None, save=None):
     """The bank after the rounds `first` to `last`, on every process, and how many programs were compiled."""
     prepared, state, members = begin(strategy, quantise)
@@ -89,7 +71,7 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
         rows_of_devices = on.shape["clients"] if on else 1
         batch = schedule.batches(work, members, t, LOCAL.steps, LOCAL.batch, *prepared.pack, 0, 2, rows_of_devices)
         inputs = (state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
-        sent = traffic(run.lower(*inputs).compile().as_text()) if on and "process" not in ASKED else {}
+        sent = hlo.traffic(run.lower(*inputs).compile().as_text()) if on and "process" not in ASKED else {}
         state, info = run(*inputs)
         assert np.isfinite(np.asarray(info.loss)).all()  # every process may read it
     if save:

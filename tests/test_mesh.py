@@ -34,7 +34,9 @@ def flags(devices: int) -> str:
 
 def work_on(devices: int, *asked: dict) -> list[dict]:
     """Workers with so many fake devices each, side by side; what the first one printed."""
-    environment = {**os.environ, "XLA_FLAGS": flags(devices), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ, "XLA_FLAGS": flags(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(WORKER.parents[1])
+    }  # fmt: skip
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), json.dumps(each)], env=environment, text=True,

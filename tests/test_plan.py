@@ -8,43 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import bank, client, experiment, plan
+from experiments import programs
+from fedrouter_jax import bank, experiment, plan
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import server as server_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config
-from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.data.schedule import RoundConfig
-from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, model_config
 from fedrouter_jax.models.decoder import param_shapes
-from fedrouter_jax.models.matrices import as_bits
-from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.types import Work
 
 SMOLLM = plan.SHAPES["smollm2-135m"]
-
-
-def compiled(federation, pack, groups, at_once):
-    """Bytes of a compiled round: arguments, results that are no arguments, and temporary room."""
-    decoder, config, strategy, state = federation
-    update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
-    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server)
-    lanes = groups * pack.lanes
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    lead = (groups, config.local.steps)
-    rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
-    work = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32))
-    base = jax.eval_shape(as_bits, stored_shapes(param_shapes(decoder, config.dtype), config.quantise))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    found = run.lower(state, base, work, Batch(rows, ints(*lead)), key).compile().memory_analysis()
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + fresh
 
 
 WIDE = dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6)
@@ -74,14 +51,7 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     strategy = config_lib.strategy(config, clusters)
     federation = plan.federation(decoder, config, strategy, clusters)
     found = plan.memory(federation, pack, groups, at_once)
-    exact = compiled(federation, pack, groups, at_once)
-    print(
-        name,
-        {k: round(v / 1e6) for k, v in found._asdict().items()},
-        round(found.total / 1e6),
-        round(exact / 1e6),
-        found.total / exact,
-    )
+    exact = programs.held(programs.round_of(federation, pack, groups, at_once).compile())
     assert found.total == pytest.approx(exact, rel=0.15)
 
 

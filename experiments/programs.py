@@ -1,0 +1,93 @@
+"""The programs of a run from abstract arrays, lowered for the device here or for devices that are only described."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedrouter_jax import client, embed, generate, lora, mesh, models, plan, routing
+from fedrouter_jax import server as server_lib
+from fedrouter_jax.data.packing import Batch, Packs
+from fedrouter_jax.federation import make_round
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.matrices import as_bits
+from fedrouter_jax.models.quantise import stored_shapes
+from fedrouter_jax.types import Array, PyTree, Work
+
+_PACKS = 16  # of texts or prompts at once, the default on an accelerator
+_WHOLE = P()
+
+
+def held(program: jax.stages.Compiled) -> int:
+    """Bytes of a device that a program needs: arguments, results that are no arguments, temporary room, itself."""
+    sizes = program.memory_analysis()
+    fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + fresh + sizes.generated_code_size_in_bytes
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    """An abstract array of int32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def base_of(federation: plan.Federation, on: Mesh | None) -> PyTree:
+    """The base's abstract parameters, on a mesh or as they lie on a CPU."""
+    base = stored_shapes(param_shapes(federation.decoder, federation.config.dtype), federation.config.quantise)
+    return jax.eval_shape(as_bits, base) if on is None else mesh.place_base(on, base)
+
+
+def round_of(
+    federation: plan.Federation, pack: plan.Pack, groups: int, at_once: int, on: Mesh | None = None
+) -> jax.stages.Lowered:
+    """A round of so many groups of lanes, lowered for the devices of a mesh, by default for the one here."""
+    decoder, config, strategy, state = federation
+    update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
+    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
+    several = on if on is not None and on.size > 1 else None
+    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, mesh=several)
+    lanes, lead = groups * pack.lanes, (groups, config.local.steps)
+    rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
+    work, batch = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32)), Batch(rows, ints(*lead))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if on is not None:
+        state = mesh.place_state(on, strategy, state)
+        batch = everywhere(on, batch, P(mesh.CLIENTS))
+        work, key = everywhere(on, (work, key))
+    return run.lower(state, base_of(federation, on), work, batch, key)
+
+
+def phases(federation: plan.Federation, time: int, clusters: int, on: Mesh) -> dict[str, jax.stages.Lowered]:
+    """Embedding texts, reading prompts and writing answers, lowered: packs of `time` tokens, an adapter a cluster."""
+    decoder, config = federation.decoder, federation.config
+    recipe = routing.RECIPES[config.cluster.recipe]
+    base = base_of(federation, on)
+    rows, pages = config.compute.rows_at_once, 2 * config.compute.rows_at_once
+    slots = jax.eval_shape(lora.concatenate, plan.asked(federation, clusters)["main"])
+    gates = jax.ShapeDtypeStruct((rows, clusters * config.lora.rank), jnp.float32)
+
+    def start() -> generate.Answering:
+        dealt, new = jnp.zeros(pages, jnp.int32), config.data.max_response
+        cache = models.empty_cache(decoder, rows, dealt, dealt, new, base["embedding"].dtype)
+        return generate.Answering(cache, jnp.zeros(rows, jnp.int32), jnp.zeros((rows, new), jnp.int32))
+
+    def packs(*lead: int) -> Array:
+        return ints(*lead, _PACKS, time)
+
+    state, slots, gates = everywhere(on, (jax.eval_shape(start), slots, gates))
+    turns = -(-rows // _PACKS)
+    here, turn, owner, lengths, dealt, few = everywhere(
+        on, (Packs(*[packs()] * 3), Packs(*[packs(turns)] * 3), packs(turns), ints(rows), (ints(pages),) * 2, ints())
+    )
+    layers = None if recipe.depth is None else embed.blocks(decoder, recipe.depth)
+    return {
+        "embedding": embed.pooled.lower(decoder, base, here, None, None, layers, False, recipe.skip),
+        "reading": generate.read.lower(decoder, base, turn, owner, few, lengths, dealt, state, slots, gates, stop=0),
+        "writing": generate.write.lower(decoder, base, few, state, slots, gates, stop=0),
+    }
+
+
+def everywhere(on: Mesh, tree: PyTree, spec: P = _WHOLE) -> PyTree:
+    """Abstract arrays on a mesh: whole on every device, or as the spec says."""
+    return jax.tree.map(lambda leaf: mesh.put(leaf, NamedSharding(on, spec)), tree)

@@ -1,0 +1,69 @@
+"""Programs compiled for accelerators that are not here, by their own compilers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import hlo
+
+LIBTPU = Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no compiler for TPUs beside the environment (make test installs it)")
+def test_a_federation_compiles_for_a_tpu_and_for_four(tmp_path):
+    """A round, embedding, reading and writing; the round trains once, whatever the compiler makes of its loops."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "experiments.ahead", "--smoke", "--out", str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    one, four = json.loads((tmp_path / "ahead.json").read_text())["rows"]
+    assert not one["sent"] and four["sent"]["all-reduce"] > 0 and four["sent"]["in a loop"] > 0
+    for row in (one, four):
+        assert min(row[name] for name in ("round", "embedding", "reading", "writing")) > 0
+    assert one["loops_of_steps"] == four["loops_of_steps"] == 1
+    assert "| TPU v5e | small |" in (tmp_path / "ahead.md").read_text()
+
+
+def test_a_program_is_read_with_the_turns_of_its_loops():
+    def program(x, turns):
+        def layers(x, _):
+            return jnp.tanh(x @ x), None
+
+        def visit(_, x):
+            return jax.lax.scan(layers, x, length=7)[0]
+
+        return jax.lax.fori_loop(0, turns, visit, x)
+
+    text = jax.jit(program).lower(jnp.ones((8, 8)), 3).compile().as_text()
+    found = {loops for line, loops in hlo.instructions(text) if " dot(" in line or "__onednn" in line}
+    assert found == {(None, 7)}
+
+
+def test_bytes_and_cycles_are_added_up():
+    """By hand: 4 turns of a loop of 10 cycles that gathers 2 x 3 of bfloat16, and a sum of 5 of float32 behind it."""
+    text = """HloModule made
+%body (a: (s32[], bf16[2,3])) -> (s32[], bf16[2,3]) {
+  %b = bf16[2,3]{1,0} all-gather(%a), backend_config={"estimated_cycles":"10"}
+}
+%condition (c: (s32[], bf16[2,3])) -> pred[] {
+  %four = s32[] constant(4)
+  ROOT %less = pred[] compare(%i, %four), direction=LT
+}
+%inner (d: f32[5]) -> f32[5] {
+  %e = f32[5]{0} all-reduce-start(%d), to_apply=%body.sum, backend_config={"estimated_cycles":"3"}
+}
+%body.sum (x: f32[], y: f32[]) -> f32[] {
+  ROOT %z = f32[] add(%x, %y)
+}
+ENTRY %main (p: f32[5]) -> f32[5] {
+  %w = (s32[], bf16[2,3]) while(%t), condition=%condition, body=%body
+  ROOT %f = f32[5]{0} call(%p), to_apply=%inner, backend_config={"estimated_cycles":"100"}
+}
+"""
+    assert hlo.traffic(text) == {"in a loop": 12, "all-reduce": 20}
+    assert hlo.cycles(text) == 4 * 10 + 3 + 100
