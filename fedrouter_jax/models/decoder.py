@@ -279,13 +279,14 @@ def decode_step(
     hidden, (k, v) = Decoder(config, keep_kv=True).apply(
         {"params": params}, tokens, positions, None, lora, gates, None, cache
     )
-    slot = cache.written % cache.new_k.shape[-2]
-    # One write after the layers: a loop that carries the cache updates it in place.
-    return hidden, cache._replace(
-        new_k=cache.new_k.at[:, :, :, slot].set(stored(k, cache)),
-        new_v=cache.new_v.at[:, :, :, slot].set(stored(v, cache)),
-        written=cache.written + 1,
-    )
+    slot = jax.lax.rem(cache.written, cache.new_k.shape[-2])
+
+    def write(new, part):
+        # After the layers, and a slice, not a scatter: a loop that carries the cache updates it in place.
+        part = stored(part, cache)[:, :, :, None]
+        return jax.lax.dynamic_update_slice(new, part, (0, 0, 0, slot, 0), allow_negative_indices=False)
+
+    return hidden, cache._replace(new_k=write(cache.new_k, k), new_v=write(cache.new_v, v), written=cache.written + 1)
 
 
 def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
