@@ -127,7 +127,7 @@ CASES = [
     Case("H100", "llama-3.1-8b", quantise="nf4", remat=True),
     Case("H100", "llama-3.1-70b", 8, 8, remat=True),
 ]
-SMALL = DecoderConfig(512, 64, 2, 4, 2, 16, 128)  # for --smoke
+SMALL = DecoderConfig(512, 128, 2, 8, 4, 16, 256)  # for --smoke
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def markdown(found: dict) -> str:
     for row in found["rows"]:
         sizes = [f"{row[name] / GIB:.2f}" for name in ("planned", "round")]
         others = [f"{row[name] / GIB:.2f}" for name in ("embedding", "reading", "writing")]
-        inside = row["sent"].get("in a loop", 0)
+        inside = sum(size for name, size in row["sent"].items() if name.endswith("in loops"))
         sent = sum(row["sent"].values()) - inside
         peak = f"{100 * row['share_of_peak']:.0f} %" if "share_of_peak" in row else ""
         cells = [

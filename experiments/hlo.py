@@ -52,7 +52,7 @@ def instructions(text: str) -> Iterator[tuple[str, tuple[int | None, ...]]]:
 
 
 def traffic(text: str) -> dict[str, int]:
-    """Bytes that the collectives of a program give each device, by operation; of those in loops as "in a loop"."""
+    """Bytes that the collectives of a program give each device, by operation; those "in loops" count once a turn."""
     found: dict[str, int] = {}
     for line, loops in instructions(text):
         for shapes, operation in _COLLECTIVE.findall(line):
@@ -60,7 +60,7 @@ def traffic(text: str) -> dict[str, int]:
                 _WIDTHS[kind] * math.prod(int(n) for n in axes.split(",") if n)
                 for kind, axes in re.findall(rf"({'|'.join(_WIDTHS)})\[([\d,]*)\]", shapes)
             )
-            name = "in a loop" if loops else operation
+            name = f"{operation} in loops" if loops else operation
             found[name] = found.get(name, 0) + size
     return found
 

@@ -22,7 +22,7 @@ def test_a_federation_compiles_for_a_tpu_and_for_four(tmp_path):
     command = [sys.executable, "-m", "experiments.ahead", "--smoke", "--out", str(tmp_path)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     one, four = json.loads((tmp_path / "ahead.json").read_text())["rows"]
-    assert not one["sent"] and four["sent"]["all-reduce"] > 0 and four["sent"]["in a loop"] > 0
+    assert not one["sent"] and four["sent"]["all-reduce"] > 0 and four["sent"]["all-reduce in loops"] > 0
     for row in (one, four):
         assert min(row[name] for name in ("round", "embedding", "reading", "writing")) > 0
     assert one["loops_of_steps"] == four["loops_of_steps"] == 1
@@ -65,5 +65,5 @@ ENTRY %main (p: f32[5]) -> f32[5] {
   ROOT %f = f32[5]{0} call(%p), to_apply=%inner, backend_config={"estimated_cycles":"100"}
 }
 """
-    assert hlo.traffic(text) == {"in a loop": 12, "all-reduce": 20}
+    assert hlo.traffic(text) == {"all-gather in loops": 12, "all-reduce": 20}
     assert hlo.cycles(text) == 4 * 10 + 3 + 100

@@ -53,6 +53,11 @@ def _scores(q: Array, k: Array, mask: Array, start: int, end: int) -> tuple[Arra
     return tile, jnp.where(seen, scores, -jnp.inf)
 
 
+def _add(total: Array, part: Array) -> Array:
+    """A part of the first keys added to the sum of all."""
+    return jax.lax.dynamic_update_slice(total, total[:, :, : part.shape[2]] + part, (0, 0, 0, 0))
+
+
 @jax.custom_vjp
 def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """q, result [batch, kv_head, group, time, head_dim]; k, v [batch, kv_head, time, head_dim]."""
@@ -83,11 +88,11 @@ def _attention_backward(kept, gradient):
         tile, scores = _scores(q, k, mask, start, end)
         weights = jnp.exp(scores - total)
         above = gradient[:, :, :, start:end].reshape(tile.shape)
-        dv = dv.at[:, :, :end].add(product32("bkqs,bkqd->bksd", weights.astype(v.dtype), above))
+        dv = _add(dv, product32("bkqs,bkqd->bksd", weights.astype(v.dtype), above))
         slopes = product32("bkqd,bksd->bkqs", above, v[:, :, :end])
         slopes -= level[:, :, :, start:end].reshape(*tile.shape[:3], 1)
         slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(k.dtype)
-        dk = dk.at[:, :, :end].add(product32("bkqs,bkqd->bksd", slopes, tile))
+        dk = _add(dk, product32("bkqs,bkqd->bksd", slopes, tile))
         dq.append(product32("bkqs,bksd->bkqd", slopes, k[:, :, :end]).reshape(*q.shape[:3], -1, q.shape[-1]))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
