@@ -67,8 +67,10 @@ class Target(NamedTuple):
 
     def devices(self) -> list:
         """The devices of the topology, which nobody can run anything on."""
-        options = {"target_config": H100} if self.platform == "cuda" else {}
-        return topologies.get_topology_desc(self.topology, self.platform, **options).devices
+        if self.platform == "cuda":
+            options = {"platform": "cuda", "topology": self.topology, "target_config": H100}
+            return topologies.get_topology_desc(**options).devices
+        return topologies.get_topology_desc(self.topology, self.platform).devices
 
 
 # What CUDA reports of the device (NVIDIA's data sheet and programming guide, compute capability 9.0).
@@ -156,15 +158,15 @@ def main(options: Ahead) -> None:
                 f"the compiler for {platform} is missing ({module}); the top of experiments/ahead.py says how to "
                 "install it, and --targets leaves devices out"
             )
+    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     console, rows = Console(stderr=True), []
     for case in cases:
         rows.append({**case._asdict(), "base": case.base, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()
-    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
-    found = {"jax": jax.__version__, "rows": rows}
-    files.write(out / "ahead.json", json.dumps(found, indent=1) + "\n")
-    files.write(out / "ahead.md", markdown(found))
+        found = {"jax": jax.__version__, "rows": rows}
+        files.write(out / "ahead.json", json.dumps(found, indent=1) + "\n")
+        files.write(out / "ahead.md", markdown(found))
     show_markdown(out / "ahead.md")
 
 

@@ -70,6 +70,6 @@ def cycles(text: str) -> int:
     total = 0
     for line, loops in instructions(text):
         expected = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if expected:
+        if expected and int(expected[1]) < 2**62:  # the largest integer stands for what it has no idea of
             total += int(expected[1]) * math.prod(turns or 1 for turns in loops)
     return total

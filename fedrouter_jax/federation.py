@@ -190,12 +190,13 @@ def fill(work: Work, keys: Array, groups: int) -> tuple[Work, Array]:
 def fold_groups(
     chunk: Callable[..., tuple[PyTree, PyTree]], start: PyTree, lanes: PyTree, batches: Any, at_once: int | None
 ) -> tuple[PyTree, PyTree]:
-    """`chunk(sums, lanes, batches) -> (sums, report)` over chunks of `at_once` groups: the last sums, all reports.
+    """`chunk(sums, lanes, batches) -> (sums, report)` over even chunks of up to `at_once` groups: all sums and reports.
 
     `lanes` has leaves `[lane, ...]`, as many in every group, and so have the reports.
     """
     groups = jax.tree.leaves(batches)[0].shape[0]
-    each, size = jax.tree.leaves(lanes)[0].shape[0] // groups, min(at_once or groups, groups)
+    each = jax.tree.leaves(lanes)[0].shape[0] // groups
+    size = -(-groups // -(-groups // min(at_once or groups, groups)))
     whole = groups // size
 
     def at(sums, first, count):
@@ -206,10 +207,11 @@ def fold_groups(
 
         return chunk(sums, cut(lanes, each), cut(batches, 1))
 
-    if size == groups:  # a loop of one turn is compiled, and run, twice for a TPU (docs/log.md)
-        return at(start, 0, groups)
-    sums, reports = jax.lax.scan(lambda sums, i: at(sums, i * size, size), start, jnp.arange(whole))
-    reports = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
+    if whole == 1:  # a loop of one turn is compiled, and run, twice for several TPUs (docs/log.md)
+        sums, reports = at(start, 0, size)
+    else:
+        sums, reports = jax.lax.scan(lambda sums, i: at(sums, i * size, size), start, jnp.arange(whole))
+        reports = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
     if groups > whole * size:
         sums, last = at(sums, whole * size, groups - whole * size)
         reports = jax.tree.map(lambda *parts: jnp.concatenate(parts), reports, last)
