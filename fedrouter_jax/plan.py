@@ -202,9 +202,10 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
 
 
 def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> int:
-    """The most groups of lanes, of `groups` on a device, that may run at once in `limit` bytes; 1 where none fits."""
+    """How many of `groups` groups of lanes on a device run at once in `limit` bytes: even chunks; 1 where none fits."""
     one, two = (memory(federation, pack, groups, at_once, spread).total for at_once in (1, 2))
-    return int(min(groups, max(1, 1 + (limit - one) // (two - one))))
+    most = int(min(groups, max(1, 1 + (limit - one) // (two - one))))
+    return -(-groups // -(-groups // most))
 
 
 def plan(
