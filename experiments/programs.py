@@ -45,8 +45,9 @@ def round_of(
     decoder, config, strategy, state = federation
     update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
+    loss = client.make_client_loss(decoder, config.lora)
     several = on if on is not None and on.size > 1 else None
-    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, mesh=several)
+    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, loss, several)
     lanes, lead = groups * pack.lanes, (groups, config.local.steps)
     rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
     work, batch = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32)), Batch(rows, ints(*lead))
@@ -77,14 +78,14 @@ def phases(federation: plan.Federation, time: int, clusters: int, on: Mesh) -> d
 
     state, slots, gates = everywhere(on, (jax.eval_shape(start), slots, gates))
     turns = -(-rows // _PACKS)
-    here, turn, owner, lengths, dealt, few = everywhere(
+    here, turn, owner, lengths, dealt, number = everywhere(
         on, (Packs(*[packs()] * 3), Packs(*[packs(turns)] * 3), packs(turns), ints(rows), (ints(pages),) * 2, ints())
     )
     layers = None if recipe.depth is None else embed.blocks(decoder, recipe.depth)
     return {
         "embedding": embed.pooled.lower(decoder, base, here, None, None, layers, False, recipe.skip),
-        "reading": generate.read.lower(decoder, base, turn, owner, few, lengths, dealt, state, slots, gates, stop=0),
-        "writing": generate.write.lower(decoder, base, few, state, slots, gates, stop=0),
+        "reading": generate.read.lower(decoder, base, turn, owner, number, lengths, dealt, state, slots, gates, stop=0),
+        "writing": generate.write.lower(decoder, base, number, state, slots, gates, stop=0),
     }
 
 

@@ -189,6 +189,11 @@ def fill(work: Work, keys: Array, groups: int) -> tuple[Work, Array]:
     return filled._replace(weight=jnp.where(index < count, filled.weight, 0)), keys
 
 
+def even_chunk(groups: int, most: int) -> int:
+    """The size of chunks of groups, at most `most` each: as few chunks as can be, as even as can be."""
+    return -(-groups // -(-groups // most))
+
+
 def fold_groups(
     chunk: Callable[..., tuple[PyTree, PyTree]], start: PyTree, lanes: PyTree, batches: Any, at_once: int | None
 ) -> tuple[PyTree, PyTree]:
@@ -198,7 +203,7 @@ def fold_groups(
     """
     groups = jax.tree.leaves(batches)[0].shape[0]
     each = jax.tree.leaves(lanes)[0].shape[0] // groups
-    size = -(-groups // -(-groups // min(at_once or groups, groups)))
+    size = even_chunk(groups, at_once or groups)
     whole = groups // size
 
     def at(sums, first, count):

@@ -25,6 +25,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.models import DecoderConfig, model_config
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import computation
@@ -202,10 +203,9 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
 
 
 def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> int:
-    """How many of `groups` groups of lanes on a device run at once in `limit` bytes: even chunks; 1 where none fits."""
+    """How many of `groups` groups of lanes on a device run at once in `limit` bytes, in even chunks; 1 if none fits."""
     one, two = (memory(federation, pack, groups, at_once, spread).total for at_once in (1, 2))
-    most = int(min(groups, max(1, 1 + (limit - one) // (two - one))))
-    return -(-groups // -(-groups // most))
+    return even_chunk(groups, int(max(1, 1 + (limit - one) // (two - one))))
 
 
 def plan(
@@ -241,9 +241,10 @@ def plan(
     pack = pack._replace(lanes=min(pack.lanes, lanes), rows=min(pack.lanes, lanes) * config.local.batch)
     groups = -(-lanes // pack.lanes)
     here = -(-groups // rows_of_devices)
-    at_once = config.compute.groups_at_once or (
+    most = config.compute.groups_at_once or (
         groups_that_fit(start, pack, here, limit, rows_of_devices > 1) if limit else 1
     )
+    at_once = even_chunk(here, most)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
     tokens = lanes * steps(config, strategy) * config.local.batch * row_tokens

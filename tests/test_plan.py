@@ -92,6 +92,8 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
         assert found["memory"]["total"] <= gib * 2**30 and found["lanes"] == 64
         sizes.append(found["groups_at_once"])
     assert 1 <= sizes[0] < sizes[1] < sizes[2] == 8
+    assert main("plan --model smollm2-135m --clients 64 --groups-at-once 5 --rate 1 --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["groups_at_once"] == 4  # twice four, not five and three
     assert main("plan --model smollm2-135m --clients 4096 --devices 4 --memory 4 --rate 1 --json".split()) == 0
     found = json.loads(capsys.readouterr().out)  # all lanes ask before the first trains
     assert found["memory"]["total"] <= 4 * 2**30 or found["groups_at_once"] == 1
