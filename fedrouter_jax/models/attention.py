@@ -75,23 +75,21 @@ def _attention_forward(q, k, v, mask):
         mixed = product32("bkqs,bksd->bkqd", jnp.exp(scores - top).astype(v.dtype), ones[:, :, :end])
         outputs.append((mixed[..., :-1] / mixed[..., -1:]).reshape(*q.shape[:3], -1, v.shape[-1]))
         sums.append(top + jnp.log(mixed[..., -1:]))
-    output = jnp.concatenate(outputs, axis=3).astype(v.dtype)
-    return output, (q, k, v, mask, sums, output)
+    return jnp.concatenate(outputs, axis=3).astype(v.dtype), (q, k, v, mask, sums)
 
 
 def _attention_backward(kept, gradient):
     """As in FlashAttention (Dao et al., NeurIPS 2022, arXiv 2205.14135): the softmax again, from the sums it had."""
-    q, k, v, mask, sums, output = kept
-    level = jnp.sum((gradient * output).astype(jnp.float32), axis=-1, keepdims=True)
+    q, k, v, mask, sums = kept
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for (start, end), total in zip(_tiles(q.shape[3]), sums, strict=True):
         tile, scores = _scores(q, k, mask, start, end)
         weights = jnp.exp(scores - total)
         above = gradient[:, :, :, start:end].reshape(tile.shape)
         dv = _add(dv, product32("bkqs,bkqd->bksd", weights.astype(v.dtype), above))
-        slopes = product32("bkqd,bksd->bkqs", above, v[:, :, :end])
-        slopes -= level[:, :, :, start:end].reshape(*tile.shape[:3], 1)
-        slopes = (weights * slopes * q.shape[-1] ** -0.5).astype(k.dtype)
+        slopes = weights * product32("bkqd,bksd->bkqs", above, v[:, :, :end])
+        level = jnp.sum(slopes, axis=-1, keepdims=True)  # that of gradient * output, which need not be kept for it
+        slopes = ((slopes - weights * level) * q.shape[-1] ** -0.5).astype(k.dtype)
         dk = _add(dk, product32("bkqs,bkqd->bksd", slopes, tile))
         dq.append(product32("bkqs,bksd->bkqd", slopes, k[:, :, :end]).reshape(*q.shape[:3], -1, q.shape[-1]))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -6,6 +6,7 @@ of the adapters' own, where they have some, make the slots compete for every tok
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -30,22 +31,28 @@ def low_rank(x: Array, module: str, adapter: Adapter, rate: float) -> Array:
     gates = adapter.gates
     if module in adapter.lora.gate:
         gates = gates * _compete(x, adapter.lora.gate[module].astype(x.dtype), gates)
-    if adapter.keys is not None:
+    if adapter.keys is None:
+        down = x @ a
+    else:
         keys = jax.vmap(jax.random.fold_in, (0, None))(adapter.keys.ravel(), MODULES.index(module))
-        x = _dropout(keys, rate, x)
-    down = x @ a
+        down = _dropped_product(jax.random.key_data(keys), rate, x, a)
     if gates is not None:
         down = down * gates.astype(x.dtype)
     return down @ b
 
 
-def _dropout(keys: Array, rate: float, x: Array) -> Array:
-    """Drop elements of x [*rows, in], whose tokens have `keys` [*rows]: the same whatever they are packed with.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+def _dropped_product(seeds: Array, rate: float, x: Array, a: Array) -> Array:
+    """dropout(x) a, of which the backward pass keeps x, one for all modules, and draws again what was dropped."""
+    return _dropout(seeds, rate, x) @ a
+
+
+def _dropout(seeds: Array, rate: float, x: Array) -> Array:
+    """Drop elements of x [*rows, in], whose tokens have `seeds` [row, 2]: the same whatever they are packed with.
 
     A token's key seeds a hash of the element's number (two multiplications, three shifts: a finaliser of 32 bits); a
     cryptographic generator for every element would take a tenth of a small model's training on a CPU.
     """
-    seeds = jax.random.key_data(keys)
     element = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     bits = (seeds[..., :1] + element) ^ seeds[..., 1:]
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
