@@ -45,12 +45,10 @@ def _tiles(time: int) -> list[tuple[int, int]]:
     return [(start, min(start + _QUERIES, time)) for start in range(0, time, _QUERIES)]
 
 
-def _scores(q: Array, k: Array, mask: Array, start: int, end: int) -> tuple[Array, Array]:
-    """The queries of a tile, the group of heads that share keys beside them, and their masked scores (float32)."""
-    tile = q[:, :, :, start:end].reshape(*q.shape[:2], -1, q.shape[-1])
-    scores = product32("bkqd,bksd->bkqs", tile, k[:, :, :end]) * q.shape[-1] ** -0.5
-    seen = jnp.tile(mask[:, :, start:end, :end], (1, 1, q.shape[2], 1))
-    return tile, jnp.where(seen, scores, -jnp.inf)
+def _scores(q: Array, k: Array, mask: Array) -> Array:
+    """Masked scores (float32) of a tile of queries against the keys up to its end."""
+    scores = product32("bkgqd,bksd->bkgqs", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(mask[:, :, None], scores, -jnp.inf)
 
 
 def _add(total: Array, part: Array) -> Array:
@@ -70,10 +68,10 @@ def _attention_forward(q, k, v, mask):
     ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     outputs, sums = [], []
     for start, end in _tiles(q.shape[3]):
-        _, scores = _scores(q, k, mask, start, end)
+        scores = _scores(q[:, :, :, start:end], k[:, :, :end], mask[:, :, start:end, :end])
         top = jnp.max(scores, axis=-1, keepdims=True)
-        mixed = product32("bkqs,bksd->bkqd", jnp.exp(scores - top).astype(v.dtype), ones[:, :, :end])
-        outputs.append((mixed[..., :-1] / mixed[..., -1:]).reshape(*q.shape[:3], -1, v.shape[-1]))
+        mixed = product32("bkgqs,bksd->bkgqd", jnp.exp(scores - top).astype(v.dtype), ones[:, :, :end])
+        outputs.append(mixed[..., :-1] / mixed[..., -1:])
         sums.append(top + jnp.log(mixed[..., -1:]))
     return jnp.concatenate(outputs, axis=3).astype(v.dtype), (q, k, v, mask, sums)
 
@@ -83,15 +81,14 @@ def _attention_backward(kept, gradient):
     q, k, v, mask, sums = kept
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for (start, end), total in zip(_tiles(q.shape[3]), sums, strict=True):
-        tile, scores = _scores(q, k, mask, start, end)
-        weights = jnp.exp(scores - total)
-        above = gradient[:, :, :, start:end].reshape(tile.shape)
-        dv = _add(dv, product32("bkqs,bkqd->bksd", weights.astype(v.dtype), above))
-        slopes = weights * product32("bkqd,bksd->bkqs", above, v[:, :, :end])
+        tile, above = q[:, :, :, start:end], gradient[:, :, :, start:end]
+        weights = jnp.exp(_scores(tile, k[:, :, :end], mask[:, :, start:end, :end]) - total)
+        dv = _add(dv, product32("bkgqs,bkgqd->bksd", weights.astype(v.dtype), above))
+        slopes = weights * product32("bkgqd,bksd->bkgqs", above, v[:, :, :end])
         level = jnp.sum(slopes, axis=-1, keepdims=True)  # that of gradient * output, which need not be kept for it
         slopes = ((slopes - weights * level) * q.shape[-1] ** -0.5).astype(k.dtype)
-        dk = _add(dk, product32("bkqs,bkqd->bksd", slopes, tile))
-        dq.append(product32("bkqs,bksd->bkqd", slopes, k[:, :, :end]).reshape(*q.shape[:3], -1, q.shape[-1]))
+        dk = _add(dk, product32("bkgqs,bkgqd->bksd", slopes, tile))
+        dq.append(product32("bkgqs,bksd->bkgqd", slopes, k[:, :, :end]))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
