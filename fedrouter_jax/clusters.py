@@ -43,6 +43,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
     counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.enrolling == "clustering"
     up, down = traffic(prepared, enrolment) if clustered else (0, 0)
+    accuracy = {"local": right / total, "global": evaluate.matched(counts)} if clustered and tasks != [""] else None
     return {
         "tasks": tasks,
         "clustered": clustered,
@@ -50,7 +51,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "clusters": enrolment.clusters,
         "table": table.tolist(),
         "slot_tasks": evaluate.slot_names(prepared, counts),
-        "accuracy": {"local": right / total, "global": evaluate.matched(counts)} if clustered else None,
+        "accuracy": accuracy,  # None: nothing is clustered, or there are no labels to compare with
         "never_trained": []
         if prepared.strategy.pooled
         else schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),

@@ -273,7 +273,7 @@ def evaluate_state(
         counts = slot_tasks(prepared, enrolment)
         tasks = prepared.partition.tasks
         names = slot_names(prepared, counts)
-        held = [task for task, rows_of in zip(tasks, counts, strict=True) if rows_of.any()]
+        held = [task for task, rows_of in zip(tasks, counts, strict=True) if task and rows_of.any()]
         for part in ("personalised", "generalisation", "newcomers"):
             routed = [q for q in asked if q.part == part and rows[q.row].task in held]
             right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in routed]

@@ -74,6 +74,8 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         check_tokens(model, rows)
     strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
+    if split.tasks == [""]:
+        check_unlabelled(config, strategy, dataset.name)
     if data.max_length > model.config.max_positions:
         raise UserError(
             f"--max-length is {data.max_length}, but {config.model} knows {model.config.max_positions} positions; "
@@ -94,6 +96,20 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         model = model._replace(params=mesh.place_base(on, model.params))
     round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss, on)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round, on)
+
+
+def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
+    """Raises `UserError` for a method that needs what only labels of tasks say."""
+    if strategy.enrolling == "tasks":
+        raise UserError(
+            f"{strategy.name} goes by the tasks of rows, but those of {name} have none; map their column with "
+            "--columns task=NAME, or choose another --strategy"
+        )
+    if config.strategy in ("ifca", "clustered") and config.cluster.global_clusters is None:
+        raise UserError(
+            f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
+            "--global-clusters"
+        )
 
 
 def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
@@ -229,10 +245,16 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
-    """n_l and n_g: as configured, by default the tasks a client holds and the tasks in all; None: by silhouette."""
+    """n_l and n_g: as configured, by default the tasks a client holds and the tasks in all; None: found.
+
+    Rows without labels say nothing of how many tasks there are, and clients that come with their rows hold any number.
+    """
     local, total = config.cluster.local_clusters, config.cluster.global_clusters
-    local = len(tasks_of(0, split.tasks, config.data.scenario)) if local is None else local
-    total = len(split.tasks) if total is None else total
+    labelled, scenario = split.tasks != [""], config.data.scenario
+    if local is None and labelled and scenario != "natural":
+        local = len(tasks_of(0, split.tasks, scenario))
+    if total is None and labelled:
+        total = len(split.tasks)
     return local or None, total or None
 
 

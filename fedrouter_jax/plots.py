@@ -39,7 +39,8 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
         if any(run.rounds for run in runs):
             drawn["loss"] = loss(trained)
         if any(latest(run)[0] for run in runs):
-            drawn["rouge"] = rouge(rows)
+            if curves(rows) or tasks_of(rows, 0):
+                drawn["rouge"] = rouge(rows)
             if len(runs) > 1:
                 drawn["scores"] = score_bars(rows)
         if len(runs) == 1 and runs[0].clusters and runs[0].clusters["clustered"]:
@@ -99,9 +100,14 @@ def legend(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
+def curves(rows: Sequence[Row]) -> bool:
+    """Whether scores were taken on the way."""
+    return any("scores" in record for row in rows for run in row.runs for record in run.rounds)
+
+
 def rouge(rows: Sequence[Row]) -> Figure:
     """ROUGE-1 over rounds where scores were taken on the way, else bars of each task."""
-    if not any("scores" in record for row in rows for run in row.runs for record in run.rounds):
+    if not curves(rows):
         return task_bars(rows)
     trained, base = [row for row in rows if not row.base], [row for row in rows if row.base]
     figure = Figure((9, 4))
@@ -205,11 +211,12 @@ def clusters(run: Run) -> Figure:
     figure = Figure(size)
     (left, right) = figure.subplots(1, 2, width_ratios=ratios)
     who = "Clients that train" if run.config.data.newcomers else "All clients"
-    heat(left, counts[:, order], f"{who}: accuracy {found['accuracy']['global']:.1%}")
+    right_share = {level: f": accuracy {share:.1%}" for level, share in (found["accuracy"] or {}).items()}
+    heat(left, counts[:, order], who + right_share.get("global", ""))
     left.set(xlabel="global cluster", ylabel="true task")
     left.set_xticks(range(total), order)
     left.set_yticks(range(len(tasks)), tasks)
-    heat(right, np.array([local[place] for place in held]), f"Each client: accuracy {found['accuracy']['local']:.1%}")
+    heat(right, np.array([local[place] for place in held]), "Each client" + right_share.get("local", ""))
     right.set(xlabel="true task", ylabel="client, local cluster \u2192 global cluster")
     right.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", rotation_mode="anchor")
     names = [f"{client}, {here} \u2192 {found['table'][client][here]}" for client, here in held]

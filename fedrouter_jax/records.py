@@ -155,9 +155,9 @@ def accuracy(run: Run) -> dict[str, float]:
 
 
 def tasks_of(rows: Sequence[Row], part: int) -> list[str]:
-    """The tasks that a part has scores of."""
+    """The tasks that a part has scores of; rows without a label belong to none."""
     found = [latest(run)[0].get(row.parts[part], {}) for row in rows for run in row.runs]
-    return sorted({task for entry in found for task in entry.get("rouge1", {}).get("per_task", {})})
+    return sorted({task for entry in found for task in entry.get("rouge1", {}).get("per_task", {}) if task})
 
 
 def names(rows: Sequence[Row]) -> list[str]:

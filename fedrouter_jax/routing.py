@@ -52,9 +52,11 @@ class ClusterConfig:
     """How texts are embedded and clustered: "paper" (last layer, raw, one K-Means start), "standardised", or "refined"
     by Lloyd steps over all clients (see docs/design.md)."""
     local_clusters: int | None = None
-    """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0: by silhouette."""
+    """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0, and the default where
+    rows have no task or name their client: found, by silhouette or (recipe refined) by the global clusters."""
     global_clusters: int | None = None
-    """Global clusters n_g; by default the number of tasks in the data. 0: by silhouette."""
+    """Global clusters n_g; by default the number of tasks in the data. 0, and by default where rows have no task: by
+    silhouette."""
     max_clusters: int = 10
     """Largest number of clusters the silhouette may choose; it cannot choose 1."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,6 +169,28 @@ def test_mixtures_deal_without_overlap_and_follow_alpha(alpha, most):
         assert all(len(tasks) == 4 and max(tasks.values()) - min(tasks.values()) <= 3 for tasks in held)
     for client, tasks in zip(split.clients, held, strict=True):  # tested on the mixture that it trains on
         assert {data.test[i].task for i in client.test} <= set(tasks)
+
+
+def test_natural_clients_keep_their_own_rows():
+    """Clients in the order of the rows, no more than asked for, caps by chance; without unseen tasks."""
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    train, test = (
+        tuple(row._replace(client="bca"[i % 3]) for i, row in enumerate(rows)) for rows in (data.train, data.test)
+    )
+    named = data._replace(train=train, test=test)
+    unseen = data.train[0].task
+    config = replace(dealt_as("natural", 2, unseen=(unseen,)), train_rows=1000, test_rows=5)
+    split = scenarios.partition(named, config, 0)
+    for name, client in zip("bc", split.clients, strict=True):
+        assert client.train == [i for i, row in enumerate(train) if row.client == name and row.task != unseen]
+        assert {(test[i].client, test[i].task == unseen) for i in client.test} == {(name, False)}
+        assert len(client.test) == 5
+    assert unseen not in split.tasks and {test[i].task for i in split.mix} == {*split.tasks, unseen}
+
+    silent = named._replace(test=tuple(row._replace(client="b") for row in test))
+    for rows, clients, message in ((named, 4, "name 3"), (data, 2, "name none"), (silent, 2, "'c' has no test row")):
+        with pytest.raises(UserError, match=message):
+            scenarios.partition(rows, dealt_as("natural", clients), 0)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

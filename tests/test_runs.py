@@ -20,9 +20,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, clusters, evaluate, experiment, plan, runs, serve
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, plan, report, runs, serve
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
+from fedrouter_jax.data import synthetic
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
@@ -351,6 +352,33 @@ def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path)
         assert ("headline" in scores[part]["rouge1"]["per_task"]) == (part == "generalisation")
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text())
     assert len(clusters["table"]) == 5 and clusters["never_trained"] == []
+
+
+def test_rows_with_a_client_and_without_a_task(tmp_path):
+    """What real data may be: nobody says how many tasks there are. Clusters are found, and nothing speaks of tasks."""
+    made = synthetic.make(train_per_task=32, test_per_task=8)
+    kept = [sorted({row.task for row in made.train})[k] for k in (0, 2)]
+    for name, rows in (("train", made.train), ("test", made.test)):
+        own = [row for row in rows if row.task in kept]
+        lines = [
+            {"instruction": row.instruction, "output": row.output, "user": i // 2 % 3} for i, row in enumerate(own)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = dataclasses.replace(
+        smoke().data, data=str(tmp_path), columns=("client=user",), scenario="natural", clients=3, train_rows=20
+    )
+    config = dataclasses.replace(smoke(), data=data)
+    out = tmp_path / "run"
+    runs.run(config, out)
+    found = json.loads((out / "clusters.json").read_text())
+    assert found["clusters"] >= 2 and len(found["silhouettes"]["global"]) > 1 and found["accuracy"] is None
+    assert all(len(set(client["global"])) >= 2 for client in found["clients"])
+    report.write([out], out)
+    assert "each task" not in (out / "report.md").read_text()
+    assert "routing_accuracy" not in json.loads((out / "scores.json").read_text())["personalised"]
+    for strategy, message in (("oracle", "goes by the tasks"), ("ifca", "give --global-clusters")):
+        with pytest.raises(UserError, match=message):
+            experiment.prepare(dataclasses.replace(config, strategy=strategy))
 
 
 def test_newcomers_send_nothing_to_be_enrolled():

@@ -71,6 +71,17 @@ def test_columns_map_and_task_may_be_absent(tmp_path, suffix):
     assert loaded.name == "data" and not loaded.synthetic
 
 
+def test_clients_have_names_or_numbers(tmp_path):
+    lines = [{"instruction": "a", "output": "b", "who": "ann"}, {"instruction": "c", "output": "d", "who": 7}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*lines, {"instruction": "e", "output": "f", "who": None}])))
+    loaded = sources.read(path, {"client": "who"})
+    assert [row.client for row in loaded] == ["ann", "7", ""]
+    path.write_text(json.dumps({"instruction": "a", "output": "b", "client": True}))
+    with pytest.raises(UserError, match="'client' is True"):
+        sources.read(path)
+
+
 def test_null_task_is_unknown_and_extra_columns_are_ignored(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(

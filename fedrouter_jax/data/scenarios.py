@@ -1,4 +1,4 @@
-"""Who holds what: rows dealt to clients as in the paper's Single, Dual and All scenarios, or by random mixtures."""
+"""Who holds what: rows dealt as in the paper's Single, Dual and All scenarios, by random mixtures, or as they come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 
-Scenario = Literal["single", "dual", "all", "dirichlet"]
+Scenario = Literal["single", "dual", "all", "dirichlet", "natural"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class DataConfig:
     """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
     Face dataset id."""
     columns: tuple[str, ...] = ()
-    """Column names of the data, as instruction=NAME output=NAME task=NAME; those not named keep their name."""
+    """Column names of the data, as instruction=NAME output=NAME task=NAME client=NAME; what is left out keeps its
+    name."""
     scenario: Scenario = "dual"
-    """Each client holds one task (single), two neighbouring ones (dual), all, or a random mixture (dirichlet)."""
+    """Each client holds one task (single), two neighbouring ones (dual), all, a random mixture (dirichlet), or the rows
+    whose `client` column names it (natural: the first --clients of them)."""
     mixture_alpha: float = 0.5
     """Dirichlet only: small, and a client holds little but one task; large, and all hold the same mixture."""
     unseen: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class DataConfig:
     """Test rows of the mix of all tasks, at most (generalisation)."""
     balanced: bool = False
     """Test rows of a task that is answered by labels: as many of each label. One answer to all then scores the same
-    whichever it is. (In Dirichlet mixtures those of the mix alone.)"""
+    whichever it is. (In dirichlet and natural those of the mix alone.)"""
     template: Literal["alpaca", "short"] = "alpaca"
     """Prompt template; "short" saves 25 tokens a row."""
     max_length: int = 1024
@@ -116,6 +118,26 @@ def deal_shares(rows: Sequence[Row], tasks: Sequence[str], shares: np.ndarray, c
     return [sorted(hand) for hand in hands]
 
 
+def clients_named(dataset: Dataset, count: int) -> list[str]:
+    """The first `count` clients that training rows name, in the order of their first row."""
+    names = list(dict.fromkeys(row.client for row in dataset.train))
+    if "" in names:
+        lacking = "they name none" if names == [""] else "some rows name none"
+        raise UserError(
+            f"scenario 'natural' takes clients from the rows of {dataset.name}, but {lacking}; map their column with "
+            "--columns client=NAME, or deal rows by another --scenario"
+        )
+    if len(names) < count:
+        raise UserError(f"--clients is {count}, but the training rows of {dataset.name} name {len(names)}; lower it")
+    return names[:count]
+
+
+def own_rows(rows: Sequence[Row], names: Sequence[str], tasks: Sequence[str], cap: int, rng) -> list[list[int]]:
+    """The rows of these tasks that name each client; where they are more than `cap`, so many by chance."""
+    own = {name: [i for i, row in enumerate(rows) if row.client == name and row.task in tasks] for name in names}
+    return [sorted(int(i) for i in rng.permutation(own[name])[:cap]) for name in names]
+
+
 def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     """Split a dataset over clients without overlap.
 
@@ -155,6 +177,12 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         shares = np.random.default_rng([seed, 0xD1]).dirichlet([config.mixture_alpha] * len(tasks), clients)
         train = deal_shares(dataset.train, tasks, shares, config.train_rows, rng)
         test = deal_shares(dataset.test, tasks, shares, config.test_rows, rng)
+    elif config.scenario == "natural":
+        names = clients_named(dataset, clients)
+        train = own_rows(dataset.train, names, tasks, config.train_rows, rng)
+        test = own_rows(dataset.test, names, tasks, config.test_rows, rng)
+        trained = {dataset.train[i].task for hand in train for i in hand}
+        tasks = [task for task in tasks if task in trained]
     else:
         held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
         for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
@@ -175,6 +203,10 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         test = deal(dataset.test, holders, config.test_rows, clients, rng, config.balanced)
     for split, hands in (("training", train), ("test", test)):
         empty = next((client for client, hand in enumerate(hands) if not hand), None)
+        if empty is not None and config.scenario == "natural":
+            raise UserError(
+                f"client {names[empty]!r} has no {split} row in {dataset.name}; give it some, or leave its rows out"
+            )
         if empty is not None:
             raise UserError(
                 f"client {empty} gets no {split} row: {dataset.name} has too few rows for {clients} clients; "
@@ -182,8 +214,8 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
             )
     mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
     turn = [(client + config.shift) % clients for client in range(clients)]
-    mixed = config.scenario == "dirichlet"
-    if config.shift and not mixed and all(set(held[c]) == set(held[other]) for c, other in enumerate(turn)):
+    dealt = config.scenario in ("single", "dual", "all")
+    if config.shift and dealt and all(set(held[c]) == set(held[other]) for c, other in enumerate(turn)):
         raise UserError(
             f"--shift is {config.shift}, but in scenario {config.scenario!r} with {clients} clients that tests all of "
             "them on the tasks they hold themselves; choose another"

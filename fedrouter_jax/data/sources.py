@@ -20,7 +20,7 @@ from fedrouter_jax.data import synthetic
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 
-FIELDS = ("instruction", "output", "task")
+FIELDS = ("instruction", "output", "task", "client")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")  # the first one present is the test split
 Record = Mapping[str, object]
@@ -39,8 +39,9 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     * else the id of a Hugging Face data set, whose `train` split and first split named as above are read (a data set
       with no test split is split as one file is).
 
-    `columns` maps `instruction`, `output` and `task` to the source's column names; a field left out has its own name.
-    Without a task column, or with a null in it, the task is `""`. Every other value has to be text that is not blank.
+    `columns` maps `instruction`, `output`, `task` and `client` to the source's column names; a field left out has its
+    own name. Without a task column, or with a null in it, the task is `""`; so is the client, which may be an integer,
+    too. Every other value has to be text that is not blank.
     Raises `UserError` for anything else that is found.
     """
     if not 0 < test_fraction < 1:
@@ -132,18 +133,20 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
     for place, record in records:
         found = {field: columns.get(field, field) for field in FIELDS}
         for field, column in found.items():
-            # A task column that the user named has to be there; the default one may be absent.
-            if column not in record and (field != "task" or field in columns):
+            # An optional column that the user named has to be there; the default one may be absent.
+            if column not in record and (field not in ("task", "client") or field in columns):
                 raise UserError(
                     f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; "
                     f"name it with --columns {field}=YOUR_COLUMN"
                 )
-        task = record.get(found["task"])
+        task, client = record.get(found["task"]), record.get(found["client"])
+        client = str(client) if type(client) is int else client
         rows.append(
             Row(
                 _text(record[found["instruction"]], found["instruction"], place, blank=False),
                 _text(record[found["output"]], found["output"], place, blank=False),
                 "" if task is None else _text(task, found["task"], place, blank=True),
+                "" if client is None else _text(client, found["client"], place, blank=True),
             )
         )
     if not rows:
