@@ -77,6 +77,7 @@ class Config:
         "clustered",
         "ffalora",
         "fedex",
+        "flora",
         "ifca",
         "fedalt",
         "fedlease",
@@ -189,6 +190,7 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
         "feddpa-t": weight_on,
         "feddpa-f": weight_on,
         "fedex": {"scale": config.lora.scale},
+        "flora": {"scale": config.lora.scale, "seed": config.seed},
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
         "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }
@@ -204,7 +206,8 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
         )
     if strategy.base is not None and config.rounds.server != "average":
         raise UserError(
-            f"--server is {config.rounds.server}, but {strategy.name} corrects the plain average; use --server average"
+            f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "
+            "averages; use --server average"
         )
     phases = len(strategy.phases(1, config.rounds.rounds))
     if config.local.steps < phases:

@@ -35,19 +35,20 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
+def draw(key: Array, shape: tuple[int, ...]) -> Array:
+    """A fresh A [..., in, rank]: Kaiming-uniform with a = sqrt(5), so bounded by 1 / sqrt(in) as in PEFT (float32)."""
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
 def init(key: Array, decoder: DecoderConfig, config: LoRAConfig) -> LoRA:
-    """A fresh adapter: A Kaiming-uniform with a = sqrt(5), so bounded by 1 / sqrt(in) as in PEFT; B zero (float32).
+    """A fresh adapter: A drawn, B zero (float32).
 
     It changes nothing until it is trained.
     """
     shapes = {module: module_shapes(decoder)[module] for module in sorted(config.targets)}
     a = {
-        module: jax.random.uniform(
-            jax.random.fold_in(key, number),
-            (decoder.layers, width_in, config.rank),
-            minval=-(width_in**-0.5),
-            maxval=width_in**-0.5,
-        )
+        module: draw(jax.random.fold_in(key, number), (decoder.layers, width_in, config.rank))
         for number, (module, (width_in, _)) in enumerate(shapes.items())
     }
     b = {module: jnp.zeros((decoder.layers, config.rank, width_out)) for module, (_, width_out) in shapes.items()}

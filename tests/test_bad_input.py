@@ -76,7 +76,7 @@ def one_line(capsys, *arguments):
         (["--max-clusters", "1", "--global-clusters", "0"], "--max-clusters is 1"),
         (["--strategy", "ifca", "--global-clusters", "0"], "but ifca clusters no rows"),
         (["--dtype", "mixed", "--quantise", "nf4"], "choose one of them"),
-        (["--strategy", "fedex", "--server", "adam"], "fedex corrects the plain average"),
+        (["--strategy", "fedex", "--server", "adam"], "what fedex adds to the frozen weights"),
         (["--max-length", "4096"], "tiny knows 2048 positions"),
         (["--model-parallel", "64"], "--model-parallel is 64, but there are"),
         (["--coordinator", "localhost", "--num-processes", "1", "--process-id", "0"], "give HOST:PORT"),

@@ -40,6 +40,7 @@ from fedrouter_jax.strategies import (
     fedrouter_soft,
     fedrouter_warm,
     ffalora,
+    flora,
     ifca,
 )
 from fedrouter_jax.types import FederationState, LoRA, Losses, View
@@ -399,6 +400,33 @@ def test_fedex_with_one_client_is_fedit(federation):
     found = play(federation, fedex(LORA.scale), federation.update, change=alone)[0]
     assert_close(found.bank, play(federation, BY_NAME["fedit"], federation.update, change=alone)[0].bank, 5e-4)
     assert max(float(jnp.abs(delta).max()) for delta in found.memory.values()) < 1e-6
+
+
+def test_flora_puts_the_mean_of_the_products_into_the_weights_and_begins_anew(federation):
+    strategy, work = flora(scale=LORA.scale), inputs(federation, 1)[0]
+    state = start = begin(federation, strategy)
+    share, drawn = work.weight / work.weight.sum(), []
+    for round in (1, 2):
+        before, asked, key = state.memory["q_proj"], strategy.ask(state, work), jax.random.key(round)
+        drawn.append(asked["main"].a["q_proj"])
+        assert_close(asked["main"].b["q_proj"][1], start.bank["main"].b["q_proj"][0])
+        lanes = jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), asked)
+        state, lora = told(strategy, state, work, lanes), lanes["main"]
+        exact = sum(share[k] * lora.a["q_proj"][k] @ lora.b["q_proj"][k] for k in range(CLIENTS))
+        assert_close(state.memory["q_proj"] - before, exact, 1e-4)
+    assert_close(state.bank, start.bank)
+    assert_close(drawn[0][1], start.bank["main"].a["q_proj"][0])
+    bound = drawn[1].shape[-2] ** -0.5
+    assert not np.isclose(drawn[1][0], drawn[0][0]).any() and 0.9 * bound < float(jnp.abs(drawn[1]).max()) <= bound
+
+
+def test_a_round_of_flora_with_one_client_is_fedits(federation):
+    def alone(work, batch):
+        return work._replace(weight=work.weight * (work.client == 2)), batch
+
+    found = play(federation, flora(LORA.scale), federation.update, change=alone, rounds=1)[0].memory
+    lora = play(federation, BY_NAME["fedit"], federation.update, change=alone, rounds=1)[0].bank["main"]
+    assert_close(found, {m: (lora.a[m] @ lora.b[m])[0] for m in lora.a}, 5e-4)
 
 
 def test_ifca_with_one_cluster_is_fedit_and_with_more_takes_the_slot_of_least_loss(federation):

@@ -306,6 +306,7 @@ def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
         ("feddpa-t", ["global_0", *(f"local_{i}" for i in range(4))]),
         ("fedrouter-soft", [f"cluster_{i}" for i in range(4)]),
         ("fedex", ["base_shift.safetensors", "shared_0"]),
+        ("flora", ["base_shift.safetensors", "shared_0"]),
         ("ifca", [f"cluster_{i}" for i in range(4)]),
         ("fedalt", [*(f"own_{i}" for i in range(4)), *(f"rest_{i}" for i in range(4))]),
     ],
@@ -324,7 +325,7 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
         named = serve.route(out, ["Say yes."], 1)[0]["adapter"]
         assert re.fullmatch(r"\w+_\d \(0\.\d\d\) \+ \w+_\d \(0\.\d\d\)", named), named
     capsys.readouterr()
-    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedex", "fedrouter-soft") else 2)
+    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedex", "flora", "fedrouter-soft") else 2)
 
 
 def test_options_that_change_nothing_are_named():

@@ -11,6 +11,7 @@ from fedrouter_jax.strategies.fedlease import fedlease
 from fedrouter_jax.strategies.fedrouter import fedrouter
 from fedrouter_jax.strategies.fedsa import fedsa
 from fedrouter_jax.strategies.ffalora import ffalora
+from fedrouter_jax.strategies.flora import flora
 from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
 from fedrouter_jax.strategies.oracle import oracle
@@ -25,6 +26,7 @@ STRATEGIES = {
     "clustered": clustered,
     "ffalora": ffalora,
     "fedex": fedex,
+    "flora": flora,
     "ifca": ifca,
     "fedalt": fedalt,
     "fedlease": fedlease,

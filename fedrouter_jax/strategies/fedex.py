@@ -10,6 +10,7 @@ What was added to W0 is kept in the memory of the state. Every client can comput
 it costs as many adapters on the way down as there are lanes.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,11 +19,29 @@ import jax.numpy as jnp
 from fedrouter_jax.bank import expand
 from fedrouter_jax.federation import only_slot, owned
 from fedrouter_jax.models import values
-from fedrouter_jax.types import Strategy
+from fedrouter_jax.types import Array, FederationState, LoRA, PyTree, Strategy
 
 OWNERS = {"main": "shared"}
 # What is kept is a small difference of products: rounded operands, an accelerator's default, would leave little of it.
 exact = partial(jnp.einsum, precision="highest")
+
+
+def unshifted(lora: LoRA) -> dict[str, Array]:
+    """The memory of a base that is as it came: zeros {module: [layer, in, out]}."""
+    return {m: jnp.zeros((*lora.a[m].shape[:-1], lora.b[m].shape[-1])) for m in lora.a}
+
+
+def shifted(scale: float) -> Callable[[FederationState, PyTree], PyTree]:
+    """`Strategy.base` of methods that add to W0: `scale` times what the memory has of each module."""
+
+    def base(state, params):
+        blocks = dict(params["blocks"])
+        for module, delta in state.memory.items():
+            kernel = values(blocks[module]["kernel"]).astype(jnp.float32)  # bfloat16 would round the shift away
+            blocks[module] = {**blocks[module], "kernel": kernel + scale * delta}
+        return {**params, "blocks": blocks}
+
+    return base
 
 
 def fedex(scale: float = 2.0) -> Strategy:
@@ -30,9 +49,7 @@ def fedex(scale: float = 2.0) -> Strategy:
     create, ask, halves, average = owned(OWNERS)
 
     def init(adapters, enrolment):
-        lora = adapters["main"]
-        none = {m: jnp.zeros((*lora.a[m].shape[:-1], lora.b[m].shape[-1])) for m in lora.a}
-        return create(adapters, enrolment)._replace(memory=none)
+        return create(adapters, enrolment)._replace(memory=unshifted(adapters["main"]))
 
     def collect(state, work):
         """Beside the sums of A and B, those of A B."""
@@ -56,13 +73,6 @@ def fedex(scale: float = 2.0) -> Strategy:
         memory = {m: state.memory[m] + jnp.where(share > 0, products[m] / share - kept[m], 0) for m in products}
         return told._replace(memory=memory)
 
-    def base(state, params):
-        blocks = dict(params["blocks"])
-        for module, delta in state.memory.items():
-            kernel = values(blocks[module]["kernel"]).astype(jnp.float32)  # bfloat16 would round the shift away
-            blocks[module] = {**blocks[module], "kernel": kernel + scale * delta}
-        return {**params, "blocks": blocks}
-
     return Strategy(
         "fedex",
         OWNERS,
@@ -71,6 +81,6 @@ def fedex(scale: float = 2.0) -> Strategy:
         collect,
         tell,
         only_slot,
-        base=base,
+        base=shifted(scale),
         traffic=lambda state, lanes, size: (size, lanes * size),
     )

@@ -1,0 +1,69 @@
+"""FLoRA: what clients learn is stacked and goes into the frozen weights, and every round starts a fresh adapter.
+
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", NeurIPS 2024,
+arXiv 2409.05976.
+
+    client   A, B <- a fresh adapter (B zero); trains it
+    server   W0  <- W0 + (alpha / r) sum_k p_k A_k B_k      the product of the stacked A_k and the stacked p_k B_k
+
+Nothing is lost, as in FedEx-LoRA, but no adapter outlives its round. A client receives the stack of all and adds it to
+its own W0; the sum is kept in the memory of the state. Ranks are the same for all clients here.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedrouter_jax.bank import expand
+from fedrouter_jax.federation import only_slot, owned
+from fedrouter_jax.lora import draw
+from fedrouter_jax.strategies.fedex import exact, shifted, unshifted
+from fedrouter_jax.types import Strategy
+
+OWNERS = {"main": "shared"}
+
+
+def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
+    """A shared shift of W0; `scale` is alpha / r, `seed` that of fresh adapters. Averaged: A B. Private: nothing."""
+    create = owned(OWNERS)[0]
+
+    def init(adapters, enrolment):
+        return create(adapters, enrolment)._replace(memory=unshifted(adapters["main"]))
+
+    def ask(state, work):
+        """The first round's adapter is that of other methods, in the bank; its A is drawn anew for every later one."""
+        key, lanes, first = jax.random.fold_in(jax.random.key(seed), state.round), len(work.client), state.bank["main"]
+        a = {
+            m: jnp.where(state.round == 0, kept, draw(jax.random.fold_in(key, number), kept.shape))
+            for number, (m, kept) in enumerate(sorted(first.a.items()))
+        }
+        return {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf, lanes, axis=0), first._replace(a=a))}
+
+    def collect(state, work):
+        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)
+
+        def add(sums, lanes, adapters):
+            share, lora = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12), adapters["main"]
+            products = {
+                m: total + exact("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
+                for m, total in sums[1].items()
+            }
+            return sums[0] + jnp.sum(share), products
+
+        return nothing, add
+
+    def tell(state, sums):
+        share, products = sums
+        memory = {m: state.memory[m] + jnp.where(share > 0, total / share, 0) for m, total in products.items()}
+        return state._replace(round=state.round + 1, memory=memory)
+
+    return Strategy(
+        "flora",
+        OWNERS,
+        init,
+        ask,
+        collect,
+        tell,
+        only_slot,
+        base=shifted(scale),
+        traffic=lambda state, lanes, size: (size, lanes * size),
+    )
