@@ -218,6 +218,14 @@ def finish(out: Path) -> None:
         console.print("note: the model is random, so the scores mean nothing; this run shows that all works")
     for option in config_lib.idle(run.config):
         console.print(f"note: without effect here: {option}")
+    cut = run.clusters.get("cut_rows", 0)
+    if cut:
+        rows = sum(len(client["rows"]) for client in run.clusters["clients"])
+        data = run.config.data
+        console.print(
+            f"note: {cut} of {rows} training rows lost their end, for they are longer than --max-length "
+            f"{data.max_length} or --max-response {data.max_response} tokens"
+        )
     missed = len(run.clusters.get("never_trained", ()))
     if missed:
         console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")

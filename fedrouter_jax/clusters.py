@@ -60,6 +60,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "bytes_down": down,
         "data": digest(prepared.dataset),
         "config": choices(prepared.config),
+        "cut_rows": sum(row.truncated for held in prepared.train for row in held),
         "clients": clients,
     }
 

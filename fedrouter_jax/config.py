@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from fedrouter_jax import formats
+from fedrouter_jax import server as server_lib
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
@@ -218,13 +219,15 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
 
 def idle(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
-    default, data, rounds = Config(), config.data, config.rounds
-    clusters = strategy(config, None).enrolling == "clustering"
+    default, data, rounds, method = Config(), config.data, config.rounds, strategy(config, None)
+    clusters = method.enrolling == "clustering"
+    averaged = server_lib.moves(method.owners)
     turns = clusters or config.strategy == "oracle"
     rate = rounds.server_rate != default.rounds.server_rate
     alpha = data.mixture_alpha != default.data.mixture_alpha
     set_for_nothing = {
         "--server-rate (--server average has none)": rate and rounds.server == "average",
+        f"--server ({config.strategy} averages nothing there)": rounds.server != "average" and not averaged,
         "--mixture-alpha (of --scenario dirichlet)": alpha and data.scenario != "dirichlet",
         f"--local-clusters ({config.strategy} clusters no rows)": config.cluster.local_clusters and not clusters,
         f"--turns ({config.strategy} clusters no rows)": rounds.turns != default.rounds.turns and not turns,

@@ -88,6 +88,7 @@ class Clusters(TypedDict):
     bytes_up: float
     bytes_down: float
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
+    cut_rows: NotRequired[int]  # training rows longer than --max-length or --max-response
     data: NotRequired[str]  # sha256 of all rows
     config: NotRequired[dict[str, Any]]  # choices by section.name
     clients: list[Client]

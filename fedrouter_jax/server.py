@@ -18,6 +18,11 @@ from fedrouter_jax.types import Adapters, Array, PyTree, Server
 OWN = ("shared", "cluster")  # the owners whose adapters are the server's
 
 
+def moves(owners: PyTree) -> bool:
+    """Whether a strategy with these owners has adapters that the server's optimiser moves."""
+    return any(owner in OWN for owner in jax.tree.leaves(owners))
+
+
 def optimiser(name: Server, rate: float) -> optax.GradientTransformation | None:
     """FedAvg (None), FedAvgM, FedAdam or FedYogi with the paper's constants; `rate` is the server's learning rate."""
     return {

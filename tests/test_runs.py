@@ -336,6 +336,8 @@ def test_options_that_change_nothing_are_named():
     rounds = dataclasses.replace(smoke().rounds, server_rate=0.1, turns="staggered")
     named = config_lib.idle(dataclasses.replace(fedit, rounds=rounds))
     assert [option.split()[0] for option in named] == ["--server-rate", "--local-clusters", "--turns"]
+    alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
+    assert config_lib.idle(alone)[0] == "--server (local averages nothing there)"
     assert config_lib.idle(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []
 
 
