@@ -28,7 +28,7 @@ from fedrouter_jax.data import packing, schedule, sources, tokens
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.federation import make_round, map_groups
+from fedrouter_jax.federation import make_round, map_losses
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
 
@@ -307,7 +307,7 @@ def settle(prepared: Prepared, state: FederationState) -> FederationState:
     together = config.compute.lanes_together
     batch = schedule.batches(work, rows, 1, local.steps, local.batch, *prepared.pack, config.seed, together)
     loss, params = client.make_client_loss(prepared.model.config, config.lora), prepared.model.params
-    return choose(state, work, jax.jit(lambda adapters: map_groups(loss, params, adapters, batch, 1)))
+    return choose(state, work, jax.jit(lambda adapters: map_losses(loss, params, adapters, work, batch, 1)))
 
 
 def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:

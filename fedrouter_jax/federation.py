@@ -122,7 +122,7 @@ def make_round(
         if strategy.choose is not None:
 
             def losses(adapters):
-                return map_groups(loss, base, adapters, batches, groups_at_once, mesh)
+                return map_losses(loss, base, adapters, work, batches, groups_at_once, mesh)
 
             state = strategy.choose(state, work, losses)
 
@@ -179,6 +179,17 @@ def make_round(
         return told, info
 
     return jax.jit(run, donate_argnums=0)
+
+
+def map_losses(loss, base, adapters, work, batches, at_once=None, mesh=None) -> Array:
+    """The loss [lane] of each lane's rows under the same adapters (no lane axis), of which a group makes its copies."""
+
+    def group(given, lanes, batch):
+        base, adapters = given
+        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(lanes.client), *leaf.shape)), adapters)
+        return loss(base, copies, batch)
+
+    return map_groups(group, (base, adapters), jax.tree.map(jnp.asarray, work), batches, at_once, mesh)
 
 
 def fill(work: Work, keys: Array, groups: int) -> tuple[Work, Array]:

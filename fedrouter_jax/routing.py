@@ -310,12 +310,12 @@ def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tu
 
 def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
     """The k of highest silhouette for each client (leading axis); scores go to `record`."""
-    fewest = int(jnp.min(jnp.sum(present, axis=1)))
-    ks = _candidates(name, fewest, min(fewest - 1, most))
+    points_of = jnp.sum(present, axis=1)  # a client with too few for a count has no silhouette of it
+    ks = _candidates(name, int(jnp.min(points_of)), min(int(jnp.max(points_of)) - 1, most))
     scores, best = _score_each(keys, points, present, ks, restarts)
     for number, row in enumerate(np.asarray(scores)):
         label = name if name == "global" else f"{name} {number}"
-        record[label] = {k: float(score) for k, score in zip(ks, row, strict=True)}
+        record[label] = {k: max(float(score), -1.0) for k, score in zip(ks, row, strict=True)}
     return np.asarray(ks)[np.asarray(best)]
 
 

@@ -115,7 +115,7 @@ class Strategy(NamedTuple):
     enrolling: Enrolling = "nothing"
     pooled: bool = False  # all clients' rows are one lane
     phases: Callable[[Array, int], tuple[Phase, ...]] = one_phase  # (round 1..T, T); their number never changes
-    # (state, work, losses) -> state, before lanes ask; `losses` maps adapters [lane, ...] to losses [lane]
+    # (state, work, losses) -> state, before lanes ask; `losses` maps the adapters of one slot to losses [lane]
     choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round
     base: Callable[[FederationState, PyTree], PyTree] | None = None  # what the frozen parameters have become

@@ -125,6 +125,8 @@ def _checked(config: DecoderConfig) -> DecoderConfig:
     odd = next((name for name in sizes if getattr(config, name) < 1), None)
     if odd:
         raise ValueError(f"{odd} is {getattr(config, odd)}; expected 1 or more")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise ValueError(f"sliding_window is {config.sliding_window}; expected 1 or more, or none")
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(
             f"{config.heads} heads of {config.head_dim} numbers share {config.kv_heads} of keys and values; expected a "
@@ -134,7 +136,7 @@ def _checked(config: DecoderConfig) -> DecoderConfig:
 
 
 def _window(found: Any) -> int | None:
-    return None if found is None else int(found)
+    return int(found) if found else None
 
 
 def _rope(found: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:

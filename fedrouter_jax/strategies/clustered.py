@@ -43,11 +43,11 @@ def clustered() -> Strategy:
 
     def tell(state, sums):
         averages, met, directions = sums
-        memory = jax.tree.map(
-            lambda new, old: jnp.where(state.round == 0, new, old),
-            (jnp.matmul(directions, directions.T, precision="highest"), met),
-            state.memory,
-        )
+
+        def similar():
+            return jnp.matmul(directions, directions.T, precision="highest"), met
+
+        memory = jax.lax.cond(state.round == 0, similar, lambda: state.memory)  # later rounds have no use for it
         return average(state, averages)._replace(memory=memory)
 
     def regroup(state):

@@ -27,12 +27,14 @@ def ifca() -> Strategy:
         slots = jax.tree.leaves(state.bank)[0].shape[0]
 
         def of_slot(slot):
-            adapters = jax.tree.map(lambda leaf: jnp.repeat(leaf[slot][None], len(work.client), axis=0), state.bank)
-            return losses(adapters)
+            return losses(jax.tree.map(lambda leaf: leaf[slot], state.bank))
 
-        best = jnp.argmin(jax.lax.map(of_slot, jnp.arange(slots)), axis=0).astype(state.table.dtype)
         here = state.table[work.client, work.cluster]
-        chosen = jnp.where((work.weight > 0) & (state.round > 0), best, here)
+
+        def best():  # the first round keeps what was dealt: no loss is computed
+            return jnp.argmin(jax.lax.map(of_slot, jnp.arange(slots)), axis=0).astype(here.dtype)
+
+        chosen = jnp.where(work.weight > 0, jax.lax.cond(state.round > 0, best, lambda: here), here)
         return state._replace(table=state.table.at[work.client, work.cluster].set(chosen))
 
     def route(state, clients, view, mode):
