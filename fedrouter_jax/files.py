@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedrouter_jax import processes
 from fedrouter_jax.errors import UserError
+
+LOCK = "run.lock"
 
 
 def write(path: Path, text: str) -> None:
@@ -59,3 +62,29 @@ def guarded(path: Path) -> Iterator[None]:
             f"{path} could not be written ({error.strerror}); free space there or choose another folder, then try "
             "again (a run: resume it)"
         ) from error
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process, and those joined to it; raises `UserError` where another one has it.
+
+    The lock file stays: were it removed, one process could lock the old file and another a new one.
+    """
+    with ExitStack() as opened:
+        if not processes.agreed(not processes.first() or _locked(folder / LOCK, opened)):
+            raise UserError(f"another process works on {folder}; wait for it, or end it")
+        yield
+
+
+def _locked(path: Path, opened: ExitStack) -> bool:
+    """Whether nobody else holds this lock; then it is held until `opened` closes. At a kill the kernel drops it."""
+    with guarded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = opened.enter_context(path.open("a"))  # to write, or NFS gives no lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks: the run goes on without
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -132,6 +133,18 @@ def read_lines(path: Path, form: Any) -> Iterator[Any]:
             yield _checked(json.loads(line), form)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or start a new run") from None
+
+
+def read_rounds(path: Path, most: int | None = None) -> list[Any]:
+    """The lines of `rounds.jsonl`, or the first `most`: those of round 1, 2, 3, ..., each once."""
+    rounds = list(islice(read_lines(path, Round), most))
+    for number, record in enumerate(rounds, 1):
+        if record["round"] != number:
+            raise UserError(
+                f"{path}, line {number}: round {record['round']}, expected {number}; "
+                "restore the file or start a new run"
+            )
+    return rounds
 
 
 adapter = cache(TypeAdapter)  # building one takes longer than most checks

@@ -50,7 +50,7 @@ def read_all(paths: Sequence[Path]) -> list[Run]:
 def read(path: Path) -> Run:
     """One run directory; raises `UserError` that names what it cannot read."""
     config = config_lib.load(path / "config.json")
-    rounds = list(formats.read_lines(path / "rounds.jsonl", formats.Round))
+    rounds = formats.read_rounds(path / "rounds.jsonl")
     clusters = formats.read_json(path / "clusters.json", formats.Clusters, "start a new run")
     scores = formats.read_json(path / "scores.json", formats.Scores)
     timings = formats.read_json(path / "timings.json", formats.Timings)

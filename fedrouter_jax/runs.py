@@ -1,11 +1,11 @@
 """The run directory: what an experiment keeps, written so that it can be killed at any moment and resumed.
 
     config.json      rounds.jsonl     clusters.json     embeddings.npy     checkpoints/
-    scores.json      predictions.jsonl     timings.json     adapters/     router/     report.md     plots/
+    scores.json      predictions.jsonl     timings.json     adapters/     router/     report.md     plots/     run.lock
 
 A round's line is written before its checkpoint: on resume, lines past the checkpoint are dropped and done again.
 Whole files appear at once (written beside, then renamed). Of several processes (`processes.py`) the first writes, but
-for checkpoints, and all read.
+for checkpoints, and all read. Processes that know nothing of each other are kept apart by a lock.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
     yield lambda rows, note="": None
 
 
-def claim(out: Path, config: Config) -> None:
-    """Make `out` the directory of this config; raises `UserError` when it holds another run, or anything else.
+def check_free(out: Path, config: Config) -> None:
+    """Raise `UserError` when `out` holds a run that has begun, or anything else.
 
     A run that was refused before it computed anything has left only its config, and gives way.
     """
-    config_lib.check(config)
     path = out / "config.json"
-    others = any(entry != path for entry in out.iterdir()) if out.is_dir() else out.exists()
+    own = {path, out / files.LOCK}
+    others = any(entry not in own for entry in out.iterdir()) if out.is_dir() else out.exists()
     if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")
@@ -77,19 +77,34 @@ def claim(out: Path, config: Config) -> None:
         raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
+
+
+def claim(out: Path, config: Config) -> None:
+    """Make `out` the directory of this config; raises `UserError` when it is not free."""
+    config_lib.check(config)
+    check_free(out, config)
     processes.meet("nothing is written yet")
-    files.write(path, config_lib.to_json(config))
+    files.write(out / "config.json", config_lib.to_json(config))
     processes.meet("the config is written")
 
 
 def run(config: Config, out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     """A new run to its end; returns its scores."""
-    claim(out, config)
-    return proceed(out, track, shared)
+    config_lib.check(config)
+    check_free(out, config)  # before the lock, which would be written into a folder of something else
+    with files.reserved(out):
+        claim(out, config)  # checks again: another process may just have been here
+        return _proceed(out, track, shared)
 
 
 def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
     """Continue the run in `out` from wherever it stands to its end; returns its scores."""
+    config_lib.load(out / "config.json")  # before the lock, as in `run`
+    with files.reserved(out):
+        return _proceed(out, track, shared)
+
+
+def _proceed(out: Path, track: Track, shared: Shared) -> dict:
     timings: dict[str, Any] = {"taken_over": []}
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
@@ -181,6 +196,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
             f"{log} has {len(logged)} whole lines, but {done} rounds are trained; restore it, or move the later "
             f"folders of {out / 'checkpoints'} away to train those rounds again"
         )
+    formats.read_rounds(log, done)
     files.write(log, "".join(line + "\n" for line in logged[:done]))
     last = config.rounds.rounds
     if done >= last:

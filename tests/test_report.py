@@ -278,12 +278,16 @@ def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
     assert "lanes rejected as not finite: 1" in (path / "report.md").read_text(encoding="utf-8")
 
 
+TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
+
+
 @pytest.mark.parametrize(
     "name, text, expected",
     [
         ("rounds.jsonl", '{"round": 1\n', r"rounds.jsonl, line 1: not a JSON object"),
         ("rounds.jsonl", "[1]\n", r"rounds.jsonl, line 1: not a JSON object"),
         ("rounds.jsonl", '{"round": 1}\n', r"rounds.jsonl, line 1: loss: Field required"),
+        ("rounds.jsonl", TWICE, r"rounds.jsonl, line 2: round 1, expected 2; restore the file or start a new run"),
         ("scores.json", "{", r"scores.json: not a JSON object"),
         ("scores.json", '{"personalised": {"rows": 3, "rouge1": 0.5}}', r"personalised.rouge1: .* valid dictionary"),
         ("clusters.json", '{"tasks": ["count", 7]}', r"clusters.json: tasks.1: .* valid string"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import random
 import re
@@ -20,7 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, clusters, evaluate, experiment, plan, report, runs, serve
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, files, plan, report, runs, serve
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import synthetic
@@ -100,6 +102,52 @@ def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_bytes(fin
     found, expected = result(out), result(finished)
     assert not [name for name in found | expected if found.get(name) != expected.get(name)]
     assert found == expected
+
+
+def test_a_second_process_is_refused_while_one_works(finished, tmp_path, capsys):
+    run, codes = tmp_path / "run", []
+    shutil.copytree(finished, run)
+    (run / "predictions.jsonl").unlink()
+    shutil.rmtree(run / "checkpoints" / "3")
+
+    @contextlib.contextmanager
+    def others(what, total):
+        codes.append(main(["resume", str(run)]))
+        assert capsys.readouterr().err == f"fedrouter: another process works on {run}; wait for it, or end it\n"
+        yield lambda rows, note="": None
+
+    runs.proceed(run, others)
+    assert codes == [2, 2] and result(run) == result(finished)  # asked when it trained, and when it answered
+
+
+def test_a_new_run_is_not_given_another_config_while_it_begins(tmp_path, capsys):
+    run, other = tmp_path / "run", ["run", "--preset", "smoke", "--seed", "1", "--out", str(tmp_path / "run")]
+
+    def others(what, total):
+        assert main(other) == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(smoke(), run, others)
+    assert "another process works on" in capsys.readouterr().err
+    assert config_lib.load(run / "config.json") == smoke()
+    runs.claim(run, dataclasses.replace(smoke(), seed=1))  # nobody works there now, and nothing is done yet
+
+
+def test_runs_can_be_used_while_a_process_works_on_them(finished, tmp_path):
+    with files.reserved(finished):
+        assert main(["route", str(finished), "text"]) == 0
+        assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 0
+        assert main(["report", str(finished), "--to", str(tmp_path / "report")]) == 0
+
+
+def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with files.reserved(tmp_path), files.reserved(tmp_path):
+        pass
 
 
 def test_without_a_terminal_progress_is_a_line_for_every_tenth(capsys):
@@ -229,6 +277,12 @@ def edited(old, new, older=False):
     return edit
 
 
+def repeat(run):
+    """A log that two processes wrote."""
+    path = run / "rounds.jsonl"
+    path.write_text("".join(line * 2 for line in path.read_text().splitlines(keepends=True)))
+
+
 def shorten(name):
     def cut(run):
         content = (run / name).read_bytes()
@@ -244,6 +298,7 @@ def shorten(name):
         (lambda run: shutil.rmtree(run / "checkpoints"), "export", "holds no checkpoint, so no adapters"),
         (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
         (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
+        (repeat, "resume", "line 2: round 1, expected 2"),
         (relabel, "resume", "not the clusters of this run"),
         (relabel, "route", "not the clusters of this run"),
         (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),
