@@ -67,8 +67,8 @@ def check_free(out: Path, config: Config) -> None:
     A run that was refused before it computed anything has left only its config, and gives way.
     """
     path = out / "config.json"
-    own = {path, out / files.LOCK}
-    others = any(entry not in own for entry in out.iterdir()) if out.is_dir() else out.exists()
+    own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
+    others = any(entry.name not in own for entry in out.iterdir()) if out.is_dir() else out.exists()
     if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")

@@ -134,6 +134,12 @@ def test_a_new_run_is_not_given_another_config_while_it_begins(tmp_path, capsys)
     runs.claim(run, dataclasses.replace(smoke(), seed=1))  # nobody works there now, and nothing is done yet
 
 
+def test_a_run_killed_while_it_wrote_its_config_can_be_started_again(tmp_path):
+    (tmp_path / "config.json.tmp").write_text(config_lib.to_json(smoke())[:40])
+    runs.claim(tmp_path, smoke())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_runs_can_be_used_while_a_process_works_on_them(finished, tmp_path):
     with files.reserved(finished):
         assert main(["route", str(finished), "text"]) == 0
