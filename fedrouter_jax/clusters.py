@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,24 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "silhouettes": enrolment.silhouettes,
         "bytes_up": up,
         "bytes_down": down,
-        "data": digest(prepared.dataset),
+        **origin(prepared),
         "config": choices(prepared.config),
         "cut_rows": sum(row.truncated for held in prepared.train for row in held),
         "clients": clients,
     }
+
+
+def origin(prepared: Prepared) -> dict[str, str]:
+    """What all of a run is made from, by its sha256: the rows and the model's weights, whatever their names say."""
+    return {"data": digest(prepared.dataset), "model": prepared.model.fingerprint}
+
+
+def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
+    """Raise `ValueError` where a file says (those of older runs do not) that it was made from something else."""
+    names = {"data": f"rows of {prepared.config.data.data}", "model": f"weights of {prepared.config.model}"}
+    for key, value in origin(prepared).items():
+        if found.get(key, value) != value:
+            raise ValueError(f"the {names[key]} were others then")
 
 
 def choices(config: Config) -> dict[str, Any]:
@@ -118,8 +132,7 @@ def read(path: Path, prepared: Prepared) -> Enrolment:
     """The enrolment as `clusters.json` has it; the router's numbers are in the checkpoint."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("data", digest(prepared.dataset)) != digest(prepared.dataset):
-            raise ValueError(f"the rows of {prepared.config.data.data} were others then")
+        check_origin(raw, prepared)
         labels, silhouettes = [client["local"] for client in raw["clients"]], raw["silhouettes"]
         table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
         for row, slots, held, client in zip(labels, table, prepared.partition.clients, raw["clients"], strict=True):

@@ -91,6 +91,7 @@ class Clusters(TypedDict):
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
     cut_rows: NotRequired[int]  # training rows longer than --max-length or --max-response
     data: NotRequired[str]  # sha256 of all rows
+    model: NotRequired[str]  # that of the weights
     config: NotRequired[dict[str, Any]]  # choices by section.name
     clients: list[Client]
 

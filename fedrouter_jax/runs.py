@@ -26,7 +26,6 @@ from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, files, formats, peft_io, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
-from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
@@ -147,12 +146,13 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     """Read what is there of a run, and make what is missing up to round 0."""
     timings = {"taken_over": []} if timings is None else timings
     prepared = experiment.prepare(read_config(out), shared.model)
-    with timed(timings, "embed"):
-        embeddings = _embeddings(out, prepared, track, shared, timings)
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
-    if done is not None:
-        return _restored(out, prepared, done)._replace(embeddings=embeddings)
+    begun = None if done is None else _restored(out, prepared, done)  # first, for it refuses other rows and weights
+    with timed(timings, "embed"):
+        embeddings = _embeddings(out, prepared, track, shared, timings)
+    if begun is not None:
+        return begun._replace(embeddings=embeddings)
     with timed(timings, "cluster"):
         enrolment = experiment.enroll(prepared, embeddings)
     files.write(out / "clusters.json", json.dumps(clusters.describe(prepared, enrolment)) + "\n")
@@ -266,14 +266,14 @@ def _export(loaded: Loaded, to: Path) -> None:
 
 def alike(shared: Shared, prepared: Prepared, recipe: bool) -> Iterator[Path]:
     """The runs of a sweep that asked the same model about the same rows, and (`recipe`) embedded them alike."""
-    config, rows = prepared.config, digest(prepared.dataset)
+    config, made_from = prepared.config, clusters.origin(prepared)
     for path in shared.runs:
         other = config_lib.load(path / "config.json")
         same = all(
             getattr(other, name) == getattr(config, name) for name in ("data", "model", "dtype", "quantise", "seed")
         )
-        # The files may have been changed in between.
-        same = same and (formats.read_json(path / "clusters.json") or {}).get("data") == rows
+        # Rows and weights may have been changed in between.
+        same = same and made_from.items() <= (formats.read_json(path / "clusters.json") or {}).items()
         if same and (other.cluster.recipe == config.cluster.recipe or not recipe):
             yield path
 
@@ -307,10 +307,15 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
         if processes.first():
             with files.replaced(path) as beside, beside.open("wb") as file:
                 np.save(file, found, allow_pickle=False)
+                # What they were made from is a second array, which who loads one does not see.
+                np.save(file, np.array(json.dumps(clusters.origin(prepared))))
         processes.meet("embeddings are written")
     expected = (len(experiment.embedded_rows(prepared)), prepared.model.config.width)
     try:
-        found = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if file.peek(1):  # older runs do not say what theirs were made from
+                clusters.check_origin(json.loads(str(np.load(file, allow_pickle=False))), prepared)
         if found.shape != expected:
             raise ValueError(f"shape {found.shape}, expected {expected}")
     except (OSError, ValueError, EOFError) as error:

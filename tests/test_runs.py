@@ -27,7 +27,7 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import synthetic
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import load_model
+from fedrouter_jax.models import load_model, tiny
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.terminal import progress
@@ -217,6 +217,8 @@ def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, chan
     assert list(runs.alike(shared, prepared._replace(config=dataclasses.replace(config, **nested)), recipe=False)) == []
     edited = prepared.dataset._replace(train=prepared.dataset.train[::-1])  # the same folder, other rows
     assert list(runs.alike(shared, prepared._replace(dataset=edited), recipe=False)) == []
+    tuned = prepared.model._replace(fingerprint="0" * 64)  # the same name, other weights
+    assert list(runs.alike(shared, prepared._replace(model=tuned), recipe=False)) == []
 
 
 def test_route_answers_with_the_nearest_adapter(finished, capsys):
@@ -358,6 +360,26 @@ def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["resume", str(out)]) == 2
     assert f"the rows of {data} were others then" in capsys.readouterr().err
+
+
+def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
+    begun, older, embedded = (tmp_path / name for name in ("begun", "older", "embedded"))
+    for run in (begun, older):
+        shutil.copytree(finished, run)
+    lacking("model")(older)
+    with (older / "embeddings.npy").open("rb") as file:
+        points = np.load(file)
+    np.save(older / "embeddings.npy", points)
+    embedded.mkdir()
+    for name in ("config.json", "embeddings.npy"):  # killed before there were clusters
+        shutil.copy(finished / name, embedded)
+    monkeypatch.setattr(tiny, "SEED", tiny.SEED + 1)
+    for arguments in (["resume", str(begun)], ["route", str(begun), "text"], ["resume", str(embedded)]):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        name = "embeddings.npy" if str(embedded) in arguments else "clusters.json"
+        assert f"{name}: not the " in message and "the weights of tiny were others then" in message
+    assert main(["resume", str(older)]) == 0  # it cannot know
 
 
 @pytest.mark.parametrize(
