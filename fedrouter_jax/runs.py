@@ -105,9 +105,9 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
 
 def _proceed(out: Path, track: Track, shared: Shared) -> dict:
     timings: dict[str, Any] = {"taken_over": []}
+    resumed = any((out / name).exists() for name in ("embeddings.npy", "checkpoints"))
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
-        resumed = int(loaded.state.round) > 0
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
         if not all((out / name).exists() for name in ("scores.json", "predictions.jsonl")):
             with timed(timings, "evaluate"):
@@ -148,9 +148,12 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     prepared = experiment.prepare(read_config(out), shared.model)
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
+    embedded = (out / "embeddings.npy").exists()
     begun = None if done is None else _restored(out, prepared, done)  # first, for it refuses other rows and weights
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
+    if embedded:
+        del timings["embed"]  # they were only read
     if begun is not None:
         return begun._replace(embeddings=embeddings)
     with timed(timings, "cluster"):

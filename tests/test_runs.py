@@ -630,6 +630,23 @@ def test_rounds_past_the_checkpoint_are_done_and_logged_once(finished, tmp_path)
     assert result(run)["rounds"] == result(finished)["rounds"]
 
 
+@pytest.mark.parametrize(
+    "kept, missing",
+    [
+        (["embeddings.npy"], {"total", "embed"}),  # killed before there were clusters
+        (["embeddings.npy", "clusters.json", "checkpoints/3"], {"total", "embed", "cluster"}),
+    ],
+)
+def test_a_resumed_run_notes_the_times_that_it_knows(kept, missing, finished, tmp_path):
+    run = tmp_path / "run"
+    for name in ("config.json", "rounds.jsonl", *kept):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, run / name)
+    runs.proceed(run)
+    whole, found = (json.loads((path / "timings.json").read_text()).keys() for path in (finished, run))
+    assert whole == {"device", "taken_over", "total", "embed", "cluster", "evaluate"} and found == whole - missing
+
+
 def test_the_two_latest_checkpoints_are_kept(tmp_path):
     for step in range(4):
         checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)})
