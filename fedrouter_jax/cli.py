@@ -260,6 +260,7 @@ def route(arguments: list[str]) -> None:
 
     parsed = tyro.cli(Route, prog="fedrouter route", args=arguments)
     answers = serve.route(parsed.run, parsed.texts, parsed.client)
+    note_unfinished(parsed.run)
     if parsed.json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
@@ -269,6 +270,15 @@ def route(arguments: list[str]) -> None:
         distances = " ".join(f"{value:.3f}" for value in answer["distances"])
         table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))
     Console().print(table)
+
+
+def note_unfinished(run: Path) -> None:
+    """Say on stderr that a run's adapters are not yet its last."""
+    from fedrouter_jax import checkpoint
+
+    done, rounds = checkpoint.latest(run / "checkpoints"), config_lib.load(run / "config.json").rounds.rounds
+    if done < rounds:
+        print(f"note: {run} has done {done} of {rounds} rounds", file=sys.stderr)
 
 
 def export(arguments: list[str]) -> None:
@@ -281,6 +291,7 @@ def export(arguments: list[str]) -> None:
     if held is not None:
         raise UserError(f"{held} is there already, and adapters of two runs would mix; give a new folder with --to")
     runs.export(loaded, parsed.to)
+    note_unfinished(parsed.run)
     router = f" and {parsed.to}/router" if loaded.prepared.strategy.enrolling == "clustering" else ""
     print(f"written: {parsed.to}/adapters{router}")
 

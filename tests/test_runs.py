@@ -346,6 +346,17 @@ def test_export_writes_what_the_run_holds(finished, tmp_path, capsys):
     assert "adapters of two runs would mix" in capsys.readouterr().err
 
 
+def test_an_unfinished_run_says_so_when_it_is_used(finished, tmp_path, capsys):
+    part = tmp_path / "part"
+    shutil.copytree(finished, part)
+    shutil.rmtree(part / "checkpoints" / "3")
+    for run, notes in ((finished, []), (part, [f"note: {part} has done 2 of 3 rounds"])):
+        for arguments in (["route", str(run), "text", "--json"], ["export", str(run), "--to", f"{run}-exported"]):
+            assert main(arguments) == 0
+            printed, errors = capsys.readouterr()
+            assert errors.splitlines() == notes and "note" not in printed
+
+
 def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
     data, out = tmp_path / "rows", tmp_path / "run"
     data.mkdir()
