@@ -146,6 +146,11 @@ def check(config: Config) -> None:
     for flag, value in (above_zero | not_below_zero).items():
         if not math.isfinite(value) or value < 0 or (value == 0 and flag in above_zero):
             raise UserError(f"{flag} is {value}; it must be {'above' if flag in above_zero else 'at least'} 0")
+    if config.local.min_learning_rate > config.local.learning_rate:
+        raise UserError(
+            f"--min-learning-rate is {config.local.min_learning_rate}, above --learning-rate "
+            f"{config.local.learning_rate}, from which it falls; lower it, too"
+        )
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed is {config.seed}; it must be from 0 to {2**31 - 1}")
     if not config.model:
@@ -219,18 +224,31 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
 
 def idle(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
-    default, data, rounds, method = Config(), config.data, config.rounds, strategy(config, None)
+    default, method, name = Config(), strategy(config, None), config.strategy
     clusters = method.enrolling == "clustering"
-    averaged = server_lib.moves(method.owners)
-    turns = clusters or config.strategy == "oracle"
-    rate = rounds.server_rate != default.rounds.server_rate
-    alpha = data.mixture_alpha != default.data.mixture_alpha
+
+    def changed(section: str, field: str) -> bool:
+        return getattr(getattr(config, section), field) != getattr(getattr(default, section), field)
+
+    no_rows = f"({name} clusters no rows)"
     set_for_nothing = {
-        "--server-rate (--server average has none)": rate and rounds.server == "average",
-        f"--server ({config.strategy} averages nothing there)": rounds.server != "average" and not averaged,
-        "--mixture-alpha (of --scenario dirichlet)": alpha and data.scenario != "dirichlet",
-        f"--local-clusters ({config.strategy} clusters no rows)": config.cluster.local_clusters and not clusters,
-        f"--turns ({config.strategy} clusters no rows)": rounds.turns != default.rounds.turns and not turns,
+        "--server-rate (--server average has none)": changed("rounds", "server_rate")
+        and config.rounds.server == "average",
+        f"--server ({name} averages nothing there)": changed("rounds", "server")
+        and not server_lib.moves(method.owners),
+        "--mixture-alpha (of --scenario dirichlet)": changed("data", "mixture_alpha")
+        and config.data.scenario != "dirichlet",
+        "--shift (a multiple of --clients)": config.data.shift and config.data.shift % config.data.clients == 0,
+        f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
+        f"--global-clusters {no_rows}": config.cluster.global_clusters
+        and not clusters
+        and name not in ("ifca", "clustered", "fedlease"),  # whose slots they are
+        f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not clusters and name != "fedlease",
+        f"--turns {no_rows}": changed("rounds", "turns") and not clusters and name != "oracle",
+        f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
+        f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,
+        "--instance-weight (of feddpa-t and feddpa-f)": changed("evaluation", "instance_weight")
+        and not name.startswith("feddpa"),
     }
     return [option for option, found in set_for_nothing.items() if found]
 

@@ -237,10 +237,11 @@ def plan(
     rows_of_devices = devices // parallel
     clients = schedule.taking_part(data.clients - data.newcomers, rounds.participation)
     lanes = 1 if strategy.pooled else clients * each
+    groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     pack = pack_shape(config, row_tokens, response_tokens)
-    pack = pack._replace(lanes=min(pack.lanes, lanes), rows=min(pack.lanes, lanes) * config.local.batch)
-    groups = -(-lanes // pack.lanes)
-    here = -(-groups // rows_of_devices)
+    pack = pack._replace(lanes=together, rows=together * config.local.batch)
+    here = groups // rows_of_devices
+    fullest = min(1.0, here * together / lanes)  # of the work: a lane is never divided, and all wait for the last
     most = config.compute.groups_at_once or (
         groups_that_fit(start, pack, here, limit, rows_of_devices > 1) if limit else 1
     )
@@ -266,7 +267,7 @@ def plan(
         bytes_down=lanes * down,
         tokens=tokens,
         flops=flops,
-        seconds=None if rate is None else flops / (rate * devices),
+        seconds=None if rate is None else fullest * flops / (rate * parallel),
     )
 
 

@@ -14,6 +14,7 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config
+from fedrouter_jax.data import schedule
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, model_config
@@ -116,3 +117,14 @@ def test_planned_batches_are_those_of_a_round(strategy):
     pack = plan.Pack(*prepared.pack, lanes * config.local.batch, lanes)
     found = plan.memory(plan.federation(prepared.model.config, config, prepared.strategy, 4), pack, made.groups, 1)
     assert found.batches == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(batch)), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "devices", "groups", "share"),
+    [(1, 8, (8, 1), 1), (9, 8, (8, 2), 2 / 9), (8, 8, (8, 1), 1 / 8), (9, 1, (2, 5), 1)],
+)
+def test_time_is_that_of_the_device_with_most_lanes(lanes, devices, groups, share):
+    config = dataclasses.replace(smoke(), strategy="fedit", data=dataclasses.replace(smoke().data, clients=lanes))
+    found, alone = (plan.plan(config, 60, 12, many, rate=1e12) for many in (devices, 1))
+    assert schedule.groups_of(lanes, 8, devices) == groups and found.groups == groups[0]
+    assert found.seconds == pytest.approx(share * alone.seconds)

@@ -430,6 +430,19 @@ def test_options_that_change_nothing_are_named():
     rounds = dataclasses.replace(smoke().rounds, server_rate=0.1, turns="staggered")
     named = config_lib.idle(dataclasses.replace(fedit, rounds=rounds))
     assert [option.split()[0] for option in named] == ["--server-rate", "--local-clusters", "--turns"]
+    others = dataclasses.replace(
+        smoke(),
+        strategy="fedsa",
+        data=dataclasses.replace(smoke().data, shift=8, clients=4),
+        cluster=dataclasses.replace(smoke().cluster, global_clusters=3, max_clusters=5),
+        evaluation=dataclasses.replace(
+            smoke().evaluation, personalised_routing="oracle", generalisation_routing="local", instance_weight="global"
+        ),
+    )
+    assert [option.split()[0] for option in config_lib.idle(others)] == [
+        "--shift", "--global-clusters", "--max-clusters", "--personalised-routing", "--generalisation-routing",
+        "--instance-weight",
+    ]  # fmt: skip
     alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
     assert config_lib.idle(alone)[0] == "--server (local averages nothing there)"
     assert config_lib.idle(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []

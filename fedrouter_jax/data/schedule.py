@@ -83,6 +83,15 @@ def draw(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:count]
 
 
+def groups_of(lanes: int, together: int, rows_of_devices: int = 1) -> tuple[int, int]:
+    """How many groups of how many lanes: as many on each row of devices, of `together` lanes at most, and even.
+
+    `federation.make_round` counts the same way.
+    """
+    groups = -(-lanes // (together * rows_of_devices)) * rows_of_devices
+    return groups, -(-lanes // groups)
+
+
 def batches(
     work: Work,
     members: Sequence[Sequence[Sequence[Tokens]]],
@@ -108,8 +117,7 @@ def batches(
         return [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
 
     drawn = [lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)]
-    groups = -(-len(drawn) // (together * rows_of_devices)) * rows_of_devices
-    each = -(-len(drawn) // groups)  # as even as can be; `federation.make_round` counts the same way
+    groups, each = groups_of(len(drawn), together, rows_of_devices)
 
     def group(lanes: list[list[list[Tokens]]]) -> packing.Batch:
         taken = ([lane[step] for lane in lanes] for step in range(steps))
