@@ -32,7 +32,7 @@ from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.terminal import guarded, show_markdown
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
-BOUNDS = ("oracle", "centralised")  # not rivals
+BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
 OURS = ("fedrouter+", "fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # no baselines
 FIRST = (
     "fedrouter+",
@@ -187,29 +187,40 @@ def in_words(found: dict[str, dict]) -> list[str]:
 
 
 def scores(table: Cells, shown: tuple[str, ...]) -> list[str]:
-    """The table: mean ± half of the 95 % interval; the best of the rivals with all seeds bold; the gain of ours."""
+    """The table: mean ± half of the 95 % interval over shared seeds, the highest of the rivals bold; gains of ours."""
     columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
     columns = [column for column in columns if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
     methods = ["base model", *(method for method in METHODS if method in known and method in shown)]
     rivals = [method for method in methods if method not in BOUNDS]
-    means = {key: np.mean(list(scores.values())) for key, scores in table.items()}
     lines = ["| ROUGE-1 | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
     for method in methods:
         row = []
         for column in columns:
-            values = list(table.get((*column, method), {}).values())
-            seeds = {m: len(table[(*column, m)]) for m in rivals if (*column, m) in means}
-            full = [m for m in seeds if seeds[m] == max(seeds.values())]
-            best = max(full, key=lambda m, c=column: means[(*c, m)])
-            row.append(text(values, method == best) if values else "")
-        lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {' | '.join(row)} |")
+            values = comparable(table, column)
+            most = max((len(values[m]) for m in rivals if m in values), default=0)
+            best = max((m for m in rivals if len(values.get(m, ())) == most), key=lambda m, of=values: np.mean(of[m]))
+            row.append(text(values[method], method == best) if method in values else "")
+        lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in OURS:
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
             gains = " | ".join(gain(table, column, ours) for column in columns)
             lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
     return lines
+
+
+def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
+    """Scores of each method of a column: those of the seeds that all with several seeds have; of one, what it has."""
+    scores = {m: found for (*c, m), found in table.items() if tuple(c) == column}
+    several = [set(found) for found in scores.values() if len(found) > 1]
+    shared = set.intersection(*several) if several else set()
+    return {m: [found[seed] for seed in sorted({*found} & shared or found)] for m, found in scores.items()}
+
+
+def named(method: str) -> str:
+    """A method, and for a bound what it has that others have not."""
+    return f"{method} ({BOUNDS[method]})" if method in BOUNDS else method
 
 
 def same_seed(found: dict[str, dict], scenario: str = "dual", seed: int = 0) -> list[str]:
@@ -225,7 +236,7 @@ def same_seed(found: dict[str, dict], scenario: str = "dual", seed: int = 0) -> 
     lines += [f"| method | {' | '.join(parts)} | mean |", "|---" * 4 + "|"]
     for method in sorted(scores, key=lambda m: -np.mean(scores[m])):
         numbers = " | ".join(f"{value:.3f}" for value in [*scores[method], np.mean(scores[method])])
-        lines.append(f"| {method}{' (bound)' if method in BOUNDS else ''} | {numbers} |")
+        lines.append(f"| {named(method)} | {numbers} |")
     return lines
 
 
@@ -298,8 +309,8 @@ def gain(table: Cells, column: tuple[str, str], who: str) -> str:
     if not seeds or not any(theirs):
         return ""
     mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
-    spread = f" ± {half:.3f}" if len(seeds) > 1 else ""
-    return f"{100 * mean / np.mean(theirs):+.1f} % ({mean:+.3f}{spread}; {best})"
+    spread = f" ± {half:.3f}; {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return f"{100 * mean / np.mean(theirs):+.1f} % over {best} ({mean:+.3f}{spread})"
 
 
 def text(values: list[float], best: bool) -> str:
@@ -326,7 +337,10 @@ def setting(found: dict[str, dict]) -> list[str]:
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
     spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
     if len({len(same) for same in grouped(found).values()}) > 1:
-        spread += " How many of them a method has: below, task by task; gains are over the same seeds."
+        spread += (
+            " Means are over the seeds that all methods of a column with several have; without ±: one seed. Gains are "
+            "over all seeds that a method has, which the table task by task counts."
+        )
     return [*sorted(said), "", f"{spread} Generalisation: the mix of all tasks."]
 
 
@@ -337,7 +351,7 @@ def figure(found: dict[str, dict]) -> Figure:
     drawn = Figure((5 * ((len(columns) + 1) // 2), 7))
     panels = drawn.subplots(2, (len(columns) + 1) // 2, squeeze=False).ravel()
     for axes, column in zip(panels, columns, strict=False):
-        scores = {m: list(found.values()) for (*c, m), found in table.items() if tuple(c) == column}
+        scores = comparable(table, column)
         methods = sorted(scores, key=lambda m, of=scores: np.mean(of[m]))
         for place, method in enumerate(methods):
             values = scores[method]
