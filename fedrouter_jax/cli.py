@@ -153,7 +153,8 @@ def run(arguments: list[str]) -> None:
         default=Run(PRESETS[preset]() if preset else Config()),
         description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it.",
     )
-    out = parsed.out or Path("runs") / f"{preset or 'run'}-{parsed.config.strategy}-{parsed.config.seed}"
+    method = parsed.config.strategy.replace(":", "-")
+    out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
     together(parsed.processes)
     with progress() as track:
         runs.run(parsed.config, out, track)

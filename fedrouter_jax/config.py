@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from fedrouter_jax import formats
+from fedrouter_jax import formats, strategies
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.data.scenarios import DataConfig
@@ -68,28 +68,9 @@ class ComputeConfig:
 class Config:
     """One experiment."""
 
-    strategy: Literal[
-        "fedrouter",
-        "fedit",
-        "local",
-        "fedsa",
-        "feddpa-t",
-        "feddpa-f",
-        "clustered",
-        "ffalora",
-        "fedex",
-        "flora",
-        "ifca",
-        "fedalt",
-        "fedlease",
-        "fedrouter-warm",
-        "fedrouter-a",
-        "fedrouter-sum",
-        "fedrouter-soft",
-        "oracle",
-        "centralised",
-    ] = "fedrouter"
-    """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place."""
+    strategy: Literal[*STRATEGIES] | str = "fedrouter"
+    """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place. One of your
+    own: MODULE:FUNCTION, which Python finds and which returns a Strategy (docs/add-a-method.md)."""
     model: str = "smollm2-135m"
     """The embedded default "smollm2-135m", the random "tiny", a GGUF file, a Hugging Face folder, or a hub id."""
     seed: int = 0
@@ -110,6 +91,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise `UserError` for a value no experiment can run with."""
+    strategies.find(config.strategy)
     positive = {
         "--clients": config.data.clients,
         "--rounds": config.rounds.rounds,
@@ -200,7 +182,7 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
         "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }
-    return STRATEGIES[config.strategy](**options.get(config.strategy, {}))
+    return strategies.find(config.strategy)(**options.get(config.strategy, {}))
 
 
 def check_strategy(config: Config, strategy: Strategy) -> None:

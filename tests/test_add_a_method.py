@@ -9,6 +9,8 @@ import pytest
 import test_laws
 from helpers import begin, play
 
+from fedrouter_jax.cli import main
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
 
 
@@ -25,6 +27,27 @@ def test_the_page_trains_and_scores(page):
     assert page["record"]["round"] == 3 and 0 <= page["scores"]["personalised"]["rouge1"]["mean"] <= 1
     first, last = (page["state"].bank["main"].a["q_proj"][i] for i in (0, 1))
     assert (np.asarray(first) != np.asarray(last)).any()  # every client has an A of its own
+
+
+def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    (tmp_path / "mymethods.py").write_text(code + "\n\nnothing = dict\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+    small = ["--rounds", "1", "--evaluate-at", "--mix-rows", "4", "--test-rows", "2", "--out", str(out)]
+    assert main(["run", "--preset", "smoke", "--strategy", "mymethods:personal_a", *small]) == 0
+    assert len(list((out / "adapters").iterdir())) == 4 and "mymethods:personal" in (out / "report.md").read_text()
+    assert main(["resume", str(out)]) == 0
+    capsys.readouterr()
+    for name, message in (
+        ("fedavg", "choose among fedrouter, fedit"),
+        ("nowhere:personal_a", "No module named 'nowhere'"),
+        ("mymethods:another", "has no attribute 'another'"),
+        ("mymethods:nothing", "gives a dict; expected a"),
+    ):
+        assert main(["run", "--preset", "smoke", "--strategy", name, "--out", str(tmp_path / "other")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
-"""One algorithm a file. `STRATEGIES` names those the command line offers."""
+"""One algorithm a file. `STRATEGIES` names those the command line offers; `find` takes others, too."""
 
+import importlib
+from collections.abc import Callable
+
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
 from fedrouter_jax.strategies.collaboration import fedrouter_a, fedrouter_soft, fedrouter_sum, fedrouter_warm
@@ -15,6 +19,7 @@ from fedrouter_jax.strategies.flora import flora
 from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
 from fedrouter_jax.strategies.oracle import oracle
+from fedrouter_jax.types import Strategy
 
 STRATEGIES = {
     "fedrouter": fedrouter,
@@ -38,4 +43,31 @@ STRATEGIES = {
     "centralised": centralised,
 }
 
-__all__ = ["STRATEGIES", *(name.replace("-", "_") for name in STRATEGIES)]
+__all__ = ["STRATEGIES", "find", *(name.replace("-", "_") for name in STRATEGIES)]
+
+
+def find(name: str) -> Callable[..., Strategy]:
+    """What makes the strategy of that name: one of `STRATEGIES`, or MODULE:FUNCTION that can be imported."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise UserError(
+            f"--strategy {name!r} is unknown; choose among {', '.join(STRATEGIES)}, or give MODULE:FUNCTION"
+        )
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--strategy {name}: not to be imported ({error}); `python -m fedrouter_jax` looks in this folder, too"
+        ) from None
+
+    def made(**options) -> Strategy:
+        strategy = make(**options)
+        if not isinstance(strategy, Strategy):
+            raise UserError(
+                f"--strategy {name} gives a {type(strategy).__name__}; expected a fedrouter_jax.types.Strategy"
+            )
+        return strategy
+
+    return made
