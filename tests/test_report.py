@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import evaluate, plots, records, report, routing
+from fedrouter_jax.cli import main
 from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
@@ -306,6 +307,19 @@ def test_a_directory_that_is_no_run(tmp_path):
     for path in (tmp_path, tmp_path / "file.log"):
         with pytest.raises(UserError, match=f"{path.name} is no run directory"):
             report.write([path], tmp_path)
+
+
+def test_all_runs_of_a_folder_are_reported_again_beside_their_report(tmp_path, monkeypatch, capsys):
+    """`fedrouter report runs/*`, twice."""
+    monkeypatch.chdir(tmp_path)
+    for strategy in ("fedrouter", "fedit"):
+        make_run(Path("runs") / strategy, strategy=strategy)
+    for _ in range(2):
+        assert main(["report", *map(str, Path("runs").iterdir())]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"fedrouter", "fedit", "report"}
+    assert Path("runs/report/report.md").read_text(encoding="utf-8").startswith("# 2 runs")
+    assert main(["report", "runs/report"]) == 2
+    assert "at least one run directory" in capsys.readouterr().err
 
 
 def test_terminal_shows_the_tables(tmp_path):
