@@ -1,6 +1,7 @@
 """Loading: every family against transformers, GGUF against its own writer, and one clear line for bad files."""
 
 import json
+import resource
 import shutil
 
 import jax
@@ -435,6 +436,17 @@ def test_a_tokenizer_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypa
     monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(gguf, "load_tokenizer", lambda path: models.tiny_tokenizer())
     assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+    monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as good as a full disk
+    try:
+        assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "tokenizers").iterdir())
+    for _ in range(2):  # now there is room, and then it is there
+        assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+        assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["0"]
 
 
 def test_names_that_cannot_be_loaded(monkeypatch):
