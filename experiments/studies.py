@@ -127,6 +127,8 @@ def main(options: Studies) -> None:
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
             sweep(made, folder, console, kept)
         found = summaries.load(kept)
+        if found and not cells(STUDIES[name], found):
+            raise UserError(f"{kept} holds no run of the study to draw; remove {next(iter(found))}.json")
         if found:
             files.write(out / f"{name}.md", markdown(name, found))
             figure(name, found).savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
