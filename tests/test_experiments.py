@@ -208,6 +208,12 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
         studies.main(studies.Studies(redraw=True, out=tmp_path))
 
 
+def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
+    found = {f"fedit-{task}-0": made("fedit", 0, 0.5) for task in ("none", "samsum")}
+    for axes in studies.figure("unseen", found).axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "samsum"]
+
+
 @pytest.mark.parametrize("redraw", [True, False])
 @pytest.mark.parametrize(
     "text, expected", [("{", "not a JSON object"), ("{}", "Field required"), ('{"records": [{}]}', "Field required")]
