@@ -231,6 +231,8 @@ CONFIG_ERRORS = {
     "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
     "no heads": ({"num_attention_heads": 0}, "lacks or garbles a field of the llama family"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "share 3 of keys and values"),
+    "endless positions": ({"max_position_embeddings": 1e999}, "lacks or garbles .*: cannot convert float infinity"),
+    "endless rope": ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 1e999}}, "float infinity"),
     "no layers": ({"num_hidden_layers": -1}, "layers is -1; expected 1 or more"),
     "rope a list": ({"rope_parameters": None, "rope_scaling": ["x"]}, "lacks or garbles"),
     "theta a word": ({"rope_parameters": {"rope_theta": "x"}}, "lacks or garbles"),
@@ -402,7 +404,7 @@ def test_gguf_logits_equal_transformers(family, name, options, tmp_path):
     np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_gguf_errors(tmp_path):
+def test_gguf_errors(tmp_path, monkeypatch):
     model, path = torch_model("Llama", {}), tmp_path / "m.gguf"
     write_gguf(path, model)
     whole = path.read_bytes()
@@ -423,6 +425,12 @@ def test_gguf_errors(tmp_path):
         assert configs.from_gguf(metadata | {key: 1.0}).rope_scaling is None
         with pytest.raises(UserError, match="scales the llama rope frequencies"):
             configs.from_gguf(metadata | {key: 4.0})
+    with pytest.raises(UserError, match="garbles a field of the llama family: cannot convert float infinity"):
+        configs.from_gguf(metadata | {"llama.block_count": float("inf")})
+    heads = dict.fromkeys(("llama.attention.head_count", "llama.attention.head_count_kv"), 3)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has shape \[32, 32\]; expected \[24, 32\]"):
+        patch.setattr(gguf, "_metadata", lambda reader: metadata | heads)
+        gguf.load_gguf(path, "float32")
     writer = GGUFWriter(path, "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
