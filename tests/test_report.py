@@ -349,6 +349,15 @@ def test_plots_of_one_run_and_of_several(tmp_path):
         check_picture(picture)
 
 
+@pytest.mark.filterwarnings("error")
+def test_tasks_may_be_named_in_any_script(tmp_path, monkeypatch, caplog):
+    """A report says nothing of glyphs or fonts that are missing."""
+    monkeypatch.setitem(globals(), "TASKS", ["\u6458\u8981", "\u0938\u093e\u0930", "sort"])
+    path = make_run(tmp_path / "one", strategy="fedit")
+    report.write([path], path)
+    assert (path / "plots" / "rouge.png").exists() and not caplog.records
+
+
 def test_clusters_plot_shows_the_counts(tmp_path):
     run = records.read(make_run(tmp_path / "one"))
     left, right = plots.clusters(run).axes
