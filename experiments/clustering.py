@@ -28,7 +28,7 @@ import tyro
 from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
-from experiments.clustering_figures import FEW, draw
+from experiments.clustering_figures import FEW, draw, read
 from experiments.sweep import at_least_one
 from fedrouter_jax import embed, evaluate, files, plots, routing
 from fedrouter_jax.data import sources, synthetic, tokens
@@ -111,7 +111,7 @@ def measure(options: Clustering, to: Path) -> None:
         "device": jax.devices()[0].device_kind,
         "synthetic": options.smoke,
     }
-    found = json.loads(to.read_text(encoding="utf-8")) if to.exists() else {**setting, "records": []}
+    found = read(to) or {**setting, "records": []}
     if {key: value for key, value in found.items() if key != "records"} != setting:
         raise UserError(f"{to} was measured with other options; choose another --out or remove it")
     jobs = {

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
-from fedrouter_jax import plots
+from fedrouter_jax import formats, plots
+from fedrouter_jax.errors import UserError
 
 FEW = (2, 4, 8)  # training rows of a task on each client, beside all there are
+Record = TypedDict("Record", {
+    "name": str, "set": str, "tasks": list[str], "seed": int, "recipe": str, "few": int | None, "local": float,
+    "global": float,
+})  # fmt: skip  # "global" is a word of Python
+
+
+class Measured(TypedDict):
+    """clustering.json."""
+
+    model: str
+    rows_a_task: int
+    clients: int
+    device: str
+    synthetic: bool
+    records: list[Record]
+
+
+def read(path: Path) -> dict | None:
+    """What was measured so far; None where nothing was. Raises `UserError` for another file."""
+    return formats.read_json(path, Measured, "remove it")
 
 
 def draw(out: Path) -> None:
     """clustering.md, silhouette.png and embedding.png from clustering.json."""
-    found = json.loads((out / "clustering.json").read_text(encoding="utf-8"))
+    found = read(out / "clustering.json")
+    if not any("picture" in record for record in found["records"]):
+        raise UserError(f"{out / 'clustering.json'} holds no records of 'shallow' yet; run without --redraw")
     (out / "clustering.md").write_text(table(found), encoding="utf-8")
     silhouettes(found).savefig(out / "silhouette.png", dpi=100, bbox_inches="tight")
     others(found).savefig(out / "other_scores.png", dpi=100, bbox_inches="tight")
@@ -73,17 +96,22 @@ def left_out(found: dict) -> list[str]:
     scores = {(r["set"], r["seed"], r["recipe"]): r for r in found["records"] if "five" in r["set"]}
     recipes = dict.fromkeys(key[2] for key in scores)
     depths = [recipe for recipe in recipes if recipe == "shallow" or recipe.startswith("depth")]
+    seeds = [
+        seed
+        for seed in dict.fromkeys(key[1] for key in scores)
+        if all((five, seed, r) in scores for five in ("five drawn", "the other five") for r in (*depths, "paper"))
+    ]  # those that were measured whole
     lines = ["", "The depth chosen on five drawn tasks (by accuracy, of equals the shallower), on those left out:", ""]
     lines += ["| seed | left out | depth chosen | accuracy there | the best of all depths there | paper there |"]
     lines += ["|---|---|---|---|---|---|"]
-    for seed in dict.fromkeys(key[1] for key in scores):
+    for seed in seeds:
         chosen = max(depths, key=lambda recipe, s=seed: scores["five drawn", s, recipe]["global"])
         there = {recipe: scores["the other five", seed, recipe] for recipe in (*depths, "paper")}
         best = max(there[recipe]["global"] for recipe in depths)
         cells = [there[chosen]["global"], best, there["paper"]["global"]]
         tasks = ", ".join(there[chosen]["tasks"])
         lines.append(f"| {seed} | {tasks} | {chosen} | {' | '.join(f'{100 * value:.1f}' for value in cells)} |")
-    return lines if scores else []
+    return lines if seeds else []
 
 
 def spread(values: list[float]) -> str:

@@ -127,6 +127,8 @@ def main(options: Studies) -> None:
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
             sweep(made, folder, console, kept)
         found = summaries.load(kept)
+        if found and not cells(STUDIES[name], found):
+            raise UserError(f"{kept} holds no run of the study to draw; remove {next(iter(found))}.json")
         if found:
             files.write(out / f"{name}.md", markdown(name, found))
             figure(name, found).savefig(out / f"{name}.png", dpi=100, bbox_inches="tight")
@@ -161,7 +163,7 @@ def cells(study: Study, found: dict[str, dict]) -> dict[tuple[str, Any], list[di
     """Summaries over seeds by (method, value), in the study's order."""
     table: dict[tuple[str, Any], list[dict]] = {}
     for method in study.methods:
-        for value in (*study.values, *study.smoke):
+        for value in dict.fromkeys((*study.values, *study.smoke)):
             same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{method}-{label(value)}"]
             if same:
                 table[method, value] = same
@@ -205,7 +207,7 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     study = STUDIES[name]
     table = cells(study, found)
     parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
-    shown = [value for value in (*study.values, *study.smoke) if any(value == key[1] for key in table)]
+    shown = [value for value in dict.fromkeys((*study.values, *study.smoke)) if any(value == key[1] for key in table)]
     drawn = Figure((4.2 * len(parts), 3.4))
     for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         for method, colour in zip(study.methods, ("#d55e00", "#0072b2", "#009e73"), strict=False):

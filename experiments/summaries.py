@@ -46,7 +46,7 @@ def known(path: Path, config: Config) -> bool:
     """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed."""
     if not path.exists():
         return False
-    theirs = config_lib.of_json(json.loads(path.read_text(encoding="utf-8"))["config"], path)
+    theirs = config_lib.of_json(read(path)["config"], path)
     return replace(theirs, compute=config.compute) == portable(config)
 
 
@@ -57,12 +57,15 @@ def portable(config: Config) -> Config:
 
 def load(folder: Path) -> dict[str, dict]:
     """All summaries in a folder, by name."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        found[path.stem] = formats.read_json(path)
-        lacking = sorted({"config", "scores", "cost", "accuracy", "device"} - set(found[path.stem]))
-        if lacking:
-            raise UserError(f"{path} is no summary of a run: it has no {lacking[0]!r}; restore the file or remove it")
+    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def read(path: Path) -> dict:
+    """One summary; raises `UserError` for a file that is none."""
+    found = formats.read_json(path, remedy="remove it")
+    lacking = sorted({"config", "scores", "cost", "accuracy", "device"} - set(found))
+    if lacking:
+        raise UserError(f"{path} is no summary of a run: it has no {lacking[0]!r}; restore the file or remove it")
     return found
 
 

@@ -141,8 +141,10 @@ def configs(options: Table1) -> dict[str, Config]:
 def draw(out: Path) -> None:
     """table1.md and table1.png from the summaries."""
     found = summaries.load(out / "runs")
-    if not found:
-        raise UserError(f"{out / 'runs'} holds no summaries to draw; run without --redraw, or choose another --out")
+    if not grouped(found):
+        raise UserError(
+            f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"
+        )
     files.write(out / "table1.md", markdown(found))
     figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 

@@ -244,12 +244,13 @@ def report(arguments: list[str]) -> None:
     from fedrouter_jax import report as report_lib
 
     parsed = tyro.cli(Report, prog="fedrouter report", args=arguments)
-    if not parsed.runs:
+    named = [path for path in parsed.runs if not report_lib.of_several(path)]
+    if not named:
         raise UserError("report needs at least one run directory, such as runs/smoke-fedrouter-0")
-    to = parsed.to or (parsed.runs[0] if len(parsed.runs) == 1 else Path("runs/report"))
-    report_lib.write(list(parsed.runs), to)
+    to = parsed.to or (named[0] if len(named) == 1 else Path("runs/report"))
+    report_lib.write(named, to)
     console = Console()
-    report_lib.show(list(parsed.runs), console)
+    report_lib.show(named, console)
     console.print(f"written: {escape(str(to / 'report.md'))}, {escape(str(to / 'scores.csv'))}, plots/")
 
 

@@ -6,11 +6,12 @@ global state is needed: saving one draws it with Agg.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -27,6 +28,11 @@ STYLE = {
     "axes.titlelocation": "left", "figure.dpi": 130, "figure.titlesize": 11, "font.size": 9, "legend.frameon": False,
     "grid.color": "#E3E3E3", "figure.constrained_layout.use": True, "text.parse_math": False,
 }  # fmt: skip
+# For tasks named in scripts that matplotlib's own font lacks: those of these that are installed.
+FONTS = (
+    "Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "Noto Sans Devanagari", "Nirmala UI",
+    "Arial Unicode MS",
+)  # fmt: skip
 TITLES = ("Personalised: own tasks", "Generalisation: all tasks")
 T_SNE_ROWS = 3000
 
@@ -35,7 +41,10 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
     """Draw what the runs have data for; returns the files written."""
     trained = [row for row in rows if not row.base]
     drawn = {}
-    with rc_context(STYLE):
+    installed = {*font_manager.get_font_names()}  # others would be warned of
+    fonts = ["sans-serif", *(name for name in FONTS if name in installed)]
+    with rc_context(STYLE | {"font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as boxes; the tables have the names
         if any(run.rounds for run in runs):
             drawn["loss"] = loss(trained)
         if any(latest(run)[0] for run in runs):

@@ -78,6 +78,12 @@ def write(runs: list[Path], to: Path) -> None:
     files.write(to / "report.md", to_markdown(found, pictures, to))
 
 
+def of_several(path: Path) -> bool:
+    """Whether this is a report of several runs and nothing else: `runs/*` names it beside them."""
+    held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    return {"report.md", "scores.csv"} <= held <= {"report.md", "scores.csv", "plots"}
+
+
 def show(runs: list[Path], console: Console) -> None:
     """The tables of the report on a terminal."""
     rows = rows_of(read_all(runs))

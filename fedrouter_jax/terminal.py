@@ -25,6 +25,11 @@ def guarded(action: Callable[[], None]) -> int:
         action()
     except UserError as error:
         return failed(2, str(error))
+    except BrokenPipeError:  # whoever reads what this prints has stopped: nobody is there to be told
+        raise
+    except OSError as error:  # a path that no check has looked at
+        reason = " ".join(str(error.strerror or error).split())
+        return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
     except KeyboardInterrupt:
         return failed(
             130, "interrupted; `fedrouter resume RUN`, or the same command of an experiment, goes on from there"

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fedrouter_jax.cli import main
+from fedrouter_jax.terminal import guarded
 
 ROWS = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
 SMALL = ["--preset", "smoke", "--clients", "2"]
@@ -143,6 +144,25 @@ def test_directories_that_are_no_run_of_this_config(data, tmp_path, capsys):
         assert "Unexpected keyword argument" in one_line(capsys, "resume", str(out))
     (out / "config.json").write_text("{")
     assert "not readable as JSON" in one_line(capsys, "resume", str(out))
+
+
+def test_paths_that_cannot_be_are_one_line(data, tmp_path, capsys):
+    long, run = str(tmp_path / (300 * "x")), ["run", *SMALL, "--data", str(data), "--out"]
+    for arguments in ([*run, long], [*run, str(tmp_path / "run"), "--model", long], ["report", long]):
+        assert long in (message := one_line(capsys, *arguments)) and message.endswith(": File name too long")
+    one_line(capsys, *run, str(tmp_path / "run"), "--global-clusters", "99")
+    (tmp_path / "run" / "rounds.jsonl").mkdir()
+    assert "rounds.jsonl: Is a directory" in one_line(capsys, "report", str(tmp_path / "run"))
+
+
+def test_a_reader_that_stops_is_told_nothing():
+    """`fedrouter report RUN | head` ends as it does without the line for paths."""
+
+    def told():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        guarded(told)
 
 
 def test_a_write_that_fails_is_one_line_and_keeps_what_was_there(tmp_path):

@@ -46,6 +46,7 @@ def made(strategy: str, seed: int, score: float, scenario: str = "dual") -> dict
             "bytes_down": 4.5e6,
             "seconds_training": 7.0,
         },
+        "accuracy": {},
         "device": "cpu",
     }
 
@@ -205,6 +206,52 @@ def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
     assert summaries.known(path, replace(config, compute=replace(config.compute, rows_at_once=7)))  # only faster
     assert not summaries.known(path, replace(config, seed=1))
     assert not summaries.known(tmp_path / "none.json", config)
+
+
+@pytest.mark.parametrize(
+    "text, expected", [('{"config": {"mod', "not a JSON object"), ("{}", "'accuracy'"), ("[]", "not a JSON object")]
+)
+def test_a_damaged_summary_is_named(text, expected, tmp_path):
+    (tmp_path / "one.json").write_text(text)
+    for read in (lambda: summaries.known(tmp_path / "one.json", smoke()), lambda: summaries.load(tmp_path)):
+        with pytest.raises(UserError, match=f"one.json.*{expected}.*; restore the file,? or remove it"):
+            read()
+
+
+def test_summaries_of_other_runs_are_not_drawn(tmp_path):
+    for folder in ("runs", "clients"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "other.json").write_text(json.dumps(made("fedit", 0, 0.5)))
+    with pytest.raises(UserError, match="runs holds no run of the table to draw"):
+        table1.main(table1.Table1(redraw=True, out=tmp_path))
+    with pytest.raises(UserError, match="clients holds no run of the study to draw; remove other.json"):
+        studies.main(studies.Studies(redraw=True, out=tmp_path))
+
+
+def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
+    found = {f"fedit-{task}-0": made("fedit", 0, 0.5) for task in ("none", "samsum")}
+    for axes in studies.figure("unseen", found).axes:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "samsum"]
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+@pytest.mark.parametrize(
+    "text, expected", [("{", "not a JSON object"), ("{}", "Field required"), ('{"records": [{}]}', "Field required")]
+)
+def test_a_damaged_measurement_of_clusters_is_named(text, expected, redraw, tmp_path):
+    (tmp_path / "clustering.json").write_text(text)
+    with pytest.raises(UserError, match=f"clustering.json: .*{expected}.*; restore the file, or remove it"):
+        clustering.main(clustering.Clustering(smoke=True, redraw=redraw, out=tmp_path))
+
+
+def test_a_measurement_of_clusters_that_was_stopped_is_drawn_as_far_as_it_got(tmp_path):
+    found = json.loads((ROOT / "docs" / "results" / "clustering" / "clustering.json").read_text(encoding="utf-8"))
+    whole = clustering_figures.left_out(found)
+    last = next(i for i, r in enumerate(found["records"]) if (r["set"], r["seed"]) == ("the other five", 1))
+    assert clustering_figures.left_out(found | {"records": found["records"][: last + 2]}) == whole[:6]
+    (tmp_path / "clustering.json").write_text(json.dumps(found | {"records": found["records"][:1]}))
+    with pytest.raises(UserError, match="holds no records of 'shallow' yet"):
+        clustering_figures.draw(tmp_path)
 
 
 def test_no_committed_run_would_run_again():

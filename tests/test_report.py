@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import evaluate, plots, records, report, routing
+from fedrouter_jax.cli import main
 from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
@@ -312,6 +313,19 @@ def test_a_directory_that_is_no_run(tmp_path):
             report.write([path], tmp_path)
 
 
+def test_all_runs_of_a_folder_are_reported_again_beside_their_report(tmp_path, monkeypatch, capsys):
+    """`fedrouter report runs/*`, twice."""
+    monkeypatch.chdir(tmp_path)
+    for strategy in ("fedrouter", "fedit"):
+        make_run(Path("runs") / strategy, strategy=strategy)
+    for _ in range(2):
+        assert main(["report", *map(str, Path("runs").iterdir())]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"fedrouter", "fedit", "report"}
+    assert Path("runs/report/report.md").read_text(encoding="utf-8").startswith("# 2 runs")
+    assert main(["report", "runs/report"]) == 2
+    assert "at least one run directory" in capsys.readouterr().err
+
+
 def test_terminal_shows_the_tables(tmp_path):
     path = make_run(tmp_path / "one")
     console = Console(file=io.StringIO(), width=80)
@@ -337,6 +351,15 @@ def test_plots_of_one_run_and_of_several(tmp_path):
     report.write(several[1:], tmp_path / "bars")  # no intermediate scores: bars of each task
     for picture in tmp_path.glob("**/*.png"):
         check_picture(picture)
+
+
+@pytest.mark.filterwarnings("error")
+def test_tasks_may_be_named_in_any_script(tmp_path, monkeypatch, caplog):
+    """A report says nothing of glyphs or fonts that are missing."""
+    monkeypatch.setitem(globals(), "TASKS", ["\u6458\u8981", "\u0938\u093e\u0930", "sort"])
+    path = make_run(tmp_path / "one", strategy="fedit")
+    report.write([path], path)
+    assert (path / "plots" / "rouge.png").exists() and not caplog.records
 
 
 def test_clusters_plot_shows_the_counts(tmp_path):

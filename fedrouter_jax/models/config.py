@@ -197,7 +197,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
             sliding_window=_window(family.window(found)),
         )
         return _checked(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json lacks or garbles a field of the {found['model_type']} family: {error}") from error
 
 
@@ -239,5 +239,5 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
             sliding_window=_window(metadata.get(f"{name}.attention.sliding_window")),
         )
         return _checked(config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the GGUF metadata lacks or garbles a field of the {name} family: {error}") from error

@@ -50,6 +50,8 @@ def _hf_name(name: str) -> str:
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """From interleaved pairs (0, 1), (2, 3), ... inside each head to the half-split order of transformers."""
+    if len(rows) % (2 * heads):  # not so many heads: `assemble` says that the shape is wrong
+        return rows
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -85,14 +84,11 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
         tokenizer = gguf.load_tokenizer(path)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            fresh = tempfile.mkdtemp(dir=kept.parent)
-        except OSError:  # nothing can be kept there: the file is read again next time
+            with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:  # gone whatever happens
+                tokenizer.save_pretrained(fresh)
+                os.replace(fresh, kept)
+        except Exception:  # a full disk, which tokenizers calls Exception, or another process was first
             return _with_pad(tokenizer)
-        tokenizer.save_pretrained(fresh)
-        try:
-            os.replace(fresh, kept)
-        except OSError:  # another process was first, and wrote the same
-            shutil.rmtree(fresh)
     return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept))
 
 

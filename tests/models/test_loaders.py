@@ -1,6 +1,7 @@
 """Loading: every family against transformers, GGUF against its own writer, and one clear line for bad files."""
 
 import json
+import resource
 import shutil
 
 import jax
@@ -230,6 +231,8 @@ CONFIG_ERRORS = {
     "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
     "no heads": ({"num_attention_heads": 0}, "lacks or garbles a field of the llama family"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "share 3 of keys and values"),
+    "endless positions": ({"max_position_embeddings": 1e999}, "lacks or garbles .*: cannot convert float infinity"),
+    "endless rope": ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 1e999}}, "float infinity"),
     "no layers": ({"num_hidden_layers": -1}, "layers is -1; expected 1 or more"),
     "rope a list": ({"rope_parameters": None, "rope_scaling": ["x"]}, "lacks or garbles"),
     "theta a word": ({"rope_parameters": {"rope_theta": "x"}}, "lacks or garbles"),
@@ -401,7 +404,7 @@ def test_gguf_logits_equal_transformers(family, name, options, tmp_path):
     np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_gguf_errors(tmp_path):
+def test_gguf_errors(tmp_path, monkeypatch):
     model, path = torch_model("Llama", {}), tmp_path / "m.gguf"
     write_gguf(path, model)
     whole = path.read_bytes()
@@ -422,6 +425,12 @@ def test_gguf_errors(tmp_path):
         assert configs.from_gguf(metadata | {key: 1.0}).rope_scaling is None
         with pytest.raises(UserError, match="scales the llama rope frequencies"):
             configs.from_gguf(metadata | {key: 4.0})
+    with pytest.raises(UserError, match="garbles a field of the llama family: cannot convert float infinity"):
+        configs.from_gguf(metadata | {"llama.block_count": float("inf")})
+    heads = dict.fromkeys(("llama.attention.head_count", "llama.attention.head_count_kv"), 3)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has shape \[32, 32\]; expected \[24, 32\]"):
+        patch.setattr(gguf, "_metadata", lambda reader: metadata | heads)
+        gguf.load_gguf(path, "float32")
     writer = GGUFWriter(path, "gemma")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -435,6 +444,17 @@ def test_a_tokenizer_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypa
     monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(gguf, "load_tokenizer", lambda path: models.tiny_tokenizer())
     assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+    monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as good as a full disk
+    try:
+        assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "tokenizers").iterdir())
+    for _ in range(2):  # now there is room, and then it is there
+        assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+        assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["0"]
 
 
 def test_names_that_cannot_be_loaded(monkeypatch):
