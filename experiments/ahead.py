@@ -37,7 +37,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from rich.console import Console
@@ -49,7 +48,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 GIB = 2**30
 CLUSTERS = 4
@@ -242,5 +241,5 @@ def markdown(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Ahead, prog="python -m experiments.ahead")
+    arguments = parse(Ahead, prog="python -m experiments.ahead")
     sys.exit(guarded(lambda: main(arguments)))

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 
 @dataclass(frozen=True)
@@ -187,5 +186,5 @@ def figure(found: dict) -> Figure:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Bench, prog="python -m experiments.bench")
+    arguments = parse(Bench, prog="python -m experiments.bench")
     sys.exit(guarded(lambda: main(arguments)))

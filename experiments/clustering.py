@@ -24,7 +24,6 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
@@ -36,7 +35,7 @@ from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.models.load import DEFAULT
-from fedrouter_jax.terminal import guarded, progress, show_markdown
+from fedrouter_jax.terminal import guarded, parse, progress, show_markdown
 
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
@@ -259,5 +258,5 @@ def accuracy(enrolment: routing.Enrolment, tasks: list[np.ndarray], count: int) 
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Clustering, prog="python -m experiments.clustering")
+    arguments = parse(Clustering, prog="python -m experiments.clustering")
     sys.exit(guarded(lambda: main(arguments)))

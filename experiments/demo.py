@@ -10,13 +10,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import report
 from fedrouter_jax.presets import demo
-from fedrouter_jax.terminal import guarded
+from fedrouter_jax.terminal import guarded, parse
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,5 @@ def main(options: Demo) -> None:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Demo, prog="python -m experiments.demo")
+    arguments = parse(Demo, prog="python -m experiments.demo")
     sys.exit(guarded(lambda: main(arguments)))

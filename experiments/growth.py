@@ -19,14 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from fedrouter_jax import experiment, files, generate, kmeans, lora
 from fedrouter_jax.data import schedule
 from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 from fedrouter_jax.types import Work
 
 GROUP = 8  # lanes that share packs
@@ -218,5 +217,5 @@ def markdown(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Growth, prog="python -m experiments.growth")
+    arguments = parse(Growth, prog="python -m experiments.growth")
     sys.exit(guarded(lambda: main(arguments)))

@@ -22,7 +22,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments.rates import matrix_rate
@@ -37,7 +36,7 @@ from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
 from fedrouter_jax.plan import SHAPES, nbytes
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 from fedrouter_jax.types import Array, Phase, PyTree
 
 SMALL = DecoderConfig(512, 64, 2, 4, 2, 16, 128)  # for --smoke
@@ -197,5 +196,5 @@ def markdown(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Limit, prog="python -m experiments.limit")
+    arguments = parse(Limit, prog="python -m experiments.limit")
     sys.exit(guarded(lambda: main(arguments)))

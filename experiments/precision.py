@@ -17,7 +17,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments.sweep import at_least_one
@@ -27,7 +26,7 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.models import load_model
 from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 # Name: the type of computation, and how kernels are stored.
 PRECISIONS = {
@@ -112,5 +111,5 @@ def markdown(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Precision, prog="python -m experiments.precision")
+    arguments = parse(Precision, prog="python -m experiments.precision")
     sys.exit(guarded(lambda: main(arguments)))

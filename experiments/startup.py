@@ -20,12 +20,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
 from experiments.sweep import at_least_one
 from fedrouter_jax import experiment, files
 from fedrouter_jax.presets import demo, smoke
-from fedrouter_jax.terminal import guarded, keep_programs, show_markdown
+from fedrouter_jax.terminal import guarded, keep_programs, parse, show_markdown
 
 PRESETS = {"demo": demo, "smoke": smoke}
 
@@ -96,5 +95,5 @@ def markdown(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Startup, prog="python -m experiments.startup")
+    arguments = parse(Startup, prog="python -m experiments.startup")
     sys.exit(guarded(lambda: main(arguments)))

@@ -26,7 +26,7 @@ from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 
 class Study(NamedTuple):
@@ -229,5 +229,5 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Studies, prog="python -m experiments.studies")
+    arguments = parse(Studies, prog="python -m experiments.studies")
     sys.exit(guarded(lambda: main(arguments)))

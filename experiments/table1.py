@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -29,7 +28,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4_cpu, smoke
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.terminal import guarded, show_markdown
+from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
@@ -369,5 +368,5 @@ def figure(found: dict[str, dict]) -> Figure:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Table1, prog="python -m experiments.table1")
+    arguments = parse(Table1, prog="python -m experiments.table1")
     sys.exit(guarded(lambda: main(arguments)))

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.terminal import guarded, progress
+from fedrouter_jax.terminal import guarded, parse, progress
 
 
 class Slices(NamedTuple):
@@ -114,5 +114,5 @@ def _slice(requirement: str) -> bytes:
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Weights, prog="python -m experiments.weights")
+    arguments = parse(Weights, prog="python -m experiments.weights")
     sys.exit(guarded(lambda: main(arguments)))

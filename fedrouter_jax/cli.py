@@ -20,7 +20,7 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import PRESETS
-from fedrouter_jax.terminal import guarded, progress
+from fedrouter_jax.terminal import guarded, parse, progress
 
 USAGE = """\
 usage: fedrouter COMMAND ...
@@ -146,7 +146,7 @@ def run(arguments: list[str]) -> None:
 
     preset, arguments = take_preset(arguments)
     names = ", ".join(PRESETS)
-    parsed = tyro.cli(
+    parsed = parse(
         Run,
         prog="fedrouter run",
         args=arguments,
@@ -178,7 +178,7 @@ def resume(arguments: list[str]) -> None:
     """`fedrouter resume`."""
     from fedrouter_jax import runs
 
-    parsed = tyro.cli(Resume, prog="fedrouter resume", args=arguments)
+    parsed = parse(Resume, prog="fedrouter resume", args=arguments)
     together(parsed.processes)
     with progress() as track:
         runs.proceed(parsed.run, track)
@@ -243,7 +243,7 @@ def report(arguments: list[str]) -> None:
     """`fedrouter report`."""
     from fedrouter_jax import report as report_lib
 
-    parsed = tyro.cli(Report, prog="fedrouter report", args=arguments)
+    parsed = parse(Report, prog="fedrouter report", args=arguments)
     named = [path for path in parsed.runs if not report_lib.of_several(path)]
     if not named:
         raise UserError("report needs at least one run directory, such as runs/smoke-fedrouter-0")
@@ -260,7 +260,7 @@ def route(arguments: list[str]) -> None:
 
     from fedrouter_jax import serve
 
-    parsed = tyro.cli(Route, prog="fedrouter route", args=arguments)
+    parsed = parse(Route, prog="fedrouter route", args=arguments)
     answers = serve.route(parsed.run, parsed.texts, parsed.client)
     note_unfinished(parsed.run)
     if parsed.json:
@@ -287,7 +287,7 @@ def export(arguments: list[str]) -> None:
     """`fedrouter export`."""
     from fedrouter_jax import runs
 
-    parsed = tyro.cli(Export, prog="fedrouter export", args=arguments)
+    parsed = parse(Export, prog="fedrouter export", args=arguments)
     loaded = runs.read(parsed.run)
     held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
     if held is not None:
@@ -303,7 +303,7 @@ def plan(arguments: list[str]) -> None:
     from fedrouter_jax import plan as plan_lib
 
     preset, arguments = take_preset(arguments)
-    parsed = tyro.cli(
+    parsed = parse(
         Plan,
         prog="fedrouter plan",
         args=arguments,

@@ -8,11 +8,18 @@ import sys
 import time as clock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import tyro
 from rich.console import Console
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from fedrouter_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 def guarded(action: Callable[[], None]) -> int:
@@ -54,6 +61,28 @@ def keep_programs() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+
+
+def parse(options: type[T], **others: Any) -> T:
+    """`tyro.cli`, in whose help a docstring of several lines is one paragraph, and not broken as in the source."""
+    registry, inside = ConstructorRegistry(), []
+
+    def joined(text: str | Callable[[], str | None] | None) -> str | None:
+        found = text() if callable(text) else text
+        return found and " ".join(found.split())
+
+    @registry.struct_rule
+    def _(info: StructTypeInfo) -> Any:
+        if inside:  # it is this rule that asks, and tyro's own that answer
+            return None
+        inside.append(info)
+        spec = ConstructorRegistry.get_struct_spec(info)
+        inside.clear()
+        if not isinstance(spec, StructConstructorSpec):
+            return spec
+        return replace(spec, fields=tuple(replace(f, helptext=partial(joined, f.helptext)) for f in spec.fields))
+
+    return tyro.cli(options, registry=registry, **others)
 
 
 def show_markdown(path: Path) -> None:

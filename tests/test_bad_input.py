@@ -98,6 +98,15 @@ def test_unknown_commands_and_options_are_refused(capsys):
     assert "which codes cannot follow" in one_line(capsys, "plan", "--strategy", "fedex", "--quantise", "nf4")
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_help_is_broken_by_the_terminal_alone(command, capsys, monkeypatch):
+    """Not where the source breaks a docstring, as that of --dtype."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert "mixed: matrices, and what is multiplied" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "content, expected",
     [
