@@ -95,9 +95,11 @@ def test_a_jitted_round_is_its_plain_loop(federation, strategy):
     assert_close(play(federation, strategy, federation.update, rounds=1, at_once=1)[0], expected, 5e-4)
 
 
-def test_a_round_of_many_lanes_needs_the_memory_of_few(federation):
-    strategy, base = BY_NAME["fedrouter"], federation.model.params
-    run = make_round(strategy, nudge, rate, 5, groups_at_once=1)
+@pytest.mark.parametrize("name", ["fedrouter", "ifca"])  # ifca asks for losses, too
+def test_a_round_of_many_lanes_needs_the_memory_of_few(federation, name):
+    strategy, base = BY_NAME[name], federation.model.params
+    loss = client.make_client_loss(federation.model.config, LORA)
+    run = make_round(strategy, nudge, rate, 5, groups_at_once=1, loss=loss)
     work, batch = inputs(federation, 1)
 
     def temporary(times):
@@ -400,6 +402,22 @@ def test_fedex_with_one_client_is_fedit(federation):
     found = play(federation, fedex(LORA.scale), federation.update, change=alone)[0]
     assert_close(found.bank, play(federation, BY_NAME["fedit"], federation.update, change=alone)[0].bank, 5e-4)
     assert max(float(jnp.abs(delta).max()) for delta in found.memory.values()) < 1e-6
+
+
+def test_clustered_compares_the_first_updates_alone(federation):
+    """The cosines of the clients' B after round 1, which later rounds leave as they are."""
+    strategy, work = clustered(), inputs(federation, 1)[0]
+    state, found = begin(federation, strategy), []
+    for round in (1, 2):
+        asked, key = strategy.ask(state, work), jax.random.key(round)
+        lanes = jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), asked)
+        b = np.concatenate([np.asarray(leaf).reshape(CLIENTS, -1) for leaf in lanes["main"].b.values()], axis=1)
+        state = told(strategy, state, work, lanes)
+        found.append((state.memory[0], b / np.linalg.norm(b, axis=1, keepdims=True)))
+    (first, unit), (second, _) = found
+    order = np.argsort(work.client)
+    assert_close(first, (unit @ unit.T)[order][:, order])
+    assert_close(second, first)
 
 
 def test_flora_puts_the_mean_of_the_products_into_the_weights_and_begins_anew(federation):

@@ -281,6 +281,22 @@ def test_newcomers_do_not_change_how_many_clusters_are_found(name):
     assert found.silhouettes["global"] == pytest.approx(alone.silhouettes["global"], abs=1e-4)
 
 
+@pytest.mark.parametrize("name", routing.RECIPES)
+@pytest.mark.parametrize("newcomers", [0, 1])
+def test_a_client_of_few_rows_limits_nobody_elses_clusters(name, newcomers):
+    """Three clients of four tasks, and one of three rows, or two where it joins later."""
+    rng = np.random.default_rng(0)
+    centres = np.eye(4, 16) * 10
+
+    def near(tasks):
+        return (centres[tasks] + 0.1 * rng.normal(size=(len(tasks), 16))).astype(np.float32)
+
+    clients = [near(np.arange(40) % 4) for _ in range(3)] + [near(np.arange(3 - newcomers))]
+    found = routing.enroll(jax.random.key(0), clients, routing.RECIPES[name], None, 4, newcomers=newcomers)
+    assert [len({*row[row >= 0].tolist()}) for row in np.asarray(found.table)[:3]] == [4, 4, 4]
+    assert all(np.isfinite([*scores.values()]).all() for scores in found.silhouettes.values())  # what JSON can hold
+
+
 def test_more_texts_than_are_packed_together_keep_their_order(tiny, monkeypatch):
     texts = [list(range(1 + i, 8 + 2 * i)) for i in range(7)]
     whole = embed.embed(tiny.config, tiny.params, texts, 0.5)

@@ -24,7 +24,7 @@ from experiments import summaries
 from experiments.sweep import sweep
 from fedrouter_jax import checkpoint, clusters, evaluate, experiment, files, plan, report, runs, serve
 from fedrouter_jax import config as config_lib
-from fedrouter_jax.cli import main
+from fedrouter_jax.cli import finish, main
 from fedrouter_jax.data import synthetic
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model, tiny
@@ -462,6 +462,14 @@ def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path)
         assert ("headline" in scores[part]["rouge1"]["per_task"]) == (part == "generalisation")
     clusters = json.loads((tmp_path / "run" / "clusters.json").read_text())
     assert len(clusters["table"]) == 5 and clusters["never_trained"] == []
+
+
+def test_rows_that_lose_their_end_are_counted(finished, capsys):
+    prepared = experiment.prepare(smoke())
+    longer = sum(len(row.response) == smoke().data.max_response for held in prepared.train for row in held)
+    assert 0 < longer == json.loads((finished / "clusters.json").read_text())["cut_rows"]
+    finish(finished)
+    assert f"note: {longer} of 96 training rows lost their end" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_with_a_client_and_without_a_task(tmp_path):

@@ -62,8 +62,8 @@ def find(name: str) -> Callable[..., Strategy]:
             f"--strategy {name}: not to be imported ({error}); `python -m fedrouter_jax` looks in this folder, too"
         ) from None
 
-    def made(**options) -> Strategy:
-        strategy = make(**options)
+    def made() -> Strategy:
+        strategy = make()
         if not isinstance(strategy, Strategy):
             raise UserError(
                 f"--strategy {name} gives a {type(strategy).__name__}; expected a fedrouter_jax.types.Strategy"

@@ -13,10 +13,9 @@ its own W0; the sum is kept in the memory of the state. Ranks are the same for a
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax.bank import expand
+from fedrouter_jax import shift
 from fedrouter_jax.federation import only_slot, owned
 from fedrouter_jax.lora import draw
-from fedrouter_jax.strategies.fedex import exact, shifted, unshifted
 from fedrouter_jax.types import Strategy
 
 OWNERS = {"main": "shared"}
@@ -25,13 +24,14 @@ OWNERS = {"main": "shared"}
 def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
     """A shared shift of W0; `scale` is alpha / r, `seed` that of fresh adapters. Averaged: A B. Private: nothing."""
     create = owned(OWNERS)[0]
+    drawn = jax.random.fold_in(jax.random.key(seed), 0xF1)  # apart from the keys of enrolment and rounds
 
     def init(adapters, enrolment):
-        return create(adapters, enrolment)._replace(memory=unshifted(adapters["main"]))
+        return create(adapters, enrolment)._replace(memory=shift.none(adapters["main"]))
 
     def ask(state, work):
         """The first round's adapter is that of other methods, in the bank; its A is drawn anew for every later one."""
-        key, lanes, first = jax.random.fold_in(jax.random.key(seed), state.round), len(work.client), state.bank["main"]
+        key, lanes, first = jax.random.fold_in(drawn, state.round), len(work.client), state.bank["main"]
         a = {
             m: jnp.where(state.round == 0, kept, draw(jax.random.fold_in(key, number), kept.shape))
             for number, (m, kept) in enumerate(sorted(first.a.items()))
@@ -42,12 +42,8 @@ def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
         nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)
 
         def add(sums, lanes, adapters):
-            share, lora = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12), adapters["main"]
-            products = {
-                m: total + exact("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
-                for m, total in sums[1].items()
-            }
-            return sums[0] + jnp.sum(share), products
+            share = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12)
+            return sums[0] + jnp.sum(share), shift.added(sums[1], share, adapters["main"])
 
         return nothing, add
 
@@ -64,6 +60,6 @@ def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
         collect,
         tell,
         only_slot,
-        base=shifted(scale),
+        base=shift.base(scale),
         traffic=lambda state, lanes, size: (size, lanes * size),
     )

@@ -334,6 +334,19 @@ def test_dropout_is_on_the_branch_only_unbiased_and_different_everywhere():
     close(keyless, run(BASE, params, tokens, None, None, lora))
 
 
+def test_a_gradient_keeps_nothing_of_dropout():
+    """Of arrays as wide as the model it keeps three a block: the inputs of both norms, and what both adapters see."""
+    params, tokens, lora = make_params(BASE), make_tokens(1, 9), make_lora(BASE, ("q_proj", "v_proj"))
+    keys = jax.random.split(jax.random.key(0), (1, 9))
+
+    def kept(lora):
+        return jax.vjp(lambda lora: run(BASE, params, tokens, None, None, lora, dropout=0.5, keys=keys), lora)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, lora))
+    assert sum(leaf.shape == (BASE.layers, 1, 9, BASE.width) for leaf in leaves) == 3
+    assert not any(leaf.dtype == bool and leaf.shape[-1] == BASE.width for leaf in leaves)
+
+
 def test_bfloat16_is_close_and_stays_bfloat16():
     params, tokens, lora = make_params(BASE), make_tokens(2, 9), make_lora(BASE)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)

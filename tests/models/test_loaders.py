@@ -231,6 +231,7 @@ CONFIG_ERRORS = {
     "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
     "no heads": ({"num_attention_heads": 0}, "lacks or garbles a field of the llama family"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "share 3 of keys and values"),
+    "no window": ({"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5; expected 1 or more"),
     "endless positions": ({"max_position_embeddings": 1e999}, "lacks or garbles .*: cannot convert float infinity"),
     "endless rope": ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 1e999}}, "float infinity"),
     "no layers": ({"num_hidden_layers": -1}, "layers is -1; expected 1 or more"),

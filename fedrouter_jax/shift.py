@@ -1,0 +1,41 @@
+"""A shift of the frozen weights, for methods that add products of adapters to them: {module: [layer, in, out]}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from fedrouter_jax.bank import expand
+from fedrouter_jax.models import values
+from fedrouter_jax.types import Array, FederationState, LoRA, PyTree
+
+# What is kept may be a small difference of products: rounded operands, an accelerator's default, would leave little.
+exact = partial(jnp.einsum, precision="highest")
+
+
+def none(lora: LoRA) -> dict[str, Array]:
+    """The shift of weights that are as they came."""
+    return {m: jnp.zeros((*lora.a[m].shape[:-1], lora.b[m].shape[-1])) for m in lora.a}
+
+
+def added(shift: dict[str, Array], share: Array, lora: LoRA) -> dict[str, Array]:
+    """The shift and the products A B of some lanes (leaves `[lane, ...]`), each by its share [lane]."""
+    return {
+        m: total + exact("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
+        for m, total in shift.items()
+    }
+
+
+def base(scale: float) -> Callable[[FederationState, PyTree], PyTree]:
+    """`Strategy.base` of methods whose memory is a shift: W0 plus `scale` times that."""
+
+    def shifted(state, params):
+        blocks = dict(params["blocks"])
+        for module, delta in state.memory.items():
+            kernel = values(blocks[module]["kernel"]).astype(jnp.float32)  # bfloat16 would round the shift away
+            blocks[module] = {**blocks[module], "kernel": kernel + scale * delta}
+        return {**params, "blocks": blocks}
+
+    return shifted
