@@ -51,7 +51,7 @@ HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "c
 # Name: strategy, and what it changes in the sections of the config.
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
-    **{name: (name, {}) for name in STRATEGIES if name != "flora"},  # which has not run yet
+    **{name: (name, {}) for name in STRATEGIES},
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
     "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
@@ -311,7 +311,8 @@ def gain(table: Cells, column: tuple[str, str], who: str) -> str:
         return ""
     mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
     spread = f" ± {half:.3f}; {len(seeds)} seeds" if len(seeds) > 1 else ""
-    return f"{100 * mean / np.mean(theirs):+.1f} % over {best} ({mean:+.3f}{spread})"
+    relative = round(100 * mean / np.mean(theirs), 1) + 0.0  # no "-0.0"
+    return f"{relative:+.1f} % over {best} ({mean:+.3f}{spread})"
 
 
 def text(values: list[float], best: bool) -> str:
