@@ -15,14 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from experiments.sweep import at_least_one
-from fedrouter_jax import client, evaluate, experiment, files, generate, lora
+from fedrouter_jax import evaluate, experiment, files, generate, likelihood
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import packing
 from fedrouter_jax.models import load_model
 from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
@@ -77,12 +75,7 @@ def measure(config: Config) -> tuple[int, dict[str, float]]:
     prepared = experiment.prepare(config, model)
     chosen = sorted(prepared.partition.mix)
     rows = [prepared.test[i] for i in chosen]
-    longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
-    time = packing.pack_length(longest)
-    batch = packing.batch([rows], len(rows), time, answer * (time // longest + 1))
-    fresh = lora.init(jax.random.key(0), model.config, config.lora)  # B is zero: the base alone
-    loss = jax.jit(client.make_client_loss(model.config, config.lora))
-    lane, step = (jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree) for tree in ({"main": fresh}, batch))
+    losses = likelihood.losses(model.config, model.params, rows, None, None)
     answers = generate.generate(
         model.config, model.params, [row.prompt for row in rows], None, None,
         stop=model.tokenizer.eos_token_id, new_tokens=config.data.max_response,
@@ -93,7 +86,7 @@ def measure(config: Config) -> tuple[int, dict[str, float]]:
     return len(rows), {
         "bytes": nbytes(model.params),
         "block_bytes": nbytes(model.params["blocks"]),
-        "loss": float(loss(model.params, lane, step)[0]),
+        "loss": float(np.average(losses, weights=[len(row.response) for row in rows])),
         "rouge1": float(np.mean(rouge)),
     }
 

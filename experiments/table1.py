@@ -13,6 +13,7 @@ is not run again, wherever it was made, so the table can be filled bit by bit.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -148,10 +149,10 @@ def draw(out: Path) -> None:
     figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 
 
-Cells = dict[tuple[str, str, str], dict[int, float]]  # ROUGE-1 of each seed by (scenario, part, method)
+Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by (scenario, part, method)
 
 
-def cells(found: dict[str, dict], without: tuple[str, ...] = ()) -> Cells:
+def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "rouge1") -> Cells:
     """What the tables show; the base model is a method. `without` some tasks: the mean over the others."""
     table: Cells = {}
     for name, summary in found.items():
@@ -161,9 +162,11 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = ()) -> Cells:
         base = {"personalised": "base", "generalisation": "base_generalisation"}
         for who, parts in ((method, own), ("base model", base)):
             for part, score in parts.items():
-                value = summaries.score(summary, score)
+                if metric not in summary["scores"][score]:
+                    continue  # runs of older versions have no loss
+                value = summaries.score(summary, score, metric)
                 if without:
-                    tasks = summary["scores"][score]["rouge1"]["per_task"]
+                    tasks = summary["scores"][score][metric]["per_task"]
                     value = float(np.mean([value for task, value in tasks.items() if task not in without]))
                 table.setdefault((scenario, part, who), {})[seed] = value
     return table
@@ -172,7 +175,8 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = ()) -> Cells:
 def markdown(found: dict[str, dict]) -> str:
     """The report: scores of all methods, then by task, then costs."""
     lines = ["# Every method in every scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *in_words(found), *same_seed(found), "", *by_task(found), ""]
+    lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found)]
+    lines += [*same_seed(found), "", *by_task(found), ""]
     return "\n".join([*lines, *costs(found), ""])
 
 
@@ -187,26 +191,39 @@ def in_words(found: dict[str, dict]) -> list[str]:
     return [title, "", about, "", *scores(cells(found, LABELS), FIRST), ""]
 
 
-def scores(table: Cells, shown: tuple[str, ...]) -> list[str]:
-    """The table: mean ± half of the 95 % interval over shared seeds, the highest of the rivals bold; gains of ours."""
+def losses(found: dict[str, dict]) -> list[str]:
+    """The same table of the loss of the reference answers, of the runs that have it."""
+    table = cells(found, metric="loss")
+    if not table:
+        return []
+    about = (
+        "Cross-entropy of the reference answers in nats a token, mean over a client's rows, then over clients: the "
+        "lower the better. Runs of earlier versions do not have it."
+    )
+    return ["## Loss of the reference answers", "", about, "", *scores(table, tuple(METHODS), "loss", min), ""]
+
+
+def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of: Callable = max) -> list[str]:
+    """The table: mean ± half of the 95 % interval over shared seeds, the best of the rivals bold; gains of ours."""
     columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
     columns = [column for column in columns if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
     methods = ["base model", *(method for method in METHODS if method in known and method in shown)]
     rivals = [method for method in methods if method not in BOUNDS]
-    lines = ["| ROUGE-1 | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
+    lines = [f"| {title} | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
     for method in methods:
         row = []
         for column in columns:
             values = comparable(table, column)
             most = max((len(values[m]) for m in rivals if m in values), default=0)
-            best = max((m for m in rivals if len(values.get(m, ())) == most), key=lambda m, of=values: np.mean(of[m]))
+            most_seeds = (m for m in rivals if len(values.get(m, ())) == most)
+            best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]))
             row.append(text(values[method], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in OURS:
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
-            gains = " | ".join(gain(table, column, ours) for column in columns)
+            gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
             lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
     return lines
 
@@ -296,7 +313,7 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def gain(table: Cells, column: tuple[str, str], who: str) -> str:
+def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> str:
     """A method over the best baseline that has all its seeds: relative, and in points with its 95 % interval."""
     ours = table.get((*column, who), {})
     seeds = sorted(ours)
@@ -305,7 +322,9 @@ def gain(table: Cells, column: tuple[str, str], who: str) -> str:
         for (*c, m), scores in table.items()
         if tuple(c) == column and m not in (*OURS, *BOUNDS) and set(seeds) <= set(scores)
     }
-    best = max(baselines, key=lambda m: np.mean(baselines[m]))
+    if not baselines:
+        return ""
+    best = best_of(baselines, key=lambda m: np.mean(baselines[m]))
     theirs = baselines[best]
     if not seeds or not any(theirs):
         return ""

@@ -244,13 +244,18 @@ def report(arguments: list[str]) -> None:
     from fedrouter_jax import report as report_lib
 
     parsed = parse(Report, prog="fedrouter report", args=arguments)
-    named = [path for path in parsed.runs if not report_lib.of_several(path)]
+    # `runs/*` names what else lies there: reports of several runs, folders of sweeps.
+    named = [path for path in parsed.runs if (path / "config.json").exists() or not path.exists()]
+    others = [path for path in parsed.runs if path not in named]
     if not named:
-        raise UserError("report needs at least one run directory, such as runs/smoke-fedrouter-0")
+        found = f", and {others[0]} is none: it has no config.json" if others else ", such as runs/smoke-fedrouter-0"
+        raise UserError(f"report needs at least one run directory{found}")
     to = parsed.to or (named[0] if len(named) == 1 else Path("runs/report"))
     report_lib.write(named, to)
     console = Console()
     report_lib.show(named, console)
+    if others:
+        console.print(f"passed over, no run directories: {escape(', '.join(map(str, others)))}")
     console.print(f"written: {escape(str(to / 'report.md'))}, {escape(str(to / 'scores.csv'))}, plots/")
 
 

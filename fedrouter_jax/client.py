@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedrouter_jax import likelihood
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
-from fedrouter_jax.models import DecoderConfig, hidden_states, logits
+from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, Losses, PyTree
 
 
@@ -61,29 +62,23 @@ def response_losses(
     """Summed cross-entropy of each lane's response tokens in one pack (float32 [lane]).
 
     `adapters` has leaves `[lane, ...]`, and `weights` says how much each of them counts; `pack` is one pack of `Rows`,
-    without the pack axis; `keys` [lane] are for dropout. Only positions that predict a response token reach the head:
-    with short answers that saves most of the head's work, a fifth of a small model's.
+    without the pack axis; `keys` [lane] are for dropout.
     """
     lanes = keys.shape[0]
     slots = lora_lib.stack(adapters.values())
     lane = jax.nn.one_hot(pack.lane, lanes)
     own = jnp.concatenate([lane * weights[name] for name in adapters], axis=-1)
-    tokens, positions, segments = (field[None] for field in pack.packs)
-    hidden = hidden_states(
+    losses = likelihood.of_pack(
         decoder,
         base,
-        tokens,
-        positions,
-        segments,
+        pack,
         lora_lib.concatenate(slots),
-        lora_lib.gates(own, lora)[None],
+        lora_lib.gates(own, lora),
         dropout=lora.dropout,
-        keys=token_keys(keys, pack)[None] if lora.dropout > 0 else None,
+        keys=token_keys(keys, pack) if lora.dropout > 0 else None,
         remat=remat,
-    )[0]
-    scores = logits(decoder, base, hidden[pack.where])
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(pack.labels, 0))
-    return jax.ops.segment_sum(losses * (pack.labels >= 0), pack.lane[pack.where], lanes)
+    )
+    return jax.ops.segment_sum(losses, pack.lane[pack.where], lanes)
 
 
 def responses(rows: Rows, lanes: int) -> Array:

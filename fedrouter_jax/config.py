@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from fedrouter_jax import formats, strategies
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.client import LocalConfig
+from fedrouter_jax.data import templates
 from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
@@ -92,6 +93,7 @@ class Config:
 def check(config: Config) -> None:
     """Raise `UserError` for a value no experiment can run with."""
     strategies.find(config.strategy)
+    templates.check(config.data.template)
     positive = {
         "--clients": config.data.clients,
         "--rounds": config.rounds.rounds,

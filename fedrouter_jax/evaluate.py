@@ -1,4 +1,4 @@
-"""Scores: ROUGE of greedy answers, on each client's own tasks and on the mix of all tasks."""
+"""Scores on each client's own tasks and on the mix of all: ROUGE of greedy answers, loss of the references."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
+from fedrouter_jax import answers, embed, lora, routing
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import embed, generate, lora, mesh, routing
-from fedrouter_jax.experiment import Advance, Prepared, divided, packs_at_once, test_rows
-from fedrouter_jax.types import FederationState, LoRA, PyTree, View
+from fedrouter_jax.experiment import Prepared, Track, divided, packs_at_once, silent, test_rows
+from fedrouter_jax.types import FederationState, View
 
-METRICS = ("rouge1", "rouge2", "rougeL", "exact")
+METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")
 _UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # Thai to Chinese
 REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 
@@ -83,13 +83,15 @@ def summary(questions: Sequence[Question], tasks: Sequence[str], scores: Sequenc
     """`{part: {metric: {"mean", "per_task", "per_client"}, "rows"}}`.
 
     A client's score is the mean over its rows; `mean` is the mean over clients; `per_task` the mean over the rows of a
-    task (`tasks[i]` is that of question i).
+    task (`tasks[i]` is that of question i). A metric that is not finite for every row of a part is left out there.
     """
     parts: dict[str, dict] = {}
     for part in dict.fromkeys(q.part for q in questions):
         here = [i for i, q in enumerate(questions) if q.part == part]
         parts[part] = {"rows": len(here)}
         for metric in METRICS:
+            if not np.isfinite([scores[i][metric] for i in here]).all():
+                continue  # a loss may overflow; JSON has no word for that
             clients, by_task = defaultdict(list), defaultdict(list)
             for i in here:
                 clients[questions[i].client].append(scores[i][metric])
@@ -180,7 +182,7 @@ def view(
         gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
 
         def some(params, places, advance):
-            adapted, bank = opened(prepared, state, params)
+            adapted, bank = answers.opened(prepared, state, params)
             here, at_once = [prompts[place] for place in places], packs_at_once(config)
             return embed.embed(
                 model.config, adapted, here, None, at_once, advance, lora=bank, gates=gates[places], last=True
@@ -200,71 +202,32 @@ def view(
     return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 
 
-def opened(prepared: Prepared, state: FederationState, params: PyTree) -> tuple[PyTree, LoRA]:
-    """The base as the method has shifted it, and all adapters as one, where these parameters of the base lie."""
-    state, base = mesh.beside(params, state), prepared.strategy.base
-    return base(state, params) if base else params, lora.concatenate(bank_lib.serving(state.bank))
-
-
-def answer(
-    prepared: Prepared,
-    state: FederationState,
-    prompts: list[list[int]],
-    weights: np.ndarray,
-    advance: Advance = lambda rows: None,
-) -> list[str]:
-    """Greedy answers; `weights` [prompt, slot] over the adapters of the bank, all zero for the model as it came."""
-    config, model = prepared.config, prepared.model
-    gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
-    # Where a method shifts the base, the model as it came is another one.
-    plain = ~np.asarray(weights).any(axis=1) & (prepared.strategy.base is not None)
-
-    def some(params, places, advance):
-        ids = np.full((len(places), config.data.max_response), -1, np.int32)
-        adapted, bank = opened(prepared, state, params)
-        for base, chosen in ((adapted, ~plain[places]), (params, plain[places])):
-            rows = np.flatnonzero(chosen)
-            found = generate.generate(
-                model.config,
-                base,
-                [prompts[place] for place in places[rows]],
-                bank,
-                gates[places[rows]],
-                stop=model.tokenizer.eos_token_id,
-                new_tokens=config.data.max_response,
-                rows_at_once=config.compute.rows_at_once,
-                packs_at_once=packs_at_once(config),
-                advance=advance,
-            )
-            for row, tokens in zip(rows, found, strict=True):
-                ids[row, : len(tokens)] = tokens
-        return ids
-
-    answers = [row[row >= 0] for row in divided(prepared, len(prompts), some, advance)]
-    return [text.strip() for text in model.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
 def evaluate_state(
     prepared: Prepared,
     state: FederationState,
     enrolment: routing.Enrolment,
     asked: Sequence[Question],
-    advance: Advance = lambda rows: None,
-    base_answers: Mapping[int, str] | None = None,
+    track: Track = silent,
+    known: Mapping[int, tuple[str, float]] | None = None,
 ) -> Evaluation:
     """Answer and score questions; each distinct one is answered once.
 
-    `base_answers`: those of the base model by row, where another run has them already.
+    `known`: the answer and loss of the base model by row, where another run has them already.
     """
     pairs, places = distinct(asked)
-    known = base_answers or {}
-    open_pairs = [(row, weights) for row, weights in pairs if any(weights) or row not in known]
-    advance(len(pairs) - len(open_pairs))
-    prompts = [prepared.test[row].prompt for row, _ in open_pairs]
-    fresh = iter(answer(prepared, state, prompts, np.array([w for _, w in open_pairs]), advance))
-    texts = [next(fresh) if any(weights) or row not in known else known[row] for row, weights in pairs]
-    rows = prepared.dataset.test
-    per_pair = [score(rows[row].output, text) for (row, _), text in zip(pairs, texts, strict=True)]
+    known, rows = known or {}, prepared.dataset.test
+    new = [(row, weights) for row, weights in pairs if any(weights) or row not in known]
+    tokens, weights = [prepared.test[row] for row, _ in new], np.array([weights for _, weights in new])
+    with track("answering", len(new)) as advance:
+        texts = answers.answer(prepared, state, [row.prompt for row in tokens], weights, advance)
+    with track("reading references", len(new)) as advance:
+        losses = answers.losses(prepared, state, tokens, weights, advance)
+    # Rounded here, so that a loss that another run takes over is the same.
+    found = {pair: (text, round(float(loss), 6)) for pair, text, loss in zip(new, texts, losses, strict=True)}
+    said = [found[pair] if pair in found else known[pair[0]] for pair in pairs]
+    per_pair = [
+        score(rows[row].output, text) | {"loss": loss} for (row, _), (text, loss) in zip(pairs, said, strict=True)
+    ]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
     slots = list(range(len(asked[0].weights)))
@@ -288,8 +251,8 @@ def evaluate_state(
             "slot": int(np.argmax(np.array(q.weights)[slots])) if any(q.weights) else None,
             "instruction": rows[q.row].instruction,
             "reference": rows[q.row].output,
-            "answer": texts[place],
-            **{metric: round(value, 6) for metric, value in score.items()},
+            "answer": said[place][0],
+            **{metric: round(value, 6) if np.isfinite(value) else None for metric, value in score.items()},
         }
         for q, place, score in zip(asked, places, scored, strict=True)
     ]

@@ -9,11 +9,12 @@ evaluate
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from threading import Event, Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +34,13 @@ from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
 
 Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
+Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
+
+
+@contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """The `Track` that shows nothing."""
+    yield lambda rows, note="": None
 
 
 class Prepared(NamedTuple):

@@ -31,6 +31,7 @@ class Part(TypedDict):
     rouge2: NotRequired[Score]  # what reports can do without, older runs may lack
     rougeL: NotRequired[Score]
     exact: NotRequired[Score]
+    loss: NotRequired[Score]  # nats a response token
     routing_accuracy: NotRequired[float]
 
 

@@ -55,7 +55,7 @@ class Column(NamedTuple):
     header: str
     of: Callable[[Row], Sequence[float]]
     form: Callable[[float], str] = "{:.3f}".format
-    score: bool = True  # mark the highest, and show the spread over seeds
+    best: Callable | None = max  # of scores, which show their spread over seeds: `max` or `min`, marked
 
 
 class Table(NamedTuple):
@@ -78,12 +78,6 @@ def write(runs: list[Path], to: Path) -> None:
     files.write(to / "report.md", to_markdown(found, pictures, to))
 
 
-def of_several(path: Path) -> bool:
-    """Whether this is a report of several runs and nothing else: `runs/*` names it beside them."""
-    held = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    return {"report.md", "scores.csv"} <= held <= {"report.md", "scores.csv", "plots"}
-
-
 def show(runs: list[Path], console: Console) -> None:
     """The tables of the report on a terminal."""
     rows = rows_of(read_all(runs))
@@ -100,7 +94,7 @@ def show(runs: list[Path], console: Console) -> None:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Scores, cost, and ROUGE-1 of each task; the highest mean of a setting is bold."""
+    """Scores, cost, and ROUGE-1 of each task; the best mean of a setting is bold."""
 
     def of(measure: Callable[[Run], dict], name: str) -> Callable[[Row], list[float]]:
         return lambda row: [] if row.base else [measure(run)[name] for run in row.runs if name in measure(run)]
@@ -111,21 +105,29 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for metric, title in (("rouge1", "ROUGE-1"), ("rougeL", "ROUGE-L"))
         if part < 2 or any(scores(row, part, metric, "mean") for row in rows)
     ]
+    losses = [
+        Column(f"{short} rows", lambda row, part=part: scores(row, part, "loss", "mean"), best=min)
+        for part, short in enumerate(SHORT)
+        if part < 2 or any(scores(row, part, "loss", "mean") for row in rows)
+    ]
     share, size = "{:.1%}".format, lambda count: decimal(round(count))
     right = [Column("rows in right cluster", of(accuracy, "global"), share)] + [
         Column(f"{short} rows routed right", lambda row, part=part: scores(row, part, "routing_accuracy"), share)
         for part, short in enumerate(SHORT[:2])
     ]
     spent = [
-        Column("steps per client and round", of(cost, "optimiser_steps_per_client"), "{:.3g}".format, False),
-        Column("sent up", of(cost, "bytes_up"), size, False),
-        Column("sent down", of(cost, "bytes_down"), size, False),
-        Column("seconds total", of(cost, "seconds_total"), "{:.1f}".format, False),
-        Column("seconds training", of(cost, "seconds_training"), "{:.1f}".format, False),
+        Column("steps per client and round", of(cost, "optimiser_steps_per_client"), "{:.3g}".format, None),
+        Column("sent up", of(cost, "bytes_up"), size, None),
+        Column("sent down", of(cost, "bytes_down"), size, None),
+        Column("seconds total", of(cost, "seconds_total"), "{:.1f}".format, None),
+        Column("seconds training", of(cost, "seconds_training"), "{:.1f}".format, None),
     ]
     trained = [row for row in rows if not row.base]
     clustered = [row for row in trained if any(map(accuracy, row.runs))]
-    found = [tabulate("Scores", rows, quality, lead=True), tabulate("Cost", trained, spent)]
+    found = [tabulate("Scores", rows, quality, lead=True)]
+    if any(column.of(row) for column in losses for row in rows):
+        found.append(tabulate("Loss of the reference answers, nats a token", rows, losses))
+    found.append(tabulate("Cost", trained, spent))
     found += [tabulate("Clustering and routing accuracy", clustered, right)] if clustered else []
     for part, name in enumerate(PARTS):
         tasks = [
@@ -150,10 +152,10 @@ def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], lead: b
     header = ["method", "scenario", "seed"] if lead else ["method"]
     bold = set()
     for j, column in enumerate(columns):
-        shown = [column.form(np.mean(line[j])) if line[j] and column.score else "" for line in numbers]
+        shown = [column.form(np.mean(line[j])) if line[j] and column.best else "" for line in numbers]
         for i, row in enumerate(rows):
             rivals = [k for k, other in enumerate(rows) if shown[k] and setting(other.runs[0]) == setting(row.runs[0])]
-            best = max(rivals, key=lambda k, j=j: np.mean(numbers[k][j]), default=i)
+            best = column.best(rivals, key=lambda k, j=j: np.mean(numbers[k][j])) if rivals else i
             if len({shown[k] for k in rivals}) > 1 and shown[i] == shown[best]:
                 bold.add((i, j + len(header)))
     sides = ["left"] * len(header) + ["right"] * len(columns)
@@ -164,7 +166,7 @@ def spread(found: Sequence[float], column: Column) -> str:
     """The number; of several the mean, and ± their standard deviation (n - 1) where they are scores."""
     if not found:
         return "-"
-    deviation = f" ± {column.form(float(np.std(found, ddof=1)))}" if column.score and len(found) > 1 else ""
+    deviation = f" ± {column.form(float(np.std(found, ddof=1)))}" if column.best and len(found) > 1 else ""
     return column.form(float(np.mean(found))) + deviation
 
 
@@ -241,7 +243,7 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
             for i, cells in enumerate(table.cells)
         ]
         text += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
-        text += [plain(note(rows)) + " Bold: the highest mean of a setting."] if number == 0 else []
+        text += [plain(note(rows)) + " Bold: the best mean of a setting."] if number == 0 else []
     text += ["## Plots", "\n\n".join(f"![{path.stem}]({link(path, to)})" for path in pictures)] if pictures else []
     text += samples(alone) if alone else []
     paths = [alone.path / name for name in FILES] if alone else [run.path for run in runs]

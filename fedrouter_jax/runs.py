@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time as clock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +27,10 @@ from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, fil
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import Prepared
+from fedrouter_jax.experiment import Prepared, Track, silent
 from fedrouter_jax.models import Model
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.types import FederationState, LoRA
-
-Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
 
 
 class Shared(NamedTuple):
@@ -52,12 +50,6 @@ class Loaded(NamedTuple):
     enrolment: Enrolment
     state: FederationState
     embeddings: np.ndarray | None
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """The `Track` that shows nothing."""
-    yield lambda rows, note="": None
 
 
 def check_free(out: Path, config: Config) -> None:
@@ -111,7 +103,7 @@ def _proceed(out: Path, track: Track, shared: Shared) -> dict:
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
         if not all((out / name).exists() for name in ("scores.json", "predictions.jsonl")):
             with timed(timings, "evaluate"):
-                known = _base_answers(shared, loaded.prepared)
+                known = _of_base(shared, loaded.prepared)
                 timings["taken_over"] += ["base answers"] if known else []
                 result = score(loaded, True, track, known)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.answers)
@@ -222,13 +214,12 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
 
 
 def score(
-    loaded: Loaded, with_base: bool, track: Track, base_answers: dict[int, str] | None = None
+    loaded: Loaded, with_base: bool, track: Track, known: dict[int, tuple[str, float]] | None = None
 ) -> evaluate.Evaluation:
-    """Evaluate with a progress bar."""
+    """Evaluate; `known` are the base model's answers and losses."""
     prepared, enrolment, state, embeddings = loaded
     asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
-    with track("answering", len(evaluate.distinct(asked)[0])) as advance:
-        return evaluate.evaluate_state(prepared, state, enrolment, asked, advance, base_answers)
+    return evaluate.evaluate_state(prepared, state, enrolment, asked, track, known)
 
 
 def export(loaded: Loaded, to: Path) -> None:
@@ -281,12 +272,14 @@ def alike(shared: Shared, prepared: Prepared, recipe: bool) -> Iterator[Path]:
             yield path
 
 
-def _base_answers(shared: Shared, prepared: Prepared) -> dict[int, str]:
-    """What the base model answered to each test row in a run of the same sweep; empty where there is none."""
+def _of_base(shared: Shared, prepared: Prepared) -> dict[int, tuple[str, float]]:
+    """The base model's answer and loss on each test row, from a run of the same sweep; empty where there is none."""
     for path in alike(shared, prepared, recipe=False):
         if (path / "scores.json").exists():  # written after the predictions: they are whole
             records = map(json.loads, files.lines(path / "predictions.jsonl"))
-            return {record["row"]: record["answer"] for record in records if record["part"].startswith("base")}
+            found = [record for record in records if record["part"].startswith("base")]
+            if all(record.get("loss") is not None for record in found):  # runs of older versions have none
+                return {record["row"]: (record["answer"], record["loss"]) for record in found}
     return {}
 
 

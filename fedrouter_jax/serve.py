@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrouter_jax import answers, evaluate, experiment, routing, runs
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import evaluate, experiment, routing, runs
 from fedrouter_jax.data import tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
@@ -56,7 +56,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
     weights = np.asarray(prepared.strategy.route(state, clients, view, mode))
-    answers = evaluate.answer(prepared, state, prompts, weights)
+    said = answers.answer(prepared, state, prompts, weights)
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
     shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
     names = bank_lib.serving_names(owners, state.bank)
@@ -68,7 +68,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
             "slot": slot,
             "task": tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
-            "answer": answers[i],
+            "answer": said[i],
         }
         for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
         for slot in [int(opened.argmax())]

@@ -30,10 +30,12 @@ def guarded(action: Callable[[], None]) -> int:
     try:
         keep_programs()
         action()
+        sys.stdout.flush()  # or a reader that has stopped would only be noticed after this
     except UserError as error:
         return failed(2, str(error))
-    except BrokenPipeError:  # whoever reads what this prints has stopped: nobody is there to be told
-        raise
+    except BrokenPipeError:  # whoever reads what this prints has stopped, as `head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 141  # what a shell says of a program that SIGPIPE has ended
     except OSError as error:  # a path that no check has looked at
         reason = " ".join(str(error.strerror or error).split())
         return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
@@ -98,7 +100,7 @@ def show_markdown(path: Path) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable]:
-    """Progress bars with the time left, as a `runs.Track`; where no terminal can draw them, lines (`logged`)."""
+    """Progress bars with the time left, as an `experiment.Track`; where no terminal can draw them, lines (`logged`)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -108,11 +110,11 @@ def progress() -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
-    from fedrouter_jax import processes, runs
+    from fedrouter_jax import experiment, processes
 
     console = Console(stderr=True)
     if not processes.first():
-        yield runs.silent
+        yield experiment.silent
         return
     if not console.is_terminal:
         yield logged

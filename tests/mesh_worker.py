@@ -27,7 +27,7 @@ if "process" in ASKED:
 from jax.experimental.multihost_utils import process_allgather
 
 from experiments import hlo
-from fedrouter_jax import checkpoint, client, evaluate, experiment, mesh
+from fedrouter_jax import answers, checkpoint, client, experiment, mesh
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
@@ -88,22 +88,19 @@ def respond(strategy, shape, answer):
         bank=jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.3, leaf.shape).astype("f"), state.bank)
     )
     rows = list(prepared.test)[:answer]
-    texts, prompts = (
-        [prepared.dataset.test[row].instruction for row in rows],
-        [prepared.test[row].prompt for row in rows],
-    )
+    texts, encoded = [prepared.dataset.test[row].instruction for row in rows], [prepared.test[row] for row in rows]
     weights = np.eye(max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank)), dtype="f")
     weights = weights[rng.integers(0, len(weights), answer)]
     on = mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
     model = prepared.model._replace(params=mesh.place_base(on, prepared.model.params))
     spread, placed = prepared._replace(model=model, mesh=on), mesh.place_state(on, prepared.strategy, state)
-    found = [
-        (experiment.embed_texts(of, texts), evaluate.answer(of, here, prompts, weights))
-        for of, here in ((prepared, state), (spread, placed))
-    ]
-    (embedded, answers), (others, other_answers) = found
-    same = np.mean([a == b for a, b in zip(answers, other_answers, strict=True)])
-    return {"gap": float(np.abs(embedded - others).max()), "same": float(same), "different": len(set(answers))}
+    said, numbers = [], []
+    for of, here in ((prepared, state), (spread, placed)):
+        said.append(answers.answer(of, here, [row.prompt for row in encoded], weights))
+        numbers.append((experiment.embed_texts(of, texts), answers.losses(of, here, encoded, weights)))
+    same = np.mean([a == b for a, b in zip(*said, strict=True)])
+    gap = max(float(np.abs(alone - spread).max()) for alone, spread in zip(*numbers, strict=True))
+    return {"gap": gap, "same": float(same), "different": len(set(said[0]))}
 
 
 for case in ASKED["cases"]:

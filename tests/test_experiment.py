@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from fedrouter_jax import embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax import answers, embed, evaluate, experiment, peft_io, plan, runs
 from fedrouter_jax.data import tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
@@ -125,10 +125,13 @@ def test_feddpas_references_are_states_under_their_own_clients_adapter():
 def test_the_base_model_of_a_fedex_run_is_the_model_as_it_came():
     prepared, _, state, _ = begun("fedex")
     shifted = state._replace(memory=jax.tree.map(lambda leaf: leaf + 0.3, state.memory))
-    prompts = [prepared.test[row].prompt for row in experiment.test_rows(prepared.partition)[:4]]
+    rows = [prepared.test[row] for row in experiment.test_rows(prepared.partition)[:4]]
     for weight in (0.0, 1.0):
-        plain, other = (evaluate.answer(prepared, s, prompts, np.full((4, 1), weight)) for s in (state, shifted))
+        weights = np.full((4, 1), weight)
+        plain, other = (answers.answer(prepared, s, [row.prompt for row in rows], weights) for s in (state, shifted))
         assert (plain == other) == (weight == 0)
+        plain, other = (answers.losses(prepared, s, rows, weights) for s in (state, shifted))
+        assert (plain == other).all() == (weight == 0)
 
 
 def test_clients_count_alike_however_many_rows_they_are_asked():
@@ -140,10 +143,19 @@ def test_clients_count_alike_however_many_rows_they_are_asked():
     assert found["rouge1"]["per_task"] == pytest.approx({"a": 0.5, "b": 0.15})
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_part_with_a_loss_that_overflowed_has_none(bad):
+    asked = [evaluate.Question(part, 0, row, (1.0,)) for part in ("personalised", "generalisation") for row in (0, 1)]
+    scores = [dict.fromkeys(evaluate.METRICS, 0.5) | {"loss": loss} for loss in (1.0, bad, 2.0, 3.0)]
+    found = evaluate.summary(asked, ["a"] * 4, scores)
+    assert "loss" not in found["personalised"] and found["personalised"]["rouge1"]["mean"] == 0.5
+    assert found["generalisation"]["loss"]["mean"] == 2.5
+
+
 def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
     prepared, enrolment, state, _ = begun("oracle", data={"scenario": "all", "unseen": ("headline",)})
     asked = evaluate.questions(prepared, state, enrolment, None, False)
-    monkeypatch.setattr(evaluate, "answer", lambda prepared, state, prompts, *rest: ["x"] * len(prompts))
+    monkeypatch.setattr(answers, "answer", lambda prepared, state, prompts, *rest: ["x"] * len(prompts))
     scores = evaluate.evaluate_state(prepared, state, enrolment, asked).scores
     assert "headline" in scores["generalisation"]["rouge1"]["per_task"]
     assert scores["generalisation"]["routing_accuracy"] == 1

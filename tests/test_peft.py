@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_close, tiny_llama, word_rows
 from safetensors.numpy import load_file
 
-from fedrouter_jax import client, lora, peft_io
+from fedrouter_jax import client, likelihood, lora, peft_io
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
@@ -111,6 +111,29 @@ def test_loss_and_gradients_equal_peft(base, adapter, rows, tmp_path):
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
     for found, other in zip(jax.tree.leaves(grads["main"]), jax.tree.leaves(torch_grads(model)), strict=True):
         assert np.linalg.norm(found - other) <= 1e-5 * np.linalg.norm(other)
+
+
+def test_each_rows_loss_equals_torchs_under_its_own_adapter(base, adapter, rows, tmp_path, monkeypatch):
+    """Three adapters, one of them empty, and more rows than go together."""
+    folder, decoder, params = base
+    other = jax.tree.map(lambda leaf: -2 * leaf, adapter)
+    empty = jax.tree.map(jnp.zeros_like, adapter)
+    models = []
+    for number, one in enumerate((adapter, other, empty)):
+        peft_io.write_adapter(tmp_path / str(number), one, CONFIG, str(folder))
+        models.append(in_torch(folder, tmp_path / str(number)))
+    slots = np.arange(len(rows)) % 3
+    monkeypatch.setattr(likelihood, "ROWS", 10)
+    gates = np.asarray(lora.gates(jnp.eye(3)[slots], CONFIG))
+    bank = lora.concatenate(jax.tree.map(lambda *leaves: jnp.stack(leaves), adapter, other, empty))
+    done = []
+    found = likelihood.losses(decoder, params, rows, bank, gates, done.append)
+    with torch.no_grad():
+        expected = [torch_loss(models[slot], [row]).item() for slot, row in zip(slots, rows, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    assert sum(done) == len(rows) > 20
+    np.testing.assert_allclose(likelihood.losses(decoder, params, rows, None, None)[2::3], found[2::3], rtol=2e-5)
+    assert likelihood.losses(decoder, params, [], None, None).shape == (0,)
 
 
 def test_twenty_steps_of_adamw_equal_torch(base, adapter, rows, tmp_path):

@@ -204,10 +204,13 @@ def test_the_best_of_a_setting_is_bold(tmp_path):
     rows = records.rows_of(records.read_all(paths))
     table = report.tables(rows)[0]
     column = table.header.index("gen. ROUGE-1")
+    [losses] = [other for other in report.tables(rows) if other.title.startswith("Loss")]
     for scenario in ("dual", "single"):
-        numbers = {i: float(cells[column]) for i, cells in enumerate(table.cells) if cells[1] == scenario}
-        marked = [i for i in numbers if (i, column) in table.bold]
-        assert marked == [max(numbers, key=numbers.get)]
+        here = [i for i, cells in enumerate(table.cells) if cells[1] == scenario]
+        for shown, place, best in ((table, column, max), (losses, losses.header.index("gen. rows"), min)):
+            numbers = {i: float(shown.cells[i][place]) for i in here}
+            marked = [i for i in numbers if (i, place) in shown.bold]
+            assert marked == [best(numbers, key=numbers.get)]
     report.write(paths, tmp_path / "all")
     best = max(float(cells[column]) for cells in table.cells if cells[1] == "dual")
     assert f"**{best:.3f}**" in (tmp_path / "all" / "report.md").read_text(encoding="utf-8")
@@ -318,12 +321,20 @@ def test_all_runs_of_a_folder_are_reported_again_beside_their_report(tmp_path, m
     monkeypatch.chdir(tmp_path)
     for strategy in ("fedrouter", "fedit"):
         make_run(Path("runs") / strategy, strategy=strategy)
+    Path("runs/sweep").mkdir()
+    Path("runs/notes.txt").touch()
     for _ in range(2):
         assert main(["report", *map(str, Path("runs").iterdir())]) == 0
-    assert {path.name for path in Path("runs").iterdir()} == {"fedrouter", "fedit", "report"}
+    found = " ".join(capsys.readouterr().out.split())
+    others = [str(Path("runs") / name) for name in ("notes.txt", "report", "sweep")]
+    assert all(name in found.rpartition("passed over, no run directories:")[2] for name in others)
+    assert {path.name for path in Path("runs").iterdir()} == {"fedrouter", "fedit", "report", "sweep", "notes.txt"}
     assert Path("runs/report/report.md").read_text(encoding="utf-8").startswith("# 2 runs")
-    assert main(["report", "runs/report"]) == 2
-    assert "at least one run directory" in capsys.readouterr().err
+    for alone in ("runs/report", "runs/notes.txt"):
+        assert main(["report", alone]) == 2
+        assert f"{Path(alone)} is none: it has no config.json" in capsys.readouterr().err
+    assert main(["report", "runs/fedit", "runs/fedita"]) == 2  # a misspelt one is not passed over
+    assert "fedita" in capsys.readouterr().err
 
 
 def test_terminal_shows_the_tables(tmp_path):

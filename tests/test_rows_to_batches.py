@@ -75,6 +75,39 @@ def test_a_prompt_goes_on_even_where_the_tokenizer_ends_every_text(max_length):
     assert tokens.encode_texts(ends, ["red"], 8) == tokens.encode_texts(plain, ["red"], 8)
 
 
+def test_a_template_of_ones_own_has_special_tokens_where_it_spells_them_and_rows_have_none():
+    end, number = TOKENIZER.eos_token, TOKENIZER.eos_token_id
+    (row,) = tokens.encode(TOKENIZER, [Row(f"a{end}b", "c", "")], f"{end}Q: {{instruction}}{end}A:\n", 64, 8)
+    assert row.prompt.count(number) == 2 and row.prompt[0] == number
+    assert TOKENIZER.decode(row.prompt) == f"{end}Q: a{end}b{end}A:\n"
+    assert TOKENIZER.decode(row.response) == f"c{end}"  # a line begins without a space
+
+
+def test_a_template_that_ends_with_the_instruction_gives_up_its_end():
+    (row,) = tokens.encode(TOKENIZER, [Row("x" * 90 + "y", "yes", "")], "Q {instruction}", 50, 8)
+    assert row.length == 50 and TOKENIZER.decode(row.prompt) == "Q " + "x" * (50 - 2 - 5)
+    assert TOKENIZER.decode(row.response[:-1]) == " yes"
+
+
+def test_the_start_token_stands_before_a_template_of_ones_own_and_where_a_chat_says_so():
+    tokenizer, end, number = tiny_tokenizer(), TOKENIZER.eos_token, TOKENIZER.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, number)]
+    )
+    tokenizer.chat_template = f"{end}{{{{ messages[0].content }}}}: "
+    for template, expected in (("{instruction}: ", [number]), ("chat", [number]), ("short", [number])):
+        (row,) = tokens.encode(tokenizer, [ROW], template, 128, 8)
+        assert row.prompt[:1] == expected and number not in row.prompt[1:], template
+
+
+@pytest.mark.parametrize("chat", [None, "{{ nothing() }}", "always the same", "{{ messages[0].content * 2 }}"])
+def test_a_model_without_a_chat_template_that_works_is_bad_input(chat):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat
+    with pytest.raises(UserError, match="--template is chat, but the model's "):
+        tokens.encode(tokenizer, [ROW], "chat", 128, 8)
+
+
 def test_no_room_for_the_instruction_is_bad_input():
     with pytest.raises(UserError, match="--max-length to at least"):
         tokens.encode(TOKENIZER, [ROW], "alpaca", 100, 64)

@@ -117,7 +117,7 @@ def test_a_second_process_is_refused_while_one_works(finished, tmp_path, capsys)
         yield lambda rows, note="": None
 
     runs.proceed(run, others)
-    assert codes == [2, 2] and result(run) == result(finished)  # asked when it trained, and when it answered
+    assert codes == [2, 2, 2] and result(run) == result(finished)  # asked in training, answering, reading references
 
 
 def test_a_new_run_is_not_given_another_config_while_it_begins(tmp_path, capsys):
@@ -700,5 +700,5 @@ def test_the_last_round_is_saved_whatever_the_interval(tmp_path):
     )
     runs.claim(tmp_path / "run", config)
     loaded = runs.load(tmp_path / "run")
-    runs.train(tmp_path / "run", loaded, runs.silent)
+    runs.train(tmp_path / "run", loaded, experiment.silent)
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == 1

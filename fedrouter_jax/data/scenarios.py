@@ -47,8 +47,9 @@ class DataConfig:
     balanced: bool = False
     """Test rows of a task that is answered by labels: as many of each label. One answer to all then scores the same
     whichever it is. (In dirichlet and natural those of the mix alone.)"""
-    template: Literal["alpaca", "short"] = "alpaca"
-    """Prompt template; "short" saves 25 tokens a row."""
+    template: str = "alpaca"
+    """Prompt template: alpaca; short, which saves 25 tokens a row; chat, the model's own; or a text that holds
+    {instruction} once."""
     max_length: int = 1024
     """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
     max_response: int = 128

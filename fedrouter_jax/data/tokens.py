@@ -11,18 +11,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from fedrouter_jax.data import templates
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
-
-TEMPLATES = {
-    # Alpaca's instruction format, as FedIT and FedRouter use it.
-    "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{instruction}\n\n### Response:"
-    ),
-    # The same boundary without the 25-token preamble: for small budgets.
-    "short": "{instruction}\n### Response:",
-}
 
 
 class Tokens(NamedTuple):
@@ -46,24 +37,32 @@ def encode(
     max_response: int,
     to_answer: bool = False,
 ) -> list[Tokens]:
-    """Tokenise rows under a template of `TEMPLATES`.
+    """Tokenise rows under a template (`templates.py`).
 
     No row is dropped. A response longer than `max_response` tokens (EOS included) is cut and keeps no EOS, for the
     text does not end there; a prompt that leaves no room gives up the end of its instruction, never the template's
     tail, so the answer always starts at the same marker. `truncated` tells either. Prompts `to_answer` leave room for
     `max_response` tokens, however long the answer is that they are compared with.
     """
-    head, tail = TEMPLATES[template].split("{instruction}")
-    tail_tokens = len(tokenizer(tail, add_special_tokens=False)["input_ids"])
-    head_tokens = len(_started(tokenizer, [head])[0])
+    before, behind = templates.around(tokenizer, template)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
+    if template != templates.CHAT:  # which says itself what a text starts with
+        head = _started(tokenizer, [""])[0] + head
+    head_tokens, tail_tokens = len(head), len(tail)
     if max_length < head_tokens + tail_tokens + max_response + 1:
         raise UserError(
             f"max_length {max_length} leaves no room for the instruction: the {template!r} template takes "
             f"{head_tokens + tail_tokens} tokens and max_response {max_response}; raise --max-length to at least "
             f"{head_tokens + tail_tokens + max_response + 1}"
         )
-    prompts = _started(tokenizer, [head + row.instruction + tail for row in rows])
-    answers = [" " + row.output.strip() for row in rows]
+    if template in templates.TEMPLATES:
+        prompts = _started(tokenizer, [before + row.instruction + behind for row in rows])
+    else:  # special tokens that a template spells out are meant, those of a row are text
+        texts = [row.instruction for row in rows]
+        bodies = tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        prompts = [head + body + tail for body in bodies]
+    space = "" if behind[-1:].isspace() else " "
+    answers = [space + row.output.strip() for row in rows]
     responses = tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -71,7 +70,7 @@ def encode(
         room = max_length - (max_response if to_answer else len(answer))
         truncated = len(prompt) > room or len(answer) <= len(response)
         if len(prompt) > room:
-            prompt = prompt[: room - tail_tokens] + prompt[-tail_tokens:]
+            prompt = prompt[: room - tail_tokens] + prompt[len(prompt) - tail_tokens :]
         encoded.append(Tokens(prompt, answer, truncated))
     return encoded
 

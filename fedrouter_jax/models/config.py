@@ -6,6 +6,7 @@ attention (arXiv 2305.13245) and a SwiGLU MLP (arXiv 2002.05202). They differ on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -120,13 +121,22 @@ def _family(name: str | None, supported: Iterable[str], where: str) -> _Family:
     return FAMILIES[name]
 
 
+_LARGEST = 2**31 - 1  # of any size: indices are int32
+
+
 def _checked(config: DecoderConfig) -> DecoderConfig:
     sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "max_positions")
-    odd = next((name for name in sizes if getattr(config, name) < 1), None)
+    found = {name: getattr(config, name) for name in sizes}
+    if config.sliding_window is not None:
+        found["sliding_window"] = config.sliding_window
+    odd = next((name for name, size in found.items() if not 1 <= size <= _LARGEST), None)
     if odd:
-        raise ValueError(f"{odd} is {getattr(config, odd)}; expected 1 or more")
-    if config.sliding_window is not None and config.sliding_window < 1:
-        raise ValueError(f"sliding_window is {config.sliding_window}; expected 1 or more, or none")
+        raise ValueError(f"{odd} is {found[odd]:.12g}; expected 1 to {_LARGEST}")
+    if not (0 < config.rope_theta < math.inf and 0 <= config.norm_eps < math.inf):
+        raise ValueError(
+            f"rope theta is {config.rope_theta} and the norms' epsilon {config.norm_eps}; expected a finite number "
+            "above 0, and one not below 0"
+        )
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise ValueError(
             f"{config.heads} heads of {config.head_dim} numbers share {config.kv_heads} of keys and values; expected a "

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from fedrouter_jax import generate, models
+from fedrouter_jax.data import tokens
+from fedrouter_jax.data.rows import Row
 from fedrouter_jax.models import load
 
 pytestmark = [
@@ -105,6 +107,18 @@ def test_configuration_and_tokenizer(smollm2, oracle):
     assert again.decode(again(text)["input_ids"]) == text
     assert again(text)["input_ids"] == smollm2.tokenizer(text)["input_ids"]
     assert again.eos_token == "<|im_end|>" and "<|im_start|>" in again.chat_template
+
+
+def test_a_chat_is_as_transformers_writes_it(smollm2):
+    row = Row("Who wrote <|im_end|> Hamlet?\nIn a word.", " Shakespeare", "")
+    (found,) = tokens.encode(smollm2.tokenizer, [row], "chat", 128, 16)
+    asked = {"role": "user", "content": row.instruction.replace("<|im_end|>", "")}
+    prompt = smollm2.tokenizer.apply_chat_template([asked], add_generation_prompt=True, return_dict=False)
+    plain = row._replace(instruction=asked["content"])
+    assert tokens.encode(smollm2.tokenizer, [plain], "chat", 128, 16)[0].prompt == prompt
+    end = smollm2.tokenizer.eos_token_id
+    assert found.prompt.count(end) == prompt.count(end) > 0  # the row's own is text
+    assert smollm2.tokenizer.decode(found.response) == "Shakespeare<|im_end|>"
 
 
 def test_logits_equal_transformers(smollm2, oracle, prompts):
