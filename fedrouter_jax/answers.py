@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import generate, likelihood, lora, mesh
+from fedrouter_jax import embed, generate, likelihood, lora, mesh
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.experiment import Advance, Prepared, divided, packs_at_once
 from fedrouter_jax.types import FederationState, LoRA, PyTree
 
-# (base, all adapters as one, places, their gates [place, rank], advance) -> an array of what is found [place, ...]
+SLOTS = 32  # adapters that are concatenated at once: their ranks are multiplied for every token, open or not
+
+# (base, adapters as one, places, their gates [place, rank], advance) -> an array of what is found [place, ...]
 Work = Callable[[PyTree, LoRA, np.ndarray, np.ndarray, Advance], np.ndarray]
 
 
 def nothing_more(rows: int) -> None:
     """The `Advance` that shows nothing."""
-
-
-def opened(prepared: Prepared, state: FederationState, params: PyTree) -> tuple[PyTree, LoRA]:
-    """The base as the method has shifted it, and all adapters as one, where these parameters of the base lie."""
-    state, base = mesh.beside(params, state), prepared.strategy.base
-    return base(state, params) if base else params, lora.concatenate(bank_lib.serving(state.bank))
 
 
 def answer(
@@ -79,6 +76,19 @@ def losses(
     return _under_adapters(prepared, state, weights, np.float32(0), read, advance)
 
 
+def states(
+    prepared: Prepared, state: FederationState, prompts: Sequence[Sequence[int]], weights: np.ndarray
+) -> np.ndarray:
+    """The hidden state of each prompt's last token after the final norm, float32 [prompt, width]."""
+    config, model = prepared.config, prepared.model
+
+    def read(base, bank, places, gates, advance):
+        here, at_once = [prompts[place] for place in places], packs_at_once(config)
+        return embed.embed(model.config, base, here, None, at_once, advance, lora=bank, gates=gates, last=True)
+
+    return _under_adapters(prepared, state, weights, np.zeros(model.config.width, np.float32), read, nothing_more)
+
+
 def _under_adapters(
     prepared: Prepared,
     state: FederationState,
@@ -87,17 +97,45 @@ def _under_adapters(
     work: Work,
     advance: Advance,
 ) -> np.ndarray:
-    """`work` for all rows of `weights` [row, slot], over all devices: an array of entries like `empty` [row, ...]."""
-    gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), prepared.config.lora))
-    # Where a method shifts the base, the model as it came is another one.
-    plain = ~np.asarray(weights).any(axis=1) & (prepared.strategy.base is not None)
+    """`work` for all rows of `weights` [row, slot], over all devices: an array of entries like `empty` [row, ...].
+
+    Where the method shifts the base, rows without weights are for the base as it came.
+    """
+    weights, shift = np.asarray(weights), prepared.strategy.base
+    plain = ~weights.any(axis=1) & (shift is not None)
 
     def some(params, places, advance):
         found = np.zeros((len(places), *empty.shape), empty.dtype)
-        shifted, bank = opened(prepared, state, params)
-        for base, chosen in ((shifted, ~plain[places]), (params, plain[places])):
-            if chosen.any():
-                found[chosen] = work(base, bank, places[chosen], gates[places[chosen]], advance)
+        here = mesh.beside(params, state)
+        bank = bank_lib.serving(here.bank)
+        for base, chosen in ((shift(here, params) if shift else params, ~plain[places]), (params, plain[places])):
+            for rows, slots in together(weights[places], np.flatnonzero(chosen), SLOTS):
+                adapters = lora.concatenate(jax.tree.map(lambda leaf, slots=slots: leaf[np.maximum(slots, 0)], bank))
+                open_ones = np.where(slots >= 0, weights[places[rows]][:, slots], 0)
+                gates = np.asarray(lora.gates(jnp.asarray(open_ones, jnp.float32), prepared.config.lora))
+                found[rows] = work(base, adapters, places[rows], gates, advance)
         return found
 
-    return divided(prepared, len(gates), some, advance)
+    return divided(prepared, len(weights), some, advance)
+
+
+def together(weights: np.ndarray, rows: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Groups of `rows` of `weights` [row, slot] that open few slots, at most `most` where one row does: (rows, slots).
+
+    Slots are as many in every group, for one shape is compiled once: -1 stands for none. Few in all are one group's.
+    """
+    if not len(rows):
+        return []
+    if weights.shape[1] <= most:
+        return [(rows, np.arange(weights.shape[1]))]
+    opens = {row: frozenset(np.flatnonzero(weights[row]).tolist()) for row in rows.tolist()}
+    used = max(1, len(frozenset().union(*opens.values())))
+    even = -(-used // -(-used // most))  # rather two of 17 than 32 and 2
+    most = max(even, *map(len, opens.values()))
+    groups: list[tuple[list[int], set[int]]] = []
+    for row in sorted(opens, key=lambda row: sorted(opens[row])):
+        if not groups or len(groups[-1][1] | opens[row]) > most:
+            groups.append(([], set()))
+        groups[-1][0].append(row)
+        groups[-1][1].update(opens[row])
+    return [(np.array(sorted(held)), np.array(sorted(slots) + [-1] * (most - len(slots)))) for held, slots in groups]

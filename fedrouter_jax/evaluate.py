@@ -13,9 +13,9 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 
-from fedrouter_jax import answers, embed, lora, routing
+from fedrouter_jax import answers, routing
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.experiment import Prepared, Track, divided, packs_at_once, silent, test_rows
+from fedrouter_jax.experiment import Prepared, Track, silent, test_rows
 from fedrouter_jax.types import FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")
@@ -176,25 +176,15 @@ def view(
     prompts: list[list[int]],
 ) -> View:
     """What a router may look at for some prompts; hidden states are computed when it asks for them."""
-    config, model = prepared.config, prepared.model
 
     def states(prompts: list[list[int]], weights) -> jnp.ndarray:
-        gates = np.asarray(lora.gates(jnp.asarray(weights, jnp.float32), config.lora))
-
-        def some(params, places, advance):
-            adapted, bank = answers.opened(prepared, state, params)
-            here, at_once = [prompts[place] for place in places], packs_at_once(config)
-            return embed.embed(
-                model.config, adapted, here, None, at_once, advance, lora=bank, gates=gates[places], last=True
-            )
-
-        return jnp.asarray(divided(prepared, len(prompts), some))
+        return jnp.asarray(answers.states(prepared, state, prompts, weights))
 
     def references(weights) -> jnp.ndarray:
         drawn = [
             held[i].prompt
             for client, held in enumerate(prepared.train)
-            for i in np.random.default_rng([config.seed, client, 0xD9A]).integers(0, len(held), REFERENCES)
+            for i in np.random.default_rng([prepared.config.seed, client, 0xD9A]).integers(0, len(held), REFERENCES)
         ]
         found = states(drawn, jnp.repeat(weights, REFERENCES, axis=0))
         return found.reshape(len(prepared.train), REFERENCES, -1)
