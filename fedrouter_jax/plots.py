@@ -49,7 +49,9 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
             drawn["loss"] = loss(trained)
         if any(latest(run)[0] for run in runs):
             if curves(rows) or tasks_of(rows, 0):
-                drawn["rouge"] = rouge(rows)
+                drawn["rouge"] = over_rounds(rows, "rouge1", "ROUGE-1 F1") if curves(rows) else task_bars(rows)
+            if curves(rows) and any(scores(row, part, "loss", "mean") for row in rows for part in range(2)):
+                drawn["test_loss"] = over_rounds(rows, "loss", "loss of references, nats a token")
             if len(runs) > 1:
                 drawn["scores"] = score_bars(rows)
         if len(runs) == 1 and runs[0].clusters and runs[0].clusters["clustered"]:
@@ -114,10 +116,8 @@ def curves(rows: Sequence[Row]) -> bool:
     return any("scores" in record for row in rows for run in row.runs for record in run.rounds)
 
 
-def rouge(rows: Sequence[Row]) -> Figure:
-    """ROUGE-1 over rounds where scores were taken on the way, else bars of each task."""
-    if not curves(rows):
-        return task_bars(rows)
+def over_rounds(rows: Sequence[Row], metric: str, what: str) -> Figure:
+    """A score over the rounds it was taken after, a line for each run; the base model's as level lines."""
     trained, base = [row for row in rows if not row.base], [row for row in rows if row.base]
     figure = Figure((9, 4))
     panels = figure.subplots(1, 2, sharey=True)
@@ -127,20 +127,24 @@ def rouge(rows: Sequence[Row]) -> Figure:
                 taken = {record["round"]: record["scores"] for record in run.rounds if "scores" in record}
                 found, at = latest(run)
                 taken |= {at: found} if found else {}
-                points = [(t, found[PARTS[part]]["rouge1"]["mean"]) for t, found in sorted(taken.items())]
+                known = [(t, found[PARTS[part]]) for t, found in sorted(taken.items()) if metric in found[PARTS[part]]]
+                points = [(t, found[metric]["mean"]) for t, found in known]
                 if points:
                     label = name if number == 0 else None
                     axes.plot(
                         *zip(*points, strict=True), **look(place), marker="o", markersize=4, label=label, clip_on=False
                     )
         for number, (row, name) in enumerate(zip(base, names(base), strict=True)):
-            axes.axhline(np.mean(scores(row, part, "rouge1", "mean")), color=GREY, label=name,
-                         linestyle=DASHES[(number + 1) % len(DASHES)], linewidth=1.2)  # fmt: skip
+            level = scores(row, part, metric, "mean")
+            if level:
+                axes.axhline(np.mean(level), color=GREY, label=name,
+                             linestyle=DASHES[(number + 1) % len(DASHES)], linewidth=1.2)  # fmt: skip
         rounds_axis(axes)
         axes.set_title(TITLES[part])
         axes.grid(axis="y")
-    # Last, for it ends the autoscaling of both.
-    panels[0].set(ylabel="ROUGE-1 F1, mean over clients", ylim=(0, max(0.05, panels[0].get_ylim()[1])))
+    panels[0].set_ylabel(f"{what}, mean over clients")
+    if metric != "loss":  # last, for it ends the autoscaling of both
+        panels[0].set_ylim(0, max(0.05, panels[0].get_ylim()[1]))
     legend(figure, panels[0])
     return figure
 

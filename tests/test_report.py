@@ -351,14 +351,20 @@ def test_plots_of_one_run_and_of_several(tmp_path):
     taken = EvaluationConfig(evaluate_at=(1,))
     one = make_run(tmp_path / "one", taken_at=(1,), evaluation=taken)
     report.write([one], one)
-    assert {p.name for p in (one / "plots").iterdir()} == {"loss.png", "rouge.png", "clusters.png", "embedding.png"}
+    assert {p.name for p in (one / "plots").iterdir()} == {
+        "loss.png",
+        "rouge.png",
+        "test_loss.png",
+        "clusters.png",
+        "embedding.png",
+    }
     several = [
         one,
         make_run(tmp_path / "two", strategy="fedit"),
         make_run(tmp_path / "three", strategy="fedit", seed=1),
     ]
     report.write(several, tmp_path / "all")
-    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {"loss.png", "rouge.png", "scores.png"}
+    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {"loss.png", "rouge.png", "test_loss.png", "scores.png"}
     report.write(several[1:], tmp_path / "bars")  # no intermediate scores: bars of each task
     for picture in tmp_path.glob("**/*.png"):
         check_picture(picture)
