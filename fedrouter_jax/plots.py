@@ -49,9 +49,11 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
             drawn["loss"] = loss(trained)
         if any(latest(run)[0] for run in runs):
             if curves(rows) or tasks_of(rows, 0):
-                drawn["rouge"] = over_rounds(rows, "rouge1", "ROUGE-1 F1") if curves(rows) else task_bars(rows)
+                drawn["rouge"] = (
+                    over_rounds(rows, "rouge1", "ROUGE-1 F1, mean over clients") if curves(rows) else task_bars(rows)
+                )
             if curves(rows) and any(scores(row, part, "loss", "mean") for row in rows for part in range(2)):
-                drawn["test_loss"] = over_rounds(rows, "loss", "loss of references, nats a token")
+                drawn["test_loss"] = over_rounds(rows, "loss", "loss of references (nats a token)")
             if len(runs) > 1:
                 drawn["scores"] = score_bars(rows)
         if len(runs) == 1 and runs[0].clusters and runs[0].clusters["clustered"]:
@@ -142,7 +144,7 @@ def over_rounds(rows: Sequence[Row], metric: str, what: str) -> Figure:
         rounds_axis(axes)
         axes.set_title(TITLES[part])
         axes.grid(axis="y")
-    panels[0].set_ylabel(f"{what}, mean over clients")
+    panels[0].set_ylabel(what)
     if metric != "loss":  # last, for it ends the autoscaling of both
         panels[0].set_ylim(0, max(0.05, panels[0].get_ylim()[1]))
     legend(figure, panels[0])

@@ -364,7 +364,12 @@ def test_plots_of_one_run_and_of_several(tmp_path):
         make_run(tmp_path / "three", strategy="fedit", seed=1),
     ]
     report.write(several, tmp_path / "all")
-    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {"loss.png", "rouge.png", "test_loss.png", "scores.png"}
+    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {
+        "loss.png",
+        "rouge.png",
+        "test_loss.png",
+        "scores.png",
+    }
     report.write(several[1:], tmp_path / "bars")  # no intermediate scores: bars of each task
     for picture in tmp_path.glob("**/*.png"):
         check_picture(picture)
