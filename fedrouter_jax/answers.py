@@ -11,7 +11,8 @@ import numpy as np
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import embed, generate, likelihood, lora, mesh
 from fedrouter_jax.data.tokens import Tokens
-from fedrouter_jax.experiment import Advance, Prepared, divided, packs_at_once
+from fedrouter_jax.experiment import Prepared, packs_at_once
+from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, LoRA, PyTree
 
 SLOTS = 32  # adapters that are concatenated at once: their ranks are multiplied for every token, open or not
@@ -20,16 +21,12 @@ SLOTS = 32  # adapters that are concatenated at once: their ranks are multiplied
 Work = Callable[[PyTree, LoRA, np.ndarray, np.ndarray, Advance], np.ndarray]
 
 
-def nothing_more(rows: int) -> None:
-    """The `Advance` that shows nothing."""
-
-
 def answer(
     prepared: Prepared,
     state: FederationState,
     prompts: Sequence[Sequence[int]],
     weights: np.ndarray,
-    advance: Advance = nothing_more,
+    advance: Advance = unseen,
 ) -> list[str]:
     """Greedy answers; `weights` [prompt, slot] over the adapters of the bank, all zero for the model as it came."""
     config, model = prepared.config, prepared.model
@@ -60,7 +57,7 @@ def losses(
     state: FederationState,
     rows: Sequence[Tokens],
     weights: np.ndarray,
-    advance: Advance = nothing_more,
+    advance: Advance = unseen,
 ) -> np.ndarray:
     """The loss of each row's response in nats a token, float32 [row]; `weights` as for `answer`."""
 
@@ -86,7 +83,7 @@ def states(
         here, at_once = [prompts[place] for place in places], packs_at_once(config)
         return embed.embed(model.config, base, here, None, at_once, advance, lora=bank, gates=gates, last=True)
 
-    return _under_adapters(prepared, state, weights, np.zeros(model.config.width, np.float32), read, nothing_more)
+    return _under_adapters(prepared, state, weights, np.zeros(model.config.width, np.float32), read, unseen)
 
 
 def _under_adapters(
@@ -116,7 +113,7 @@ def _under_adapters(
                 found[rows] = work(base, adapters, places[rows], gates, advance)
         return found
 
-    return divided(prepared, len(weights), some, advance)
+    return divided(prepared.model.params, len(weights), some, advance)
 
 
 def together(weights: np.ndarray, rows: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import answers, routing
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.experiment import Prepared, Track, silent, test_rows
+from fedrouter_jax.experiment import Prepared, test_rows
+from fedrouter_jax.sharing import Track, silent
 from fedrouter_jax.types import FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")

@@ -9,12 +9,9 @@ evaluate
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from threading import Event, Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,16 +28,8 @@ from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_losses
 from fedrouter_jax.models import Model, load_model
-from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
-
-Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
-Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """The `Track` that shows nothing."""
-    yield lambda rows, note="": None
+from fedrouter_jax.sharing import Advance, divided, unseen
+from fedrouter_jax.types import FederationState, Strategy, Work
 
 
 class Prepared(NamedTuple):
@@ -167,12 +156,12 @@ def embedded_rows(prepared: Prepared) -> list[Row]:
     return rows + [prepared.dataset.test[i] for i in test_rows(prepared.partition)]
 
 
-def embed_rows(prepared: Prepared, advance: Advance = lambda rows: None) -> np.ndarray:
+def embed_rows(prepared: Prepared, advance: Advance = unseen) -> np.ndarray:
     """Embeddings float32 [row, width] of `embedded_rows`."""
     return embed_texts(prepared, [row.instruction for row in embedded_rows(prepared)], advance)
 
 
-def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lambda rows: None) -> np.ndarray:
+def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = unseen) -> np.ndarray:
     """Embeddings float32 [text, width] by the config's recipe."""
     config, model = prepared.config, prepared.model
     ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
@@ -183,41 +172,7 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = lam
         at_once = packs_at_once(config)
         return embed.embed(model.config, params, here, recipe.depth, at_once, advance, skip=recipe.skip)
 
-    return divided(prepared, len(texts), some, advance)
-
-
-def divided(
-    prepared: Prepared,
-    count: int,
-    work: Callable[[PyTree, np.ndarray, Advance], np.ndarray],
-    advance: Advance = lambda rows: None,
-) -> np.ndarray:
-    """`work(params, places, advance)` [place, ...] for the places 0 .. count-1, all of them on every process.
-
-    Every row of devices holds a whole base, and does a share of the places (an array of int), all at the same time.
-    """
-    bases, lock, stopped = mesh.copies(processes.own(prepared.model.params)), Lock(), Event()
-    mine = np.arange(count)[processes.share()]
-    shares = [mine[row :: len(bases)] for row in range(len(bases))]
-
-    def counted(rows: int) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        with lock:
-            advance(rows)
-
-    with ThreadPoolExecutor(len(bases)) as pool:
-        others = [pool.submit(work, *share, counted) for share in zip(bases[1:], shares[1:], strict=True)]
-        try:
-            found = [work(bases[0], shares[0], counted), *(other.result() for other in others)]
-        except BaseException:  # an interrupt reaches this thread alone
-            stopped.set()
-            raise
-    whole = np.zeros((len(mine), *found[0].shape[1:]), found[0].dtype)
-    for row, part in enumerate(found):
-        whole[row :: len(bases)] = part
-    advance(count - len(mine))
-    return processes.together(whole, count)
+    return divided(model.params, len(texts), some, advance)
 
 
 def packs_at_once(config: Config) -> int:

@@ -27,9 +27,10 @@ from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, fil
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import Prepared, Track, silent
+from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
 from fedrouter_jax.routing import Enrolment
+from fedrouter_jax.sharing import Track, silent
 from fedrouter_jax.types import FederationState, LoRA
 
 

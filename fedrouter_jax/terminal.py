@@ -100,7 +100,7 @@ def show_markdown(path: Path) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable]:
-    """Progress bars with the time left, as an `experiment.Track`; where no terminal can draw them, lines (`logged`)."""
+    """Progress bars with the time left, as a `sharing.Track`; where no terminal can draw them, lines (`logged`)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -110,11 +110,11 @@ def progress() -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
-    from fedrouter_jax import experiment, processes
+    from fedrouter_jax import processes, sharing
 
     console = Console(stderr=True)
     if not processes.first():
-        yield experiment.silent
+        yield sharing.silent
         return
     if not console.is_terminal:
         yield logged

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Event
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import pytest
 from helpers import LOCAL, inputs
 from safetensors.numpy import load_file
 
-from fedrouter_jax import experiment, mesh
+from fedrouter_jax import mesh, sharing
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
@@ -99,7 +98,6 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device():
 def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
     """It reaches the first row's thread alone; the others must not answer on to their end."""
     monkeypatch.setattr(mesh, "copies", lambda params: ["first", "second"])
-    prepared = SimpleNamespace(model=SimpleNamespace(params=jnp.zeros(1)))
     begun, done = Event(), []
 
     def work(base, places, advance):
@@ -112,7 +110,7 @@ def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
         done.append(base)
 
     with pytest.raises(KeyboardInterrupt):
-        experiment.divided(prepared, 2, work)
+        sharing.divided(jnp.zeros(1), 2, work)
     assert not done
 
 

@@ -22,7 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, clusters, evaluate, experiment, files, plan, report, runs, serve
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, files, plan, report, runs, serve, sharing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import finish, main
 from fedrouter_jax.data import synthetic
@@ -700,5 +700,5 @@ def test_the_last_round_is_saved_whatever_the_interval(tmp_path):
     )
     runs.claim(tmp_path / "run", config)
     loaded = runs.load(tmp_path / "run")
-    runs.train(tmp_path / "run", loaded, experiment.silent)
+    runs.train(tmp_path / "run", loaded, sharing.silent)
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == 1
