@@ -20,7 +20,8 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import summaries, table1, weights
+from experiments import summaries, table1, table1_tables, weights
+from experiments.methods import variant
 from experiments.precision import PRECISIONS
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
@@ -149,7 +150,7 @@ def configs(name: str, options: Studies) -> dict:
                 for part, new in study.changes(value).items()
             }
             for method in methods:
-                config = table1.variant(replace(basis, **parts), method, seed)
+                config = variant(replace(basis, **parts), method, seed)
                 made[f"{method}-{label(value)}-{seed}"] = config
     return made
 
@@ -178,13 +179,13 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     basis = next(iter(table.values()))
     first = {str(number): summary for number, summary in enumerate(basis)}
     lines = [f"# Study: {study.what}", "", "The first row, from which the others differ in that alone:", ""]
-    lines += [*table1.setting(first), ""]
+    lines += [*table1_tables.setting(first), ""]
     tasks = sorted({task for same in table.values() for s in same for part in parts for task in by_task(s, part)})
     columns = [name, "method", *parts, *tasks, "rows clustered right", "own texts routed right"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (method, value), same in table.items():
         scores = [[summaries.score(s, part) for s in same if part in s["scores"]] for part in parts]
-        row = [table1.text(values, False) if values else "" for values in scores]
+        row = [table1_tables.text(values, False) if values else "" for values in scores]
         clustered = [s["accuracy"]["global"] for s in same if s["accuracy"]]
         routed = [s["scores"]["personalised"].get("routing_accuracy") for s in same]
         shares = [values if values and None not in values else None for values in (clustered, routed)]

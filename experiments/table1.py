@@ -13,52 +13,20 @@ is not run again, wherever it was made, so the table can be filled bit by bit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import summaries
+from experiments import summaries, table1_tables
+from experiments.methods import FIRST, METHODS, SCENARIOS, variant
 from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4_cpu, smoke
-from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.terminal import guarded, parse, show_markdown
-
-SCENARIOS = ("dual", "single", "all")  # in order of worth
-BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
-OURS = ("fedrouter+", "fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # no baselines
-FIRST = (
-    "fedrouter+",
-    "fedrouter",
-    "fedrouter-warm",
-    "fedrouter-a",
-    "fedrouter-sum",
-    "fedit",
-    "fedsa",
-    "feddpa-t",
-    "local",
-    "clustered",
-    "oracle",
-)
-LABELS = ("glue_qqp",)  # tasks answered by yes or no, as many of each: at these budgets hardly better than a coin
-HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")  # in README
-# Name: strategy, and what it changes in the sections of the config.
-METHODS: dict[str, tuple[str, dict[str, dict]]] = {
-    "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
-    **{name: (name, {}) for name in STRATEGIES},
-    "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
-    "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
-    "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
-    "fedadam": ("fedit", {"rounds": {"server": "adam", "server_rate": 1e-2}}),
-    "fedyogi": ("fedit", {"rounds": {"server": "yogi", "server_rate": 1e-2}}),
-}
 
 
 @dataclass(frozen=True)
@@ -103,13 +71,6 @@ def budget(options: Table1, scenario: str) -> Config:
     )
 
 
-def variant(config: Config, method: str, seed: int) -> Config:
-    """The config of a method."""
-    strategy, changes = METHODS[method]
-    parts = {section: replace(getattr(config, section), **values) for section, values in changes.items()}
-    return replace(config, strategy=strategy, seed=seed, **parts)
-
-
 def main(options: Table1) -> None:
     """Run what is missing, then draw."""
     console = Console()
@@ -141,250 +102,12 @@ def configs(options: Table1) -> dict[str, Config]:
 def draw(out: Path) -> None:
     """table1.md and table1.png from the summaries."""
     found = summaries.load(out / "runs")
-    if not grouped(found):
+    if not table1_tables.grouped(found):
         raise UserError(
             f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"
         )
-    files.write(out / "table1.md", markdown(found))
-    figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
-
-
-Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by (scenario, part, method)
-
-
-def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "rouge1") -> Cells:
-    """What the tables show; the base model is a method. `without` some tasks: the mean over the others."""
-    table: Cells = {}
-    for name, summary in found.items():
-        scenario, _, rest = name.partition("-")
-        method, seed = rest.rpartition("-")[0], summary["config"]["seed"]
-        own = {"personalised": "personalised", "generalisation": "generalisation"}
-        base = {"personalised": "base", "generalisation": "base_generalisation"}
-        for who, parts in ((method, own), ("base model", base)):
-            for part, score in parts.items():
-                if metric not in summary["scores"][score]:
-                    continue  # runs of older versions have no loss
-                value = summaries.score(summary, score, metric)
-                if without:
-                    tasks = summary["scores"][score][metric]["per_task"]
-                    value = float(np.mean([value for task, value in tasks.items() if task not in without]))
-                table.setdefault((scenario, part, who), {})[seed] = value
-    return table
-
-
-def markdown(found: dict[str, dict]) -> str:
-    """The report: scores of all methods, then by task, then costs."""
-    lines = ["# Every method in every scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found)]
-    lines += [*same_seed(found), "", *by_task(found), ""]
-    return "\n".join([*lines, *costs(found), ""])
-
-
-def in_words(found: dict[str, dict]) -> list[str]:
-    """The same table over the tasks that are answered in words, where there are others."""
-    tasks = {task for summary in found.values() for task in summary["scores"]["base"]["rouge1"].get("per_task", {})}
-    if not tasks & {*LABELS}:
-        return []
-    labels, others = sorted(tasks & {*LABELS}), sorted(tasks - {*LABELS})
-    about = f"The mean over these. Without {', '.join(labels)}, yes or no, as many of each: hardly better than a coin."
-    title = f"## Tasks answered in words: {', '.join(others)}"
-    return [title, "", about, "", *scores(cells(found, LABELS), FIRST), ""]
-
-
-def losses(found: dict[str, dict]) -> list[str]:
-    """The same table of the loss of the reference answers, of the runs that have it."""
-    table = cells(found, metric="loss")
-    if not table:
-        return []
-    about = (
-        "Cross-entropy of the reference answers in nats a token, mean over a client's rows, then over clients: the "
-        "lower the better. Runs of earlier versions do not have it."
-    )
-    return ["## Loss of the reference answers", "", about, "", *scores(table, tuple(METHODS), "loss", min), ""]
-
-
-def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of: Callable = max) -> list[str]:
-    """The table: mean ± half of the 95 % interval over shared seeds, the best of the rivals bold; gains of ours."""
-    columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
-    columns = [column for column in columns if any(key[:2] == column for key in table)]
-    known = {method for _, _, method in table}
-    methods = ["base model", *(method for method in METHODS if method in known and method in shown)]
-    rivals = [method for method in methods if method not in BOUNDS]
-    lines = [f"| {title} | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
-    lines += ["|---" * (len(columns) + 1) + "|"]
-    for method in methods:
-        row = []
-        for column in columns:
-            values = comparable(table, column)
-            most = max((len(values[m]) for m in rivals if m in values), default=0)
-            most_seeds = (m for m in rivals if len(values.get(m, ())) == most)
-            best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]))
-            row.append(text(values[method], method == best) if method in values else "")
-        lines.append(f"| {named(method)} | {' | '.join(row)} |")
-    for ours in OURS:
-        if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
-            gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
-            lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
-    return lines
-
-
-def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
-    """Scores of each method of a column: those of the seeds that all with several seeds have; of one, what it has."""
-    scores = {m: found for (*c, m), found in table.items() if tuple(c) == column}
-    several = [set(found) for found in scores.values() if len(found) > 1]
-    shared = set.intersection(*several) if several else set()
-    return {m: [found[seed] for seed in sorted({*found} & shared or found)] for m, found in scores.items()}
-
-
-def named(method: str) -> str:
-    """A method, and for a bound what it has that others have not."""
-    return f"{method} ({BOUNDS[method]})" if method in BOUNDS else method
-
-
-def same_seed(found: dict[str, dict], scenario: str = "dual", seed: int = 0) -> list[str]:
-    """Methods of one seed and scenario, what ran once among them, by their mean of both scores."""
-    parts = ("personalised", "generalisation")
-    table = cells(found)
-    scores = {
-        m: [table[scenario, part, m][seed] for part in parts]
-        for m in METHODS
-        if seed in table.get((scenario, parts[0], m), {})
-    }
-    lines = [f"## Seed {seed} of {scenario}: every method on the same rows", ""]
-    lines += [f"| method | {' | '.join(parts)} | mean |", "|---" * 4 + "|"]
-    for method in sorted(scores, key=lambda m: -np.mean(scores[m])):
-        numbers = " | ".join(f"{value:.3f}" for value in [*scores[method], np.mean(scores[method])])
-        lines.append(f"| {named(method)} | {numbers} |")
-    return lines
-
-
-def by_task(found: dict[str, dict]) -> list[str]:
-    """A row a (scenario, method): personalised / generalisation ROUGE-1 of each task, mean over seeds."""
-    groups = grouped(found)
-    tasks = sorted({task for s in found.values() for task in s["scores"]["generalisation"]["rouge1"]["per_task"]})
-    lines = ["## Task by task", "", "ROUGE-1 of clients' own rows / of the mix, mean over seeds.", ""]
-    lines += [f"| scenario | method | seeds | {' | '.join(tasks)} |", "|---" * (len(tasks) + 3) + "|"]
-    for (scenario, method), same in groups.items():
-        cells = []
-        for task in tasks:
-            both = [
-                [s["scores"][part]["rouge1"]["per_task"].get(task, np.nan) for s in same]
-                for part in ("personalised", "generalisation")
-            ]
-            cells.append(" / ".join(f"{np.mean(values):.3f}" for values in both))
-        lines.append(f"| {scenario} | {method} | {len(same)} | {' | '.join(cells)} |")
-    return lines
-
-
-def costs(found: dict[str, dict]) -> list[str]:
-    """A row a method: what it took in one scenario, mean over its runs there."""
-    groups = grouped(found)
-    scenario = next(s for s in SCENARIOS if any(key[0] == s for key in groups))
-    lines = [
-        f"## Cost ({scenario})",
-        "",
-        "In all rounds; bytes of adapters and of clusters' centres. Seconds are a sweep's, not a benchmark's.",
-        "",
-    ]
-    lines += [
-        "| method | optimiser steps a client | training tokens | MB up | MB down | training, s |",
-        "|---" * 6 + "|",
-    ]
-    for (where, method), same in groups.items():
-        if where == scenario:
-            shown = ("optimiser_steps_per_client", "tokens", "bytes_up", "bytes_down", "seconds_training")
-            mean = {key: np.mean([s["cost"][key] for s in same]) for key in shown}
-            steps = mean["optimiser_steps_per_client"] * same[0]["config"]["rounds"]["rounds"]
-            lines.append(
-                f"| {method} | {steps:.0f} | {mean['tokens']:.0f} | "
-                f"{mean['bytes_up'] / 1e6:.1f} | {mean['bytes_down'] / 1e6:.1f} | {mean['seconds_training']:.0f} |"
-            )
-    return lines
-
-
-def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
-    """Summaries over seeds by (scenario, method), in the order of both."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for scenario in SCENARIOS:
-        for method in METHODS:
-            same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{scenario}-{method}"]
-            if same:
-                groups[scenario, method] = same
-    return groups
-
-
-def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> str:
-    """A method over the best baseline that has all its seeds: relative, and in points with its 95 % interval."""
-    ours = table.get((*column, who), {})
-    seeds = sorted(ours)
-    baselines = {
-        m: [scores[seed] for seed in seeds]
-        for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS) and set(seeds) <= set(scores)
-    }
-    if not baselines:
-        return ""
-    best = best_of(baselines, key=lambda m: np.mean(baselines[m]))
-    theirs = baselines[best]
-    if not seeds or not any(theirs):
-        return ""
-    mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
-    spread = f" ± {half:.3f}; {len(seeds)} seeds" if len(seeds) > 1 else ""
-    relative = round(100 * mean / np.mean(theirs), 1) + 0.0  # no "-0.0"
-    return f"{relative:+.1f} % over {best} ({mean:+.3f}{spread})"
-
-
-def text(values: list[float], best: bool) -> str:
-    """A cell."""
-    mean, half = summaries.interval(values)
-    shown = f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
-    return f"**{shown}**" if best else shown
-
-
-def setting(found: dict[str, dict]) -> list[str]:
-    """What was run, from the configs themselves."""
-    said = set()
-    for summary in found.values():
-        c = summary["config"]
-        data, local = c["data"], c["local"]
-        kind = "**synthetic** rows" if data["data"] == "synthetic" else f"rows of {data['data']}"
-        precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
-        said.add(
-            f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
-            f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal "
-            f"for all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
-            f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."
-        )
-    seeds = sorted({summary["config"]["seed"] for summary in found.values()})
-    spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
-    if len({len(same) for same in grouped(found).values()}) > 1:
-        spread += (
-            " Means are over the seeds that all methods of a column with several have; without ±: one seed. Gains are "
-            "over all seeds that a method has, which the table task by task counts."
-        )
-    return [*sorted(said), "", f"{spread} Generalisation: the mix of all tasks."]
-
-
-def figure(found: dict[str, dict]) -> Figure:
-    """A panel a scenario and part; bars are means over seeds, dots the seeds."""
-    table = cells(found)
-    columns = sorted({key[:2] for key in table}, key=lambda c: (c[1] != "personalised", c[0]))
-    drawn = Figure((5 * ((len(columns) + 1) // 2), 7))
-    panels = drawn.subplots(2, (len(columns) + 1) // 2, squeeze=False).ravel()
-    for axes, column in zip(panels, columns, strict=False):
-        scores = comparable(table, column)
-        methods = sorted(scores, key=lambda m, of=scores: np.mean(of[m]))
-        for place, method in enumerate(methods):
-            values = scores[method]
-            rest = "0.85" if method in BOUNDS else "#0072b2"
-            colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", "base model": "0.6"}.get(method, rest)
-            axes.barh(place, np.mean(values), color=colour)
-            axes.plot(values, [place] * len(values), "k.", markersize=5)
-        axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")
-    for axes in panels[len(columns) :]:
-        axes.remove()
-    drawn.tight_layout()
-    return drawn
+    files.write(out / "table1.md", table1_tables.markdown(found))
+    table1_tables.figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from experiments import (
     studies,
     summaries,
     table1,
+    table1_tables,
 )
+from experiments.methods import HEADLINE, METHODS
 from fedrouter_jax import records, report, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
@@ -65,7 +67,7 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
         for method, score in (("fedrouter", 0.48), ("fedit", 0.38), ("fedrouter-a", 0.4), ("oracle", 0.9))
         for seed in (0, 1)
     }
-    lines = table1.markdown(found).splitlines()
+    lines = table1_tables.markdown(found).splitlines()
     assert "**synthetic** rows" in lines[2] and "Seeds [0, 1]" in lines[4]
     row = {
         line.split("|")[1].strip(): line
@@ -82,7 +84,7 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
     assert "| fedrouter | 0.480 | 0.240 | 0.360 |" in lines  # seed 0
     assert "| fedrouter | 6 | 1000 | 3.0 | 4.5 | 7 |" in lines  # three rounds of two steps
     found["dual-fedrouter-0"]["cost"]["seconds_total"] = 9.0  # what a resumed run does not know
-    assert table1.markdown(found).splitlines() == lines
+    assert table1_tables.markdown(found).splitlines() == lines
 
 
 def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
@@ -91,12 +93,12 @@ def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
         for method in ("fedrouter", "fedit", "local")
         for seed in (0, 1)
     }
-    assert "Loss" not in table1.markdown(found)
+    assert "Loss" not in table1_tables.markdown(found)
     for name, loss in (("fedrouter", 1.5), ("fedit", 2.0)):
         for seed in (0, 1):
             for part, scores in found[f"dual-{name}-{seed}"]["scores"].items():
                 scores["loss"] = {"mean": (3.0 if part in SCORES else loss) + 0.02 * seed, "per_task": {}}
-    lines = table1.markdown(found).split("## Loss of the reference answers")[1].split("\n## ")[0].splitlines()
+    lines = table1_tables.markdown(found).split("## Loss of the reference answers")[1].split("\n## ")[0].splitlines()
     row = {line.split("|")[1].strip(): line for line in lines if line[:2] == "| "}
     assert "**1.510 ± 0.127**" in row["fedrouter"] and "**" not in row["fedit"] and "local" not in row
     assert "-24.9 % over fedit (-0.500 ± 0.000; 2 seeds)" in row["**fedrouter, gain over the best baseline**"]
@@ -109,7 +111,7 @@ def test_means_that_are_compared_are_of_the_same_seeds():
         for method, score, seeds in (("fedrouter", 0.48, 4), ("fedit", 0.38, 4), ("local", 0.3, 2), ("ifca", 0.9, 1))
         for seed in range(seeds)
     }
-    lines = table1.scores(table1.cells(found), tuple(table1.METHODS))
+    lines = table1_tables.scores(table1_tables.cells(found), tuple(METHODS))
     row = {line.split("|")[1].strip(): line for line in lines}
     for method, cell in (("fedrouter", "**0.490 ± 0.127**"), ("local", "0.310 ± 0.127"), ("ifca", "0.900")):
         assert f"| {cell} |" in row[method]
@@ -173,14 +175,14 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         clusters.append(json.loads((results / name / "clustering.json").read_text(encoding="utf-8")))
         assert clustering_figures.table(clusters[-1]) == (results / name / "clustering.md").read_text(encoding="utf-8")
     for name in ("table1", "table1-long"):
-        drawn = table1.markdown(summaries.load(results / name / "runs"))
+        drawn = table1_tables.markdown(summaries.load(results / name / "runs"))
         assert drawn == (results / name / "table1.md").read_text(encoding="utf-8")
     runs = summaries.load(results / "table1" / "runs")
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
         drawn = studies.markdown(folder.name, summaries.load(folder))
         assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    headline = table1.scores(table1.cells(runs), table1.HEADLINE)
+    headline = table1_tables.scores(table1_tables.cells(runs), HEADLINE)
     assert "\n".join(headline) in readme
     said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     gains = next(line for line in headline if line.startswith("| **fedrouter+, gain")).split("|")[2:-1]

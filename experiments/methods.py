@@ -1,0 +1,44 @@
+"""The methods that the experiments compare, by the names of the tables: a strategy, and what it changes in a config."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedrouter_jax.config import Config
+from fedrouter_jax.strategies import STRATEGIES
+
+SCENARIOS = ("dual", "single", "all")  # in order of worth
+BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
+OURS = ("fedrouter+", "fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # no baselines
+FIRST = (
+    "fedrouter+",
+    "fedrouter",
+    "fedrouter-warm",
+    "fedrouter-a",
+    "fedrouter-sum",
+    "fedit",
+    "fedsa",
+    "feddpa-t",
+    "local",
+    "clustered",
+    "oracle",
+)
+LABELS = ("glue_qqp",)  # tasks answered by yes or no, as many of each: at these budgets hardly better than a coin
+HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "clustered", "oracle")  # in README
+# Name: strategy, and what it changes in the sections of the config.
+METHODS: dict[str, tuple[str, dict[str, dict]]] = {
+    "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
+    **{name: (name, {}) for name in STRATEGIES},
+    "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
+    "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
+    "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
+    "fedadam": ("fedit", {"rounds": {"server": "adam", "server_rate": 1e-2}}),
+    "fedyogi": ("fedit", {"rounds": {"server": "yogi", "server_rate": 1e-2}}),
+}
+
+
+def variant(config: Config, method: str, seed: int) -> Config:
+    """The config of a method."""
+    strategy, changes = METHODS[method]
+    parts = {section: replace(getattr(config, section), **values) for section, values in changes.items()}
+    return replace(config, strategy=strategy, seed=seed, **parts)
