@@ -35,6 +35,7 @@ import json
 import time as clock
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -63,6 +64,11 @@ class Target(NamedTuple):
     topology: str  # the smallest there is, or one machine
     memory: float  # GiB of a device
     flops_a_cycle: int | None = None  # of a TPU chip, in bfloat16: peak rate by clock
+
+    @property
+    def backend(self) -> str:
+        """What `jax.default_backend` would say there."""
+        return {"cuda": "gpu"}.get(self.platform, self.platform)
 
     def devices(self) -> list:
         """The devices of the topology, which nobody can run anything on."""
@@ -160,7 +166,9 @@ def main(options: Ahead) -> None:
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     console, rows = Console(stderr=True), []
     for case in cases:
-        rows.append({**case._asdict(), "base": case.base, **compiled(case)})
+        # What depends on the device, attention among it, is decided when a program is traced.
+        with mock.patch.object(jax, "default_backend", lambda target=TARGETS[case.target]: target.backend):
+            rows.append({**case._asdict(), "base": case.base, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()
         found = {"jax": jax.__version__, "rows": rows}
@@ -182,8 +190,9 @@ def compiled(case: Case) -> dict:
         compute=replace(config.compute, model_parallel=case.model_parallel, remat=case.remat),
     )
     federation = plan.federation(decoder, config, config_lib.strategy(config, CLUSTERS), CLUSTERS)
-    pack = plan.pack_shape(config, ROW, RESPONSE)
-    at_once = plan.groups_that_fit(federation, pack, GROUPS, 0.85 * target.memory * GIB, rows > 1)
+    pack, limit = plan.pack_shape(config, ROW, RESPONSE)._replace(at_once=programs.TRAINED), 0.85 * target.memory * GIB
+    pack = plan.packs_that_fit(federation, pack, GROUPS, limit, rows > 1)
+    at_once = plan.groups_that_fit(federation, pack, GROUPS, limit, rows > 1)
     planned = plan.memory(federation, pack, GROUPS, at_once, rows > 1)
 
     before = clock.perf_counter()
@@ -191,6 +200,7 @@ def compiled(case: Case) -> dict:
     seconds = clock.perf_counter() - before
     text, steps = program.as_text(), config.local.steps
     found = {
+        "packs_at_once": pack.at_once,
         "groups_at_once": at_once,
         "planned": planned.total,
         "round": programs.held(program),
@@ -200,7 +210,7 @@ def compiled(case: Case) -> dict:
         "bank": plan.nbytes(federation.state.bank),
     }
     if target.flops_a_cycle:
-        packs = steps * -(-GROUPS // at_once) * at_once  # one of every group in a step
+        packs = steps * -(-GROUPS // at_once) * at_once * pack.at_once  # a turn of every group in a step
         blocks = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)["blocks"])) / case.model_parallel
         found["cycles_a_pack"] = round(hlo.cycles(text) / packs)
         found["share_of_peak"] = 4 * blocks * pack.tokens / (found["cycles_a_pack"] * target.flops_a_cycle)
@@ -216,14 +226,14 @@ def markdown(found: dict) -> str:
         "",
         f"jax {found['jax']}; compiled on a CPU by the compilers of the devices, which have not run any of it. "
         f"{GROUPS} groups of 8 lanes on each row of devices, as many at once as the plan says fit, ten steps of 16 "
-        "rows in packs of 512 tokens. GiB of one device. *Sent* is what a device gives in a round, as a share of the "
-        "bank's bytes, and MB in the loops, each taken once. *Of peak* is what the compiler of a TPU expects: four "
-        "operations a parameter of the blocks and token, over what the chip could do in the cycles it counts; not a "
-        "measurement.",
+        "rows in packs of 512 tokens, up to 8 at once. GiB of one device. *Sent* is what a device gives in a round, as "
+        "a share of the bank's bytes, and MB in the loops, each taken once. *Of peak* is what the compiler of a TPU "
+        "expects: four operations a parameter of the blocks and token, over what the chip could do in the cycles it "
+        "counts; not a measurement.",
         "",
-        "| device | shape | base | devices | of them share a base | groups at once | planned | compiled | ratio "
-        "| embedding | reading prompts | writing | sent | in loops | of peak |",
-        "|---" * 15 + "|",
+        "| device | shape | base | devices | of them share a base | packs at once | groups at once | planned | "
+        "compiled | ratio | embedding | reading prompts | writing | sent | in loops | of peak |",
+        "|---" * 16 + "|",
     ]
     for row in found["rows"]:
         sizes = [f"{row[name] / GIB:.2f}" for name in ("planned", "round")]
@@ -232,7 +242,8 @@ def markdown(found: dict) -> str:
         sent = sum(row["sent"].values()) - inside
         peak = f"{100 * row['share_of_peak']:.0f} %" if "share_of_peak" in row else ""
         cells = [
-            row["target"], row["shape"], row["base"], row["devices"], row["model_parallel"], row["groups_at_once"],
+            row["target"], row["shape"], row["base"], row["devices"], row["model_parallel"], row["packs_at_once"],
+            row["groups_at_once"],
             *sizes, f"**{row['planned'] / row['round']:.2f}**", *others,
             f"{sent / row['bank']:.2f}" if sent else "", f"{inside / 1e6:.0f}" if inside else "", peak,
         ]  # fmt: skip

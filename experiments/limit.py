@@ -27,11 +27,13 @@ from rich.console import Console
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, files, lora
+from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.experiment import packs_with_head
 from fedrouter_jax.federation import map_groups
-from fedrouter_jax.models import DecoderConfig
+from fedrouter_jax.models import Blocks, DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
@@ -53,6 +55,10 @@ class Limit:
     """Types of the base and of what is computed."""
     quantise: Quantise = "none"
     """How the frozen matrices are stored."""
+    unroll: bool = False
+    """Blocks are compiled one by one, not as turns of a loop."""
+    packs: int | None = None
+    """Packs that train together; by default as in a run."""
     lanes: int = 8
     """Lanes of a group, which share packs."""
     groups: int = 1
@@ -104,7 +110,8 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     batch, useful = rows_of_a_turn(decoder, options)
     fresh = lora.init(jax.random.key(1), decoder, config)
     adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
-    update = client.make_client_update(decoder, config, client.LocalConfig(options.steps, options.batch))
+    local, packs = client.LocalConfig(options.steps, options.batch), options.packs or packs_with_head(Config())
+    update = client.make_client_update(decoder, config, local, Blocks(unroll=options.unroll), packs)
     phases = (Phase(train=True, weights={"main": 1.0}),)
 
     def group(base: PyTree, held: tuple[PyTree, Array], batch: packing.Batch) -> PyTree:
@@ -126,6 +133,8 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     reached = 4 * parameters * useful / np.array(seconds)
     segments = np.asarray(batch.rows.packs.segments)
     return {
+        "blocks": "unrolled" if options.unroll else "loop",
+        "packs": packs,
         "block_parameters": parameters,
         "base_bytes": nbytes(base),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
@@ -185,13 +194,15 @@ def markdown(found: dict) -> str:
         f"{load['turns']} turns. Useful tokens, four operations a parameter of the blocks and token; the matrix rate "
         "is that of a large product, in float32 or bfloat16, in the same turns.",
         "",
-        "| shape | base | useful tokens a second | GFLOP/s | matrix rate | share | useful, of those computed |",
-        "|---" * 7 + "|",
+        "| shape | base | blocks | packs together | useful tokens a second | GFLOP/s | matrix rate | share | useful, "
+        "of those computed |",
+        "|---" * 9 + "|",
     ]
     for row in found["rows"]:
         rates = f"{row['tokens_a_second']:,.0f} | {row['flops'] / 1e9:,.0f} | {row['matrix_rate'] / 1e9:,.0f}"
         shares = f"**{100 * row['share']:.0f} %** | {100 * row['useful_share']:.0f} %"
-        lines.append(f"| {row['shape']} | {row['dtype']} | {rates} | {shares} |")
+        how = f"{row.get('blocks', 'loop')} | {row.get('packs', 1)}"
+        lines.append(f"| {row['shape']} | {row['dtype']} | {how} | {rates} | {shares} |")
     return "\n".join([*lines, ""])
 
 

@@ -16,7 +16,7 @@ from fedrouter_jax.models.matrices import as_bits
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.types import Array, PyTree, Work
 
-_PACKS = 16  # of texts or prompts at once, the default on an accelerator
+_PACKS, TRAINED, _ROWS = 16, 8, 512  # packs read, trained, rows answered at once: the defaults on an accelerator
 _WHOLE = P()
 
 
@@ -43,13 +43,13 @@ def round_of(
 ) -> jax.stages.Lowered:
     """A round of so many groups of lanes, lowered for the devices of a mesh, by default for the one here."""
     decoder, config, strategy, state = federation
-    update = client.make_client_update(decoder, config.lora, config.local, config.compute.remat)
+    update = client.make_client_update(decoder, config.lora, config.local, config.compute.blocks, pack.at_once)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    loss = client.make_client_loss(decoder, config.lora)
+    loss = client.make_client_loss(decoder, config.lora, pack.at_once)
     several = on if on is not None and on.size > 1 else None
     run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, loss, several)
     lanes, lead = groups * pack.lanes, (groups, config.local.steps)
-    rows = jax.tree.map(lambda leaf: ints(*lead, pack.rows, *leaf.shape), plan.pack_rows(pack))
+    rows = jax.tree.map(lambda leaf: ints(*lead, *leaf.shape), plan.pack_rows(pack, pack.rows))
     work, batch = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32)), Batch(rows, ints(*lead))
     key = jax.eval_shape(lambda: jax.random.key(0))
     if on is not None:
@@ -64,7 +64,7 @@ def phases(federation: plan.Federation, time: int, clusters: int, on: Mesh) -> d
     decoder, config = federation.decoder, federation.config
     recipe = routing.RECIPES[config.cluster.recipe]
     base = base_of(federation, on)
-    rows, pages = config.compute.rows_at_once, 2 * config.compute.rows_at_once
+    rows, pages = _ROWS, 2 * _ROWS
     slots = jax.eval_shape(lora.concatenate, plan.asked(federation, clusters)["main"])
     gates = jax.ShapeDtypeStruct((rows, clusters * config.lora.rank), jnp.float32)
 

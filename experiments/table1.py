@@ -2,6 +2,7 @@
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
     python -m experiments.table1 --data ... --budget long ...         five times the rows, more test rows
+    python -m experiments.table1 --data ... --budget full ...         the paper's budget: for a GPU
     python -m experiments.table1 --smoke                              the tiny model on synthetic rows, two runs
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
@@ -25,7 +26,7 @@ from experiments.sweep import at_least_one, sweep
 from fedrouter_jax import files
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.presets import flan4_cpu, smoke
+from fedrouter_jax.presets import flan4, flan4_cpu, smoke
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 
@@ -37,16 +38,19 @@ class Table1:
     """Folder of the real rows."""
     seeds: int = 5
     """Seeds 0 .. N-1."""
+    first_seed: int = 0
+    """Begin at this seed: several processes can share a table, each with seeds of its own."""
     methods: tuple[str, ...] = FIRST
     """Methods that run in every scenario and with every seed."""
     once: tuple[str, ...] = tuple(name for name in METHODS if name not in FIRST)
     """Methods that run in Dual with seed 0 only."""
     scenarios: tuple[Literal["dual", "single", "all"], ...] = SCENARIOS
     """Scenarios."""
-    budget: Literal["short", "long"] = "short"
-    """24 optimiser steps of 2 rows, or 60 of 4, on all rows there are and with several times the test rows."""
+    budget: Literal["short", "long", "full"] = "short"
+    """24 optimiser steps of 2 rows; or 60 of 4, on all rows there are and with several times the test rows; or the
+    paper's: eight clients, 250 of 16."""
     out: Path | None = None
-    """Folder for summaries, table and figure; by default docs/results/table1 (table1-long), or runs/smoke/table1."""
+    """Folder for summaries, table and figure; by default docs/results/table1 (-long, -full), or runs/smoke/table1."""
     smoke: bool = False
     """The tiny random model on synthetic rows: only the first two runs."""
     redraw: bool = False
@@ -54,10 +58,22 @@ class Table1:
 
 
 def budget(options: Table1, scenario: str) -> Config:
-    """The reduced budget of the table: 4 clients, 24 optimiser steps of 2 rows; or 60 of 4, in mixed precision."""
+    """The reduced budgets of the table: 4 clients, 24 optimiser steps of 2 rows; or 60 of 4, in mixed precision.
+
+    The full one is that of the paper's launcher (`presets.flan4`), in bfloat16.
+    """
     if options.smoke:
         config = smoke()
         return replace(config, data=replace(config.data, scenario=scenario))
+    if options.budget == "full":
+        config = flan4(scenario)
+        return replace(
+            config,
+            dtype="bfloat16",
+            data=replace(config.data, data=options.data),
+            evaluation=replace(config.evaluation, evaluate_at=()),
+            compute=replace(config.compute, checkpoint_every=config.rounds.rounds),
+        )
     config = flan4_cpu(scenario)
     data = replace(config.data, data=options.data, clients=4, test_rows=16, mix_rows=24, balanced=True)
     if options.budget == "short":
@@ -74,9 +90,9 @@ def budget(options: Table1, scenario: str) -> Config:
 def main(options: Table1) -> None:
     """Run what is missing, then draw."""
     console = Console()
-    name = "table1" if options.budget == "short" else "table1-long"
+    name = "table1" if options.budget == "short" else f"table1-{options.budget}"
     out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
-    at_least_one(seeds=options.seeds)
+    at_least_one(seeds=options.seeds - options.first_seed)
     unknown = sorted({*options.methods, *options.once} - set(METHODS))
     if unknown:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
@@ -89,7 +105,8 @@ def main(options: Table1) -> None:
 
 def configs(options: Table1) -> dict[str, Config]:
     """`{"scenario-method-seed": config}` of the table."""
-    jobs = [(seed, s, m) for seed in range(options.seeds) for s in options.scenarios for m in options.methods]
+    seeds = range(options.first_seed, options.seeds)
+    jobs = [(seed, s, m) for seed in seeds for s in options.scenarios for m in options.methods]
     jobs += [(0, "dual", method) for method in options.once]
     if options.smoke:
         jobs = jobs[:2]

@@ -47,7 +47,9 @@ def in_words(found: dict[str, dict]) -> list[str]:
     if not tasks & {*LABELS}:
         return []
     labels, others = sorted(tasks & {*LABELS}), sorted(tasks - {*LABELS})
-    about = f"The mean over these. Without {', '.join(labels)}, yes or no, as many of each: hardly better than a coin."
+    coin = ", as many of each: hardly better than a coin"
+    coin = coin if all(summary["config"]["data"].get("balanced") for summary in found.values()) else ""
+    about = f"The mean over these. Without {', '.join(labels)}, yes or no{coin}."
     title = f"## Tasks answered in words: {', '.join(others)}"
     return [title, "", about, "", *scores(cells(found, LABELS), FIRST), ""]
 

@@ -11,7 +11,7 @@ import numpy as np
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import embed, generate, likelihood, lora, mesh
 from fedrouter_jax.data.tokens import Tokens
-from fedrouter_jax.experiment import Prepared, packs_at_once
+from fedrouter_jax.experiment import Prepared, packs_at_once, packs_with_head, rows_at_once
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, LoRA, PyTree
 
@@ -41,8 +41,9 @@ def answer(
             gates,
             stop=model.tokenizer.eos_token_id,
             new_tokens=longest,
-            rows_at_once=config.compute.rows_at_once,
+            rows_at_once=rows_at_once(config),
             packs_at_once=packs_at_once(config),
+            shrinks=jax.default_backend() == "cpu",
             advance=advance,
         )
         return np.array([tokens + [-1] * (longest - len(tokens)) for tokens in found])
@@ -67,7 +68,9 @@ def losses(
         # The base model's apart, which another run may have: packed with them, the others would be rounded otherwise.
         for chosen in (routed, ~routed):
             here = [rows[place] for place in places[chosen]]
-            found[chosen] = likelihood.losses(prepared.model.config, base, here, bank, gates[chosen], advance)
+            found[chosen] = likelihood.losses(
+                prepared.model.config, base, here, bank, gates[chosen], advance, packs_with_head(prepared.config)
+            )
         return found
 
     return _under_adapters(prepared, state, weights, np.float32(0), read, advance)

@@ -18,7 +18,7 @@ import optax
 from fedrouter_jax import likelihood
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
-from fedrouter_jax.models import DecoderConfig
+from fedrouter_jax.models import LOOP, Blocks, DecoderConfig
 from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, Losses, PyTree
 
 
@@ -55,30 +55,29 @@ def response_losses(
     base: PyTree,
     adapters: Adapters,
     weights: dict[str, Any],
-    pack: Rows,
+    rows: Rows,
     keys: Array,
-    remat: bool = False,
+    blocks: Blocks = LOOP,
 ) -> Array:
-    """Summed cross-entropy of each lane's response tokens in one pack (float32 [lane]).
+    """Summed cross-entropy of each lane's response tokens in some packs (float32 [lane]).
 
-    `adapters` has leaves `[lane, ...]`, and `weights` says how much each of them counts; `pack` is one pack of `Rows`,
-    without the pack axis; `keys` [lane] are for dropout.
+    `adapters` has leaves `[lane, ...]`, and `weights` says how much each of them counts; `keys` [lane] are for dropout.
     """
     lanes = keys.shape[0]
     slots = lora_lib.stack(adapters.values())
-    lane = jax.nn.one_hot(pack.lane, lanes)
+    lane = jax.nn.one_hot(rows.lane, lanes)
     own = jnp.concatenate([lane * weights[name] for name in adapters], axis=-1)
-    losses = likelihood.of_pack(
+    losses = likelihood.of_packs(
         decoder,
         base,
-        pack,
+        rows,
         lora_lib.concatenate(slots),
         lora_lib.gates(own, lora),
         dropout=lora.dropout,
-        keys=token_keys(keys, pack) if lora.dropout > 0 else None,
-        remat=remat,
+        keys=token_keys(keys, rows) if lora.dropout > 0 else None,
+        blocks=blocks,
     )
-    return jax.ops.segment_sum(losses, pack.lane[pack.where], lanes)
+    return jax.ops.segment_sum(losses.ravel(), rows.lane.ravel()[likelihood.flat(rows)].ravel(), lanes)
 
 
 def responses(rows: Rows, lanes: int) -> Array:
@@ -87,20 +86,24 @@ def responses(rows: Rows, lanes: int) -> Array:
     return jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, owner.ravel(), lanes)
 
 
-def token_keys(keys: Array, pack: Rows) -> Array:
-    """A key for every token of a pack, from its lane's, its row and its place there: the same in any packing."""
-    fold = jax.vmap(jax.random.fold_in)
-    return fold(fold(keys[pack.lane], pack.row), pack.packs.positions)
+def token_keys(keys: Array, rows: Rows) -> Array:
+    """A key for every token [pack, time], from its lane's, its row and its place there: the same in any packing."""
+    fold = jax.vmap(jax.vmap(jax.random.fold_in))
+    return fold(fold(keys[rows.lane], rows.row), rows.packs.positions)
 
 
 def make_client_update(
-    decoder: DecoderConfig, lora: lora_lib.LoRAConfig, local: LocalConfig, remat: bool = False
+    decoder: DecoderConfig,
+    lora: lora_lib.LoRAConfig,
+    local: LocalConfig,
+    blocks: Blocks = LOOP,
+    packs_at_once: int = 1,
 ) -> ClientUpdate:
     """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, losses)`.
 
     The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. A lane's loss of
-    a step is the mean over all its response tokens there. A step's packs are visited by a loop that stops after the
-    last one with rows, so empty packs cost nothing. A lane without rows has a gradient of zero.
+    a step is the mean over all its response tokens there. A step's packs are visited by a loop, `packs_at_once` in
+    a turn, that stops after the last one with rows. A lane without rows has a gradient of zero.
     """
 
     def update(base, adapters, batch, lr, keys, phases):
@@ -119,8 +122,8 @@ def make_client_update(
         lanes, received = keys.shape[0], adapters
         moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
 
-        def summed(adapters, pack, counts, step_keys):
-            losses = response_losses(decoder, lora, base, adapters, phase.weights, pack, step_keys, remat) / counts
+        def summed(adapters, packs, counts, step_keys):
+            losses = response_losses(decoder, lora, base, adapters, phase.weights, packs, step_keys, blocks) / counts
             return jnp.sum(losses), losses  # a lane's loss depends on its own adapters only
 
         gradient = jax.grad(summed, has_aux=True)
@@ -131,12 +134,11 @@ def make_client_update(
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             counts = jnp.maximum(responses(rows, lanes), 1)
 
-            def visit(index, total):
-                pack = jax.tree.map(lambda field: field[index], rows)
-                return jax.tree.map(jnp.add, total, gradient(adapters, pack, counts, step_keys))
+            def visit(total, packs):
+                return jax.tree.map(jnp.add, total, gradient(adapters, packs, counts, step_keys))
 
             nothing = (jax.tree.map(jnp.zeros_like, adapters), jnp.zeros(lanes))
-            gradients, loss = jax.lax.fori_loop(0, count, visit, nothing)
+            gradients, loss = likelihood.fold(rows, count, packs_at_once, visit, nothing)
             if local.proximal:
                 pulled = jax.tree.map(lambda leaf, start: local.proximal * (leaf - start), adapters, received)
                 gradients = jax.tree.map(jnp.add, gradients, pulled)
@@ -152,7 +154,7 @@ def make_client_update(
     return update
 
 
-def make_client_loss(decoder: DecoderConfig, lora: lora_lib.LoRAConfig) -> ClientLoss:
+def make_client_loss(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, packs_at_once: int = 1) -> ClientLoss:
     """The function `(base, adapters [lane, ...], batch [step]) -> loss [lane]`: all rows of a round, nothing trained.
 
     A lane's loss is the mean over its response tokens, without dropout; its named adapters count fully.
@@ -166,11 +168,10 @@ def make_client_loss(decoder: DecoderConfig, lora: lora_lib.LoRAConfig) -> Clien
         def step(_, inputs):
             rows, count = inputs
 
-            def visit(index, total):
-                pack = jax.tree.map(lambda field: field[index], rows)
-                return total + response_losses(decoder, plain, base, adapters, weights, pack, keys)
+            def visit(total, packs):
+                return total + response_losses(decoder, plain, base, adapters, weights, packs, keys)
 
-            return _, (jax.lax.fori_loop(0, count, visit, jnp.zeros(lanes)), responses(rows, lanes))
+            return _, (likelihood.fold(rows, count, packs_at_once, visit, jnp.zeros(lanes)), responses(rows, lanes))
 
         _, (losses, counts) = jax.lax.scan(step, None, batch)
         return losses.sum(0) / jnp.maximum(counts.sum(0), 1)

@@ -22,7 +22,7 @@ from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.models import MODULES
+from fedrouter_jax.models import MODULES, Blocks
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
 from fedrouter_jax.strategies import STRATEGIES
@@ -55,14 +55,22 @@ class ComputeConfig:
     """Such groups of lanes vmapped at a time; by default one on a CPU, else as many as fit in the device's memory."""
     model_parallel: int = 1
     """Where there are several devices: how many share one copy of the base; rows of so many share the lanes."""
-    rows_at_once: int = 64
-    """Rows that generate together."""
+    rows_at_once: int | None = None
+    """Rows that generate together; by default 64 on a CPU, else 512."""
     packs_at_once: int | None = None
-    """Packs of texts that are embedded or read for generation together; by default 2 on a CPU, else 16."""
+    """Packs of rows that go through the model together; by default 2 that are only read and 1 in training on a CPU,
+    elsewhere 16 and 8, or in training as many as fit in the device's memory."""
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
+    unroll: bool = False
+    """Compile every block by itself for training: it takes minutes longer and, on a GPU, moves half as much memory."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; the two latest are kept."""
+
+    @property
+    def blocks(self) -> Blocks:
+        """How gradients run the model's blocks."""
+        return Blocks(self.remat, self.unroll)
 
 
 @dataclass(frozen=True)

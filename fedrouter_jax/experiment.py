@@ -80,18 +80,17 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         )
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
-    update = client.make_client_update(model.config, config.lora, config.local, config.compute.remat)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
-    at_once = config.compute.groups_at_once or groups_at_once(config, model, strategy, pack)
-    at_once = processes.agreed(at_once or 0) or None  # free memory differs between hosts, programs may not
+    packs, groups = (processes.agreed(n) for n in trained_at_once(config, model, strategy, pack))
+    update = client.make_client_update(model.config, config.lora, config.local, config.compute.blocks, packs)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
-    loss = client.make_client_loss(model.config, config.lora)
+    loss = client.make_client_loss(model.config, config.lora, packs)
     on = on if on.size > 1 else None
     if on is not None:
         model = model._replace(params=mesh.place_base(on, model.params))
-    round = make_round(strategy, update, rate, rounds.rounds, at_once, server, loss, on)
+    round = make_round(strategy, update, rate, rounds.rounds, groups or None, server, loss, on)
     return Prepared(config, model, dataset, split, train, test, strategy, pack, round, on)
 
 
@@ -119,21 +118,28 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
         )
 
 
-def groups_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> int | None:
-    """How many groups of lanes to vmap: one on a CPU, which gains nothing by more; else what fits (None: all)."""
+def trained_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> tuple[int, int]:
+    """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
+
+    Elsewhere as many as fit in memory, packs first (0 groups: all). Free memory differs between hosts, so they agree.
+    """
+    packs, groups = packs_with_head(config), config.compute.groups_at_once or 0
     if jax.default_backend() == "cpu":
-        return 1
+        return packs, groups or 1
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        return None
+        return packs, groups
     # As many clusters as there may be, for they are not found yet; the rest of the memory is for what nobody plans.
     federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
     held = config.cluster.local_clusters or config.cluster.max_clusters
     lanes = config.data.clients * (config.rounds.clusters_per_round or held)
     together = min(lanes, config.compute.lanes_together)
-    shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together)
-    rows = jax.device_count() // config.compute.model_parallel
-    return plan.groups_that_fit(federation, shape, -(-lanes // (together * rows)), 0.85 * limit, rows > 1)
+    rows, limit = jax.device_count() // config.compute.model_parallel, 0.85 * limit
+    shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
+    count = -(-lanes // (together * rows))
+    if not config.compute.packs_at_once:
+        shape = plan.packs_that_fit(federation, shape, count, limit, rows > 1)
+    return shape.at_once, groups or plan.groups_that_fit(federation, shape, count, limit, rows > 1)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -178,6 +184,16 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = uns
 def packs_at_once(config: Config) -> int:
     """Packs of texts that go through the model together: on a CPU two are faster than one, and four no faster."""
     return config.compute.packs_at_once or (2 if jax.default_backend() == "cpu" else 16)
+
+
+def packs_with_head(config: Config) -> int:
+    """The same for losses; a step of training has some twenty packs, and the last turn of many would be half empty."""
+    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
+
+
+def rows_at_once(config: Config) -> int:
+    """Rows that generate together: an accelerator takes about as long for hundreds as for one."""
+    return config.compute.rows_at_once or (64 if jax.default_backend() == "cpu" else 512)
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:

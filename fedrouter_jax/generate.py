@@ -124,6 +124,7 @@ def generate(
     new_tokens: int,
     rows_at_once: int = 64,
     packs_at_once: int = 1,
+    shrinks: bool = True,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
@@ -131,7 +132,8 @@ def generate(
     At most `rows_at_once` prompts are answered side by side, the longest first; `packs_at_once` packs of prompts go
     through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Finished
     rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free hold them.
-    Few shapes are compiled: the cache shrinks to half its rows or pages at least.
+    Few shapes are compiled: a cache that `shrinks` does so to half its rows or pages at least. Not to is for devices
+    that take as long for few rows as for many.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
@@ -142,7 +144,7 @@ def generate(
     rows = min(rows_at_once, -(-len(prompts) // 8) * 8)
     time = packing.pack_length(int(sizes.max()))
     held = np.full(rows, -1)  # the prompt that each row answers
-    owner = np.full(_pages(needs[waiting[-rows:]].sum()), rows, np.int32)  # of each page
+    owner = np.full(_pages(needs[waiting[-rows:]].sum(), 32 if shrinks else rows), rows, np.int32)  # of each page
     start = np.zeros_like(owner)
     state = Answering(
         models.empty_cache(config, rows, owner, start, new_tokens, base["embedding"].dtype),
@@ -159,8 +161,8 @@ def generate(
 
         live = np.flatnonzero(held >= 0)
         half = not waiting and _FEWEST <= rows // 2 >= len(live)
-        enough = _pages(needs[held[live]].sum() + sum(needs[waiting[-1:]]) * (rows - len(live)))
-        if half or enough <= len(owner) // 2:
+        enough = _pages(needs[held[live]].sum() + sum(needs[waiting[-1:]]) * (rows - len(live)), 32)
+        if shrinks and (half or enough <= len(owner) // 2):
             kept = np.argsort(held < 0, kind="stable")[: rows // 2 if half else rows]
             pages = np.argsort(~np.isin(owner, live), kind="stable")[:enough]
             place = np.full(rows + 1, len(kept), np.int32)
@@ -171,7 +173,7 @@ def generate(
         if waiting:
             few = rows - min(max(1, rows // 4), len(waiting))
         else:
-            few = rows // 2 if rows // 2 >= _FEWEST else 0
+            few = rows // 2 if shrinks and rows // 2 >= _FEWEST else 0
         state = write(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
         latest, written = np.asarray(state.latest), np.asarray(state.answer).tolist()
         done = np.flatnonzero((held >= 0) & (latest == stop))
@@ -182,9 +184,9 @@ def generate(
     return answers
 
 
-def _pages(count: int) -> int:
-    """Pages of a cache that holds so many: few sizes, so few shapes."""
-    return -(-int(count) // 32) * 32
+def _pages(count: int, step: int) -> int:
+    """Pages of a cache that holds so many: few sizes, multiples of `step`, so few shapes."""
+    return -(-int(count) // step) * step
 
 
 def _dealt(owner: np.ndarray, start: np.ndarray, held: np.ndarray, free: np.ndarray, needs: np.ndarray):

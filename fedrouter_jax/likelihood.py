@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,50 +13,74 @@ import optax
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
-from fedrouter_jax.models import DecoderConfig, hidden_states, logits
+from fedrouter_jax.models import LOOP, Blocks, DecoderConfig, hidden_states, logits
 from fedrouter_jax.types import Array, LoRA, PyTree
 
-ROWS = 32  # that are packed together
+ROWS = 32  # that are packed together, for each pack of those that are read at once
 
 
-def of_pack(
+def of_packs(
     config: DecoderConfig,
     base: PyTree,
-    pack: packing.Rows,
+    rows: packing.Rows,
     lora: LoRA | None,
     gates: Array | None,
     *,
     dropout: float = 0.0,
     keys: Array | None = None,
-    remat: bool = False,
+    blocks: Blocks = LOOP,
 ) -> Array:
-    """Cross-entropy of each response token of one pack (float32 [predicted], nats), 0 where `pack` predicts none.
+    """Cross-entropy of each response token of some packs (float32 [pack, predicted], nats), 0 where none is predicted.
 
-    `pack` is one pack of `Rows`, without the pack axis; `gates` [time, rank] and `keys` [time] as for `hidden_states`.
-    Only positions that predict a response token reach the head: with short answers that saves most of the head's work,
-    a fifth of a small model's.
+    `gates` [pack, time, rank] and `keys` [pack, time] are as for `hidden_states`. Only positions that predict a
+    response token reach the head: with short answers that saves most of the head's work, a fifth of a small model's.
     """
-    tokens, positions, segments, gates, keys = (
-        None if field is None else field[None] for field in (*pack.packs, gates, keys)
-    )
-    hidden = hidden_states(
-        config, base, tokens, positions, segments, lora, gates, dropout=dropout, keys=keys, remat=remat
-    )[0]
-    scores = logits(config, base, hidden[pack.where])
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(pack.labels, 0))
-    return losses * (pack.labels >= 0)
+    hidden = hidden_states(config, base, *rows.packs, lora, gates, dropout=dropout, keys=keys, blocks=blocks)
+    predicting = hidden.reshape(-1, config.width)[flat(rows)]
+    scores = logits(config, base, predicting)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(rows.labels, 0))
+    return losses * (rows.labels >= 0)
 
 
-@partial(jax.jit, static_argnames="config")
-def _summed(config: DecoderConfig, base: PyTree, batch: packing.Batch, lora: LoRA | None, gates: Array | None) -> Array:
-    """The cross-entropy of each row of one lane's `batch`, summed over its response (float32 [ROWS])."""
+def flat(rows: packing.Rows) -> Array:
+    """`rows.where` counted through all packs: int32 [pack, predicted]."""
+    packs, time = rows.lane.shape
+    return rows.where + time * jnp.arange(packs)[:, None]
 
-    def visit(index, total):
-        pack = jax.tree.map(lambda field: field[index], batch.rows)
-        losses = of_pack(config, base, pack, lora, None if gates is None else gates[pack.row])
-        return total + jax.ops.segment_sum(losses, pack.row[pack.where], ROWS)
 
-    return jax.lax.fori_loop(0, batch.count, visit, jnp.zeros(ROWS))
+def fold(rows: packing.Rows, count: Array, at_once: int, visit: Callable[[PyTree, Any], PyTree], start: PyTree):
+    """`visit(total, packs) -> total` over the first `count` (int32 []) packs of `rows`, some at a time.
+
+    At most `at_once`, and a number that divides all there are; empty packs after the last one are visited with it.
+    """
+    packs = rows.lane.shape[0]
+    size = next(n for n in range(min(at_once, packs), 0, -1) if packs % n == 0)
+
+    def turn(index, total):
+        here = (jax.lax.dynamic_slice_in_dim(leaf, index * size, size) for leaf in leaves)
+        return visit(total, jax.tree.unflatten(tree, here))
+
+    leaves, tree = jax.tree.flatten(rows)
+    return jax.lax.fori_loop(0, -(-count // size), turn, start)
+
+
+@partial(jax.jit, static_argnames=("config", "packs_at_once"))
+def _summed(
+    config: DecoderConfig,
+    base: PyTree,
+    batch: packing.Batch,
+    lora: LoRA | None,
+    gates: Array | None,
+    packs_at_once: int,
+) -> Array:
+    """The cross-entropy of each row of one lane's `batch`, summed over its response (float32 [row])."""
+    count = batch.rows.lane.shape[0]  # every row may need a pack
+
+    def visit(total, rows):
+        losses = of_packs(config, base, rows, lora, None if gates is None else gates[rows.row])
+        return total + jax.ops.segment_sum(losses.ravel(), rows.row.ravel()[flat(rows)].ravel(), count)
+
+    return fold(batch.rows, batch.count, packs_at_once, visit, jnp.zeros(count))
 
 
 def losses(
@@ -65,23 +90,26 @@ def losses(
     lora: LoRA | None,
     gates: np.ndarray | None,
     advance: Callable[[int], None] = lambda rows: None,
+    packs_at_once: int = 1,
 ) -> np.ndarray:
     """The mean cross-entropy of the response tokens of each row, in nats a token: float32 [row].
 
-    `gates` [row, rank] open adapters of `lora`; `advance` is called with the number of rows done.
+    `gates` [row, rank] open adapters of `lora`; `advance` is called with the number of rows done; `packs_at_once` packs
+    go through the model together.
     """
     found = np.zeros(len(rows), np.float32)
     if not len(rows):
         return found
-    time, predicted = packing.shape([rows], ROWS, 1)
-    for start in range(0, len(rows), ROWS):
-        here = rows[start : start + ROWS]
+    size = ROWS * packs_at_once
+    time, predicted = packing.shape([rows], size, 1)
+    for start in range(0, len(rows), size):
+        here = rows[start : start + size]
         opened = None
         if gates is not None:
-            opened = np.zeros((ROWS, gates.shape[1]), np.float32)
-            opened[: len(here)] = gates[start : start + ROWS]
-        batch = packing.batch([here], ROWS, time, predicted)
-        summed = np.asarray(_summed(config, base, batch, lora, opened))[: len(here)]
-        found[start : start + ROWS] = summed / [len(row.response) for row in here]
+            opened = np.zeros((size, gates.shape[1]), np.float32)
+            opened[: len(here)] = gates[start : start + size]
+        batch = packing.batch([here], size, time, predicted)
+        summed = np.asarray(_summed(config, base, batch, lora, opened, packs_at_once))[: len(here)]
+        found[start : start + size] = summed / [len(row.response) for row in here]
         advance(len(here))
     return found

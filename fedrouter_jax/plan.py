@@ -52,6 +52,7 @@ class Pack(NamedTuple):
     predicted: int  # response tokens of one pack that reach the output head
     rows: int  # a step's, of all lanes of the group: as many packs are reserved
     lanes: int  # that share packs
+    at_once: int = 1  # packs that go through the model together
 
 
 class Federation(NamedTuple):
@@ -70,7 +71,7 @@ class Memory(NamedTuple):
     bank: int  # every adapter and what the method remembers, the same for the sums of a round, the server's moments
     batches: int  # tokens of a round
     lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
-    activations: int  # what the backward pass keeps of one pack, of the groups that run at once
+    activations: int  # what the backward pass keeps of the packs of a turn, of the groups that run at once
     working: int  # the largest intermediate results beside those
 
     @property
@@ -115,18 +116,18 @@ def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> Pack:
     return Pack(time, predicted, lanes * config.local.batch, lanes)
 
 
-def pack_rows(pack: Pack) -> Rows:
-    """One pack, abstract."""
+def pack_rows(pack: Pack, packs: int) -> Rows:
+    """So many packs, abstract."""
 
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def ints(size):
+        return jax.ShapeDtypeStruct((packs, size), jnp.int32)
 
     time = ints(pack.tokens)
     return Rows(Packs(time, time, time), time, time, ints(pack.predicted), ints(pack.predicted))
 
 
 def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -> int:
-    """Bytes of activations that the gradient of one pack keeps; `adapters` has leaves `[lane, ...]`, abstract."""
+    """Bytes that the gradient of the packs of a turn keeps; `adapters` has leaves `[lane, ...]`, abstract."""
     decoder, config = federation.decoder, federation.config
 
     def residuals(adapters, base, rows, keys):
@@ -134,13 +135,13 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
 
         def loss(adapters):
             return client.response_losses(
-                decoder, config.lora, base, adapters, weights, rows, keys, config.compute.remat
+                decoder, config.lora, base, adapters, weights, rows, keys, config.compute.blocks
             ).sum()
 
         return jax.vjp(loss, adapters)[1]
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pack.lanes))
-    found = jax.tree.leaves(jax.eval_shape(residuals, adapters, base, pack_rows(pack), keys))
+    found = jax.tree.leaves(jax.eval_shape(residuals, adapters, base, pack_rows(pack, pack.at_once), keys))
     # Weights that the backward pass reads are among them, but are not kept twice.
     given = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((base, adapters)))
     extra = Counter((leaf.shape, leaf.dtype) for leaf in found) - given
@@ -187,8 +188,8 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     lanes = asked(federation, pack.lanes)
     width = computation(config.dtype).itemsize
     # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel.
-    head = pack.predicted * decoder.vocab_size * 4 * 2
-    block = pack.tokens * decoder.mlp_width * width * 4
+    head = pack.at_once * pack.predicted * decoder.vocab_size * 4 * 2
+    block = pack.at_once * pack.tokens * decoder.mlp_width * width * 4
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     return Memory(
         base=nbytes(base) // config.compute.model_parallel,  # norms apart, which are few
@@ -200,6 +201,13 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
         activations=kept(federation, base, lanes, pack) * at_once,
         working=(max(head, block) + kernel) * at_once,
     )
+
+
+def packs_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> Pack:
+    """The pack with `at_once` halved until one of `groups` groups fits in `limit` bytes, or one pack of it is left."""
+    while pack.at_once > 1 and memory(federation, pack, groups, 1, spread).total > limit:
+        pack = pack._replace(at_once=pack.at_once // 2)
+    return pack
 
 
 def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> int:

@@ -98,6 +98,12 @@ def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts, monkeypatch
         assert found == expected
     assert sum(done) == 120 and len(done) > 9
     assert shapes == {(8, 32), (32, 96), (16, 64), (40, 96), (20, 64)}, shapes
+    shapes.clear()
+    found = generate(
+        tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW, rows_at_once=16,
+        shrinks=False,
+    )  # fmt: skip
+    assert found == expected and shapes == {(16, 64)}, shapes
     once = generate(tiny.config, tiny.params, prompts, None, None, stop=stop, new_tokens=1, rows_at_once=8)
     assert once == [by_full_forwards(tiny, prompt, None, stop)[:1] for prompt in prompts]
 

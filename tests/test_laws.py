@@ -28,6 +28,7 @@ from fedrouter_jax import bank, client, routing
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
+from fedrouter_jax.models import Blocks
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
@@ -71,9 +72,12 @@ def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
         assert_close(other, info)
 
 
-def test_what_gradients_compute_again_changes_nothing(federation):
+@pytest.mark.parametrize(
+    ("blocks", "packs"), [(Blocks(remat=True), 1), (Blocks(unroll=True), 1), (Blocks(), 2), (Blocks(), 99)]
+)
+def test_how_gradients_run_blocks_and_packs_changes_nothing(federation, blocks, packs):
     strategy = BY_NAME["fedrouter"]
-    update = client.make_client_update(federation.model.config, LORA, LOCAL, remat=True)
+    update = client.make_client_update(federation.model.config, LORA, LOCAL, blocks, packs)
     expected, _ = play(federation, strategy, federation.update, rounds=1, together=4)
     assert_close(play(federation, strategy, update, rounds=1, together=4)[0], expected, 5e-4)
 

@@ -99,11 +99,9 @@ def test_loss_and_gradients_equal_peft(base, adapter, rows, tmp_path):
 
     def mean_loss(adapters):
         one_lane = jax.tree.map(lambda leaf: leaf[None], adapters)
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], packs.rows) for i in range(int(packs.count))]
         per_pack = [
-            client.response_losses(
-                decoder, CONFIG, params, one_lane, {"main": 1.0}, jax.tree.map(lambda x, i=i: x[i], packs.rows), keys
-            )
-            for i in range(int(packs.count))
+            client.response_losses(decoder, CONFIG, params, one_lane, {"main": 1.0}, pack, keys) for pack in each
         ]
         return sum(losses[0] for losses in per_pack) / responses
 

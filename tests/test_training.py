@@ -35,7 +35,7 @@ def test_every_lane_row_token_and_step_drops_other_inputs(federation):
     """Keys of a pack's tokens differ wherever lane, row or position do, and a step's rows see others in the next."""
     _, batch = inputs(federation, 1, together=2)
     count = int(batch.count[0, 0])
-    packs = [jax.tree.map(lambda leaf, i=i: leaf[0, 0, i], batch.rows) for i in range(count)]
+    packs = [jax.tree.map(lambda leaf, i=i: leaf[0, 0, i : i + 1], batch.rows) for i in range(count)]
     lanes = jax.random.split(KEY, 2)
     keys = [jax.random.key_data(client.token_keys(lanes, pack)) for pack in packs]
     found = np.concatenate([key[pack.packs.segments > 0] for key, pack in zip(keys, packs, strict=True)])

@@ -3,6 +3,8 @@
 from fedrouter_jax.models.cache import PAGE, Cache, empty_cache, reuse_rows, select_rows
 from fedrouter_jax.models.config import MODULES, DecoderConfig, Llama3Scaling, module_shapes
 from fedrouter_jax.models.decoder import (
+    LOOP,
+    Blocks,
     decode_step,
     hidden_states,
     init_params,
@@ -14,8 +16,10 @@ from fedrouter_jax.models.matrices import values
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
 __all__ = [
+    "LOOP",
     "MODULES",
     "PAGE",
+    "Blocks",
     "Cache",
     "DecoderConfig",
     "Llama3Scaling",

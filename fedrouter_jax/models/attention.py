@@ -1,5 +1,5 @@
 """Attention among packed tokens, with a backward pass of its own: on a CPU several times as fast as
-`jax.nn.dot_product_attention`, against which it is tested.
+`jax.nn.dot_product_attention`, against which it is tested. On an NVIDIA GPU cuDNN's kernel takes its place in bfloat16.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     and a tile's scores stay in cache. Products are of operands in the dtype of q, k and v, summed in float32.
     """
     batch, time, heads, size = q.shape
+    if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":  # one kernel, where tiles are ninety
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").reshape(batch, time, -1)
     kv_heads = k.shape[2]
     q = q.reshape(batch, time, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     mixed = _attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)

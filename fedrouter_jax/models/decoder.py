@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -88,6 +89,16 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
+class Blocks(NamedTuple):
+    """How the blocks are run where there are gradients: what changes speed and memory, never a result."""
+
+    remat: bool = False  # computed again from their inputs: a fifth of the memory, and one more forward pass
+    unroll: bool = False  # compiled one by one: a loop copies what it keeps for the way back, but compiles sooner
+
+
+LOOP = Blocks()
+
+
 class _Linear(nn.Module):
     width: int
     bias: bool
@@ -153,7 +164,7 @@ class Decoder(nn.Module):
     rate: float = 0.0
     keep_kv: bool = False
     final_norm: bool = True
-    remat: bool = False
+    blocks: Blocks = LOOP
     dtype: jnp.dtype = jnp.float32  # of freshly initialised parameters
 
     @nn.compact
@@ -164,16 +175,17 @@ class Decoder(nn.Module):
         scale = self.param("norm", nn.initializers.ones, (c.width,), self.dtype)
         x = values(embedding[tokens]).astype(scale.dtype)
         angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = nn.remat(_Block, prevent_cse=False) if self.blocks.remat else _Block
         same = nn.broadcast
-        blocks = nn.scan(
+        run = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, 0 if cache is None else Cache(0, 0, *[same] * 4, 0, 0, same), same, same, same, same),
             length=c.layers,
+            unroll=c.layers if self.blocks.unroll else 1,
         )(c, self.rate, self.keep_kv, name="blocks")
-        x, kv = blocks(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
+        x, kv = run(x, lora, jnp.arange(c.layers), cache, gates, keys, (jnp.cos(angles), jnp.sin(angles)), mask)
         if not c.tied:
             self.param("head", _INIT, (c.vocab_size, c.width), self.dtype)
         return _rms_norm(x, scale, c.norm_eps) if self.final_norm else x, kv
@@ -198,7 +210,7 @@ def hidden_states(
     keys: Array | None = None,
     layers: int | None = None,
     final_norm: bool = True,
-    remat: bool = False,
+    blocks: Blocks = LOOP,
 ) -> Array:
     """The residual stream after the blocks: [batch, time, width] in the dtype of `params`.
 
@@ -211,8 +223,8 @@ def hidden_states(
     adapters have no gate of their own).
     `dropout` (a Python float) acts on that branch only, and needs `keys` [batch, time]; without them there is none.
 
-    `layers=n` runs the first n blocks; with `final_norm=False` that is `hidden_states[n]` of transformers. With
-    `remat`, gradients compute every block again from its input: a fifth of the memory, and one more forward pass.
+    `layers=n` runs the first n blocks; with `final_norm=False` that is `hidden_states[n]` of transformers. `blocks`
+    says how gradients are to run them.
     """
     _check(config, lora)
     if layers is not None and layers != config.layers:
@@ -224,7 +236,7 @@ def hidden_states(
     segments = jnp.ones_like(tokens) if segments is None else segments
     keys = keys if lora is not None and dropout > 0 else None
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
-    model = Decoder(config, dropout, final_norm=final_norm, remat=remat)
+    model = Decoder(config, dropout, final_norm=final_norm, blocks=blocks)
     mask = attention_mask(config, segments)
     return model.apply({"params": params}, tokens, positions, mask, lora, gates, keys)[0]
 

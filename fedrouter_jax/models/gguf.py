@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,30 +107,42 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
         return config, assemble(config, dtype, set(tensors), read)
 
 
+def _converter() -> tuple[dict, Callable]:
+    """transformers' names of a tokenizer's parts and its conversion; what they are called moved with 5.19."""
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as found
+
+        return found.GGUF_TOKENIZER_MAPPING, found.convert_gguf_tokenizer
+    except (ImportError, AttributeError):
+        from transformers.integrations.ggml import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+        return GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer inside a GGUF file. Takes many seconds.
 
     The conversion is transformers'. Its own way to it, `AutoTokenizer.from_pretrained(gguf_file=...)`, imports torch
-    (5.19 to 5.23), and this project runs without; so the file is read here, and the two are tested to agree.
+    (5.17 to 5.24), and this project runs without; so the file is read here, and the two are tested to agree.
     Raises `UserError` where there is no tokenizer, or none that transformers can convert.
     """
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+        mapping, convert = _converter()
     except ImportError as error:
-        raise UserError(f"this transformers converts no GGUF tokenizers ({error}); install 5.19 to 5.23") from error
+        raise UserError(f"this transformers converts no GGUF tokenizers ({error}); install 5.17 to 5.24") from error
     fields = _open(path).fields
     try:
         parts, options = (
             {name: fields[f"tokenizer.{key}"].contents() for key, name in named.items() if f"tokenizer.{key}" in fields}
-            for named in (GGUF_TOKENIZER_MAPPING["tokenizer"], GGUF_TOKENIZER_MAPPING["tokenizer_config"])
+            for named in (mapping["tokenizer"], mapping["tokenizer_config"])
         )
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             number = fields.get(f"tokenizer.ggml.{key}_token_id")
             options[f"{role}_token"] = None if number is None else parts["tokens"][number.contents()]
         if parts["tokenizer_type"] == "llama":  # a SentencePiece vocabulary starts with BOS unless the file denies it
             options.setdefault("add_bos_token", True)
-        backend, more = convert_gguf_tokenizer(fields["general.architecture"].contents(), parts)
+        backend, more = convert(fields["general.architecture"].contents(), parts)
     except Exception as error:  # tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **more)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{**more, **options})  # 5.17 says some things twice

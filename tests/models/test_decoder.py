@@ -134,6 +134,25 @@ def test_attention_equals_dot_product_attention(time, window):
     jax.tree.map(partial(close, tolerance=1e-4), *gradients)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs an NVIDIA GPU")
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_of_cudnn_is_ours_rounded(window):
+    config = dataclasses.replace(BASE, sliding_window=window)
+    rng = np.random.default_rng(0)
+    rounded = [jnp.asarray(rng.normal(size=(2, 320, heads, 64)), jnp.bfloat16) for heads in (4, 2, 2)]
+    mask = attention.attention_mask(config, jnp.asarray(np.sort(rng.integers(0, 3, (2, 320)))))
+    weights = jnp.asarray(rng.normal(size=(2, 320, 256)), jnp.float32)
+
+    def loss(*qkv):
+        return jnp.sum(attention.attend(*qkv, mask).astype(jnp.float32) * weights)
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.value_and_grad(loss, (0, 1, 2))(*(part.astype(jnp.float32) for part in rounded))
+    found = jax.value_and_grad(loss, (0, 1, 2))(*rounded)
+    for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.linalg.norm(part.astype(jnp.float32) - other) <= 2e-2 * jnp.linalg.norm(other)
+
+
 @pytest.mark.parametrize(
     ("config", "gates"),
     list(zip(KINDS.values(), ("none", "shared", "per row"), strict=True)),
