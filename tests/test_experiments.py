@@ -174,7 +174,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     for name in ("clustering", "clustering-qwen2.5-coder-0.5b"):
         clusters.append(json.loads((results / name / "clustering.json").read_text(encoding="utf-8")))
         assert clustering_figures.table(clusters[-1]) == (results / name / "clustering.md").read_text(encoding="utf-8")
-    for name in ("table1", "table1-long"):
+    for name in ("table1", "table1-long", "table1-full"):
         drawn = table1_tables.markdown(summaries.load(results / name / "runs"))
         assert drawn == (results / name / "table1.md").read_text(encoding="utf-8")
     runs = summaries.load(results / "table1" / "runs")
@@ -182,6 +182,9 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         drawn = studies.markdown(folder.name, summaries.load(folder))
         assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    full = table1_tables.scores(table1_tables.cells(summaries.load(results / "table1-full" / "runs")), HEADLINE)
+    for line in full[2:-1]:  # but for the gains, of which README leaves the seeds out
+        assert line.replace("fedit", "FedIT").replace("fedrouter+", "`fedrouter+`") in readme
     headline = table1_tables.scores(table1_tables.cells(runs), HEADLINE)
     assert "\n".join(headline) in readme
     said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -203,8 +206,11 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     for name, script in (("growth", growth), ("startup", startup)):
         found = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
         assert script.markdown(found) == (ROOT / "docs" / "bench" / f"{name}.md").read_text(encoding="utf-8")
-    measured = json.loads((ROOT / "docs" / "bench" / "limit.json").read_text(encoding="utf-8"))
-    assert limit.markdown(measured) == (ROOT / "docs" / "bench" / "limit.md").read_text(encoding="utf-8")
+    for folder in (ROOT / "docs" / "bench" / "h100", ROOT / "docs" / "bench"):
+        measured = json.loads((folder / "limit.json").read_text(encoding="utf-8"))
+        assert limit.markdown(measured) == (folder / "limit.md").read_text(encoding="utf-8")
+        for row in measured["rows"] if folder.name == "h100" else ():
+            assert f"| {row['tokens_a_second']:,.0f} ({100 * row['share']:.0f} %) |" in said
     shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
     floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
     assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in said
