@@ -47,7 +47,7 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, mesh, plan
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import DecoderConfig
+from fedrouter_jax.models import DecoderConfig, attention
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 
@@ -64,11 +64,6 @@ class Target(NamedTuple):
     topology: str  # the smallest there is, or one machine
     memory: float  # GiB of a device
     flops_a_cycle: int | None = None  # of a TPU chip, in bfloat16: peak rate by clock
-
-    @property
-    def backend(self) -> str:
-        """What `jax.default_backend` would say there."""
-        return {"cuda": "gpu"}.get(self.platform, self.platform)
 
     def devices(self) -> list:
         """The devices of the topology, which nobody can run anything on."""
@@ -166,8 +161,8 @@ def main(options: Ahead) -> None:
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     console, rows = Console(stderr=True), []
     for case in cases:
-        # What depends on the device, attention among it, is decided when a program is traced.
-        with mock.patch.object(jax, "default_backend", lambda target=TARGETS[case.target]: target.backend):
+        # Whose attention it is depends on the device here, and is decided when a program is traced.
+        with mock.patch.object(attention, "by_cudnn", lambda case=case: TARGETS[case.target].platform == "cuda"):
             rows.append({**case._asdict(), "base": case.base, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()

@@ -97,7 +97,7 @@ def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, co
         peers = [Peer("published", flow.PUBLISHED, theirs)]
         if best_effort:
             # On a GPU as many rows at once as we take; on two cores larger batches gain nothing.
-            rows = experiment.rows_at_once(config) if device == "cuda" else flow.BEST_EFFORT.rows
+            rows = experiment.rows_at_once(prepared) if device == "cuda" else flow.BEST_EFFORT.rows
             best = replace(flow.BEST_EFFORT, rows=rows)
             peers.append(Peer("best effort", best, theirs))
             if dtype == "float32":
@@ -305,7 +305,7 @@ def generation(mine: dict[str, Prepared], adapters: LoRA, peers: list[Peer], loa
     def ours(params):
         return generate.generate(
             prepared.model.config, params, prompts, lora.concatenate(adapters), gates,
-            stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=experiment.rows_at_once(config),
+            stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=experiment.rows_at_once(prepared),
             packs_at_once=experiment.packs_at_once(config), shrinks=jax.default_backend() == "cpu",
         )  # fmt: skip
 
@@ -398,7 +398,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
     texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
     prompts = sorted((len(prepared.test[row].prompt) for row in asked(prepared, load)), reverse=True)
-    rows = experiment.rows_at_once(prepared.config)
+    rows = experiment.rows_at_once(prepared)
     # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
     turns = [prompts[:rows], *(prompts[i : i + rows // 4] for i in range(rows, len(prompts), rows // 4))]
     time = packing.pack_length(prompts[0])

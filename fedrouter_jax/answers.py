@@ -41,7 +41,7 @@ def answer(
             gates,
             stop=model.tokenizer.eos_token_id,
             new_tokens=longest,
-            rows_at_once=rows_at_once(config),
+            rows_at_once=rows_at_once(prepared),
             packs_at_once=packs_at_once(config),
             shrinks=jax.default_backend() == "cpu",
             advance=advance,

@@ -56,14 +56,14 @@ class ComputeConfig:
     model_parallel: int = 1
     """Where there are several devices: how many share one copy of the base; rows of so many share the lanes."""
     rows_at_once: int | None = None
-    """Rows that generate together; by default 64 on a CPU, else 512."""
+    """Rows that generate together; by default 64 on a CPU, else up to 512, as memory allows."""
     packs_at_once: int | None = None
     """Packs of rows that go through the model together; by default 2 that are only read and 1 in training on a CPU,
     elsewhere 16 and 8, or in training as many as fit in the device's memory."""
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     unroll: bool = False
-    """Compile every block by itself for training: it takes minutes longer and, on a GPU, moves half as much memory."""
+    """Compile every block by itself for training: it takes longer and, on a GPU, trains faster."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; the two latest are kept."""
 

@@ -126,7 +126,7 @@ def trained_at_once(config: Config, model: Model, strategy: Strategy, pack: tupl
     packs, groups = packs_with_head(config), config.compute.groups_at_once or 0
     if jax.default_backend() == "cpu":
         return packs, groups or 1
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = memory_limit()
     if limit is None:
         return packs, groups
     # As many clusters as there may be, for they are not found yet; the rest of the memory is for what nobody plans.
@@ -191,9 +191,24 @@ def packs_with_head(config: Config) -> int:
     return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
 
 
-def rows_at_once(config: Config) -> int:
-    """Rows that generate together: an accelerator takes about as long for hundreds as for one."""
-    return config.compute.rows_at_once or (64 if jax.default_backend() == "cpu" else 512)
+def rows_at_once(prepared: Prepared) -> int:
+    """Rows that generate together: 64 on a CPU; an accelerator takes about as long for hundreds as for one.
+
+    There up to 512, as many as have their keys and values in a quarter of its memory.
+    """
+    config, decoder, limit = prepared.config, prepared.model.config, memory_limit()
+    if config.compute.rows_at_once or jax.default_backend() == "cpu" or limit is None:
+        return config.compute.rows_at_once or 64
+    longest = sorted(len(row.prompt) for row in prepared.test.values())[-512:]
+    width = prepared.model.params["embedding"].dtype.itemsize
+    token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * width
+    row = (np.mean(longest) + config.data.max_response) * token
+    return next((rows for rows in (512, 256, 128) if rows * row <= 0.25 * limit), 64)
+
+
+def memory_limit() -> int | None:
+    """Bytes that JAX may use on a device; None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:

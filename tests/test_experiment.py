@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_close
 
 from fedrouter_jax import answers, embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
@@ -173,3 +174,18 @@ def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
             assert_close(found, one._replace(gate={}), 0)
             gates = peft_io.load_file(folder / "gate.safetensors")
             assert_close(gates, jax.tree.map(np.asarray, one.gate), 0)
+
+
+@pytest.mark.parametrize(("limit", "packs", "groups", "rows"), [(None, 8, 0, 64), (2**40, 8, 1, 512), (1, 1, 1, 64)])
+def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, packs, groups, rows):
+    config = smoke()
+    prepared = experiment.prepare(config)
+    args = (prepared.model, prepared.strategy, prepared.pack)
+    assert experiment.trained_at_once(config, *args) == (1, 1) and experiment.rows_at_once(prepared) == 64
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(experiment, "memory_limit", lambda: limit)
+    assert experiment.trained_at_once(config, *args) == (packs, groups)
+    assert experiment.rows_at_once(prepared) == rows
+    asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))
+    assert experiment.trained_at_once(asked, *args) == (3, 2)
+    assert experiment.rows_at_once(prepared._replace(config=asked)) == 7

@@ -35,12 +35,18 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     and a tile's scores stay in cache. Products are of operands in the dtype of q, k and v, summed in float32.
     """
     batch, time, heads, size = q.shape
-    if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":  # one kernel, where tiles are ninety
+    if q.dtype == jnp.bfloat16 and size <= 128 and size % 8 == 0 and by_cudnn():  # one kernel, where tiles are ninety
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").reshape(batch, time, -1)
     kv_heads = k.shape[2]
     q = q.reshape(batch, time, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     mixed = _attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
+
+
+def by_cudnn() -> bool:
+    """Whether the device has cuDNN's attention: an NVIDIA GPU of compute capability 8.0 or more."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
+    return capability.isdigit() and int(capability) >= 8  # AMD's are names
 
 
 def _tiles(time: int) -> list[tuple[int, int]]:

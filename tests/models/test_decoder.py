@@ -134,7 +134,7 @@ def test_attention_equals_dot_product_attention(time, window):
     jax.tree.map(partial(close, tolerance=1e-4), *gradients)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs an NVIDIA GPU")
+@pytest.mark.skipif(not attention.by_cudnn(), reason="cuDNN's attention needs an NVIDIA GPU")
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_of_cudnn_is_ours_rounded(window):
     config = dataclasses.replace(BASE, sliding_window=window)
