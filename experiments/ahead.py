@@ -8,7 +8,7 @@ JAX compiles for devices it is only told about: for a TPU with libtpu, for an NV
 from PyPI and are looked for beside the environment, where they do not get in the way of JAX on a CPU:
 
     pip install --no-deps --target .venv/tpu "libtpu==V"                V as JAX's extra `tpu` asks; `make test` does it
-    pip install --target .venv/cuda "jax-cuda12-plugin[with-cuda]==J"   J as JAX; 5 GB
+    pip install --target .venv/cuda "jax-cuda13-plugin[with-cuda]==J"   J as JAX (or 12 for 13); 5 GB
 
 What is compiled is what a run would run, from abstract arrays: nothing is loaded and nothing computed. Bytes and
 collectives are those of the program. A TPU's compiler writes beside each instruction how many cycles it expects; their
@@ -152,17 +152,19 @@ def main(options: Ahead) -> None:
         raise UserError(f"no target is called {unknown[0]!r}; choose among {', '.join(TARGETS)}")
     cases = [Case("TPU v5e", "small"), Case("TPU v5e", "small", 4, 2)] if options.smoke else CASES
     cases = [case for case in cases if case.target in options.targets]
-    for platform, module in (("tpu", "libtpu"), ("cuda", "jax_cuda12_plugin")):
-        if any(TARGETS[case.target].platform == platform for case in cases) and not importlib.util.find_spec(module):
+    compilers = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+    for platform in sorted({TARGETS[case.target].platform for case in cases}):
+        if not any(map(importlib.util.find_spec, compilers[platform])):
             raise UserError(
-                f"the compiler for {platform} is missing ({module}); the top of experiments/ahead.py says how to "
-                "install it, and --targets leaves devices out"
+                f"the compiler for {platform} is missing ({compilers[platform][0]}); the top of experiments/ahead.py "
+                "says how to install it, and --targets leaves devices out"
             )
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     console, rows = Console(stderr=True), []
     for case in cases:
         # Whose attention it is depends on the device here, and is decided when a program is traced.
-        with mock.patch.object(attention, "by_cudnn", lambda case=case: TARGETS[case.target].platform == "cuda"):
+        capability = "9.0" if TARGETS[case.target].platform == "cuda" else ""
+        with mock.patch.object(attention, "compute_capability", lambda capability=capability: capability):
             rows.append({**case._asdict(), "base": case.base, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()
@@ -185,9 +187,8 @@ def compiled(case: Case) -> dict:
         compute=replace(config.compute, model_parallel=case.model_parallel, remat=case.remat),
     )
     federation = plan.federation(decoder, config, config_lib.strategy(config, CLUSTERS), CLUSTERS)
-    pack, limit = plan.pack_shape(config, ROW, RESPONSE)._replace(at_once=programs.TRAINED), 0.85 * target.memory * GIB
-    pack = plan.packs_that_fit(federation, pack, GROUPS, limit, rows > 1)
-    at_once = plan.groups_that_fit(federation, pack, GROUPS, limit, rows > 1)
+    pack = plan.pack_shape(config, ROW, RESPONSE)
+    at_once = plan.groups_that_fit(federation, pack, GROUPS, 0.85 * target.memory * GIB, rows > 1)
     planned = plan.memory(federation, pack, GROUPS, at_once, rows > 1)
 
     before = clock.perf_counter()
@@ -195,7 +196,6 @@ def compiled(case: Case) -> dict:
     seconds = clock.perf_counter() - before
     text, steps = program.as_text(), config.local.steps
     found = {
-        "packs_at_once": pack.at_once,
         "groups_at_once": at_once,
         "planned": planned.total,
         "round": programs.held(program),
@@ -205,7 +205,7 @@ def compiled(case: Case) -> dict:
         "bank": plan.nbytes(federation.state.bank),
     }
     if target.flops_a_cycle:
-        packs = steps * -(-GROUPS // at_once) * at_once * pack.at_once  # a turn of every group in a step
+        packs = steps * -(-GROUPS // at_once) * at_once  # one of every group in a step
         blocks = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)["blocks"])) / case.model_parallel
         found["cycles_a_pack"] = round(hlo.cycles(text) / packs)
         found["share_of_peak"] = 4 * blocks * pack.tokens / (found["cycles_a_pack"] * target.flops_a_cycle)
@@ -221,14 +221,14 @@ def markdown(found: dict) -> str:
         "",
         f"jax {found['jax']}; compiled on a CPU by the compilers of the devices, which have not run any of it. "
         f"{GROUPS} groups of 8 lanes on each row of devices, as many at once as the plan says fit, ten steps of 16 "
-        "rows in packs of 512 tokens, up to 8 at once. GiB of one device. *Sent* is what a device gives in a round, as "
-        "a share of the bank's bytes, and MB in the loops, each taken once. *Of peak* is what the compiler of a TPU "
-        "expects: four operations a parameter of the blocks and token, over what the chip could do in the cycles it "
-        "counts; not a measurement.",
+        "rows in packs of 512 tokens. GiB of one device. *Sent* is what a device gives in a round, as a share of the "
+        "bank's bytes, and MB in the loops, each taken once. *Of peak* is what the compiler of a TPU expects: four "
+        "operations a parameter of the blocks and token, over what the chip could do in the cycles it counts; not a "
+        "measurement.",
         "",
-        "| device | shape | base | devices | of them share a base | packs at once | groups at once | planned | "
-        "compiled | ratio | embedding | reading prompts | writing | sent | in loops | of peak |",
-        "|---" * 16 + "|",
+        "| device | shape | base | devices | of them share a base | groups at once | planned | compiled | ratio "
+        "| embedding | reading prompts | writing | sent | in loops | of peak |",
+        "|---" * 15 + "|",
     ]
     for row in found["rows"]:
         sizes = [f"{row[name] / GIB:.2f}" for name in ("planned", "round")]
@@ -237,8 +237,7 @@ def markdown(found: dict) -> str:
         sent = sum(row["sent"].values()) - inside
         peak = f"{100 * row['share_of_peak']:.0f} %" if "share_of_peak" in row else ""
         cells = [
-            row["target"], row["shape"], row["base"], row["devices"], row["model_parallel"], row["packs_at_once"],
-            row["groups_at_once"],
+            row["target"], row["shape"], row["base"], row["devices"], row["model_parallel"], row["groups_at_once"],
             *sizes, f"**{row['planned'] / row['round']:.2f}**", *others,
             f"{sent / row['bank']:.2f}" if sent else "", f"{inside / 1e6:.0f}" if inside else "", peak,
         ]  # fmt: skip

@@ -16,7 +16,7 @@ from fedrouter_jax.models.matrices import as_bits
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.types import Array, PyTree, Work
 
-_PACKS, TRAINED, _ROWS = 16, 8, 512  # packs read, trained, rows answered at once: the defaults on an accelerator
+_PACKS, _ROWS = 16, 64  # of texts or prompts at once, the default on an accelerator; rows that are answered together
 _WHOLE = P()
 
 

@@ -31,6 +31,8 @@ from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, Strategy, Work
 
+PACKS = 8  # that keep an accelerator busy in training; a step has some twenty, and of more many would be empty
+
 
 class Prepared(NamedTuple):
     """What a config means on this machine: everything that does not change while training."""
@@ -82,6 +84,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
+    # Free memory differs between hosts, programs may not.
     packs, groups = (processes.agreed(n) for n in trained_at_once(config, model, strategy, pack))
     update = client.make_client_update(model.config, config.lora, config.local, config.compute.blocks, packs)
     rounds = config.rounds
@@ -121,25 +124,27 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
 def trained_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> tuple[int, int]:
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
-    Elsewhere as many as fit in memory, packs first (0 groups: all). Free memory differs between hosts, so they agree.
+    Elsewhere as many groups as fit in memory (0: all), and where they are few, packs.
     """
-    packs, groups = packs_with_head(config), config.compute.groups_at_once or 0
     if jax.default_backend() == "cpu":
-        return packs, groups or 1
-    limit = memory_limit()
-    if limit is None:
-        return packs, groups
-    # As many clusters as there may be, for they are not found yet; the rest of the memory is for what nobody plans.
-    federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
+        return config.compute.packs_at_once or 1, config.compute.groups_at_once or 1
+    # As many clusters as there may be, for they are not found yet.
     held = config.cluster.local_clusters or config.cluster.max_clusters
     lanes = config.data.clients * (config.rounds.clusters_per_round or held)
     together = min(lanes, config.compute.lanes_together)
-    rows, limit = jax.device_count() // config.compute.model_parallel, 0.85 * limit
+    rows = jax.device_count() // config.compute.model_parallel
+    groups = -(-lanes // (together * rows))
+    packs = config.compute.packs_at_once or max(1, PACKS // groups)
+    limit = memory_limit()
+    if limit is None:
+        return packs, config.compute.groups_at_once or 0
+    federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
     shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
-    count = -(-lanes // (together * rows))
+    limit = 0.85 * limit  # the rest is for what nobody plans
     if not config.compute.packs_at_once:
-        shape = plan.packs_that_fit(federation, shape, count, limit, rows > 1)
-    return shape.at_once, groups or plan.groups_that_fit(federation, shape, count, limit, rows > 1)
+        shape = plan.packs_that_fit(federation, shape, groups, limit, rows > 1)
+    fitting = plan.groups_that_fit(federation, shape, groups, limit, rows > 1)
+    return shape.at_once, config.compute.groups_at_once or fitting
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -187,8 +192,8 @@ def packs_at_once(config: Config) -> int:
 
 
 def packs_with_head(config: Config) -> int:
-    """The same for losses; a step of training has some twenty packs, and the last turn of many would be half empty."""
-    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
+    """The same where losses are asked for, whose output head is as much work again."""
+    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else PACKS)
 
 
 def rows_at_once(prepared: Prepared) -> int:

@@ -163,7 +163,7 @@ def make_round(
             lanes = (here, lane_keys, strategy.ask(state, here))  # what a client owns lies with its lanes
             sums, reports = jax.shard_map(
                 row, mesh=mesh, in_specs=(P(), spec, spec), out_specs=(P(), spec),
-                axis_names={mesh_lib.CLIENTS}, check_vma=False,
+                axis_names=mesh_lib.by_hand(mesh), check_vma=False,
             )(given, lanes, batches)  # fmt: skip
         loss_of, rejected = jax.tree.map(lambda leaf: leaf[: len(work.client)], reports)
         told = strategy.tell(state, sums)
@@ -268,6 +268,6 @@ def map_groups(
     else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
         spec = P(mesh_lib.CLIENTS)
         found = jax.shard_map(
-            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names={mesh_lib.CLIENTS}, check_vma=False
+            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names=mesh_lib.by_hand(mesh), check_vma=False
         )(given, inputs)
     return jax.tree.map(lambda leaf: leaf.reshape(groups * each, *leaf.shape[2:])[:count], found)

@@ -37,6 +37,11 @@ def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, model_parallel), (CLIENTS, MODEL))
 
 
+def by_hand(mesh: Mesh) -> set[str]:
+    """The axes over which work is divided by hand; a base that devices share is left to JAX's partitioner."""
+    return {CLIENTS} if mesh.shape[MODEL] > 1 else {CLIENTS, MODEL}
+
+
 def put(leaf: Array, sharding: NamedSharding) -> Array:
     """An array of this process where the sharding says; of several processes each gives its devices' parts.
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -35,18 +36,27 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     and a tile's scores stay in cache. Products are of operands in the dtype of q, k and v, summed in float32.
     """
     batch, time, heads, size = q.shape
-    if q.dtype == jnp.bfloat16 and size <= 128 and size % 8 == 0 and by_cudnn():  # one kernel, where tiles are ninety
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn").reshape(batch, time, -1)
+    fits = q.dtype == jnp.bfloat16 and time % 8 == 0 and size % 8 == 0 and size <= 128
+    if fits and by_cudnn():  # one kernel, where tiles are ninety
+        return _fused(q, k, v, mask).reshape(batch, time, -1)
     kv_heads = k.shape[2]
     q = q.reshape(batch, time, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
     mixed = _attention(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * size)
 
 
+def compute_capability() -> str:
+    """A version of NVIDIA's for their devices, a name for AMD's, nothing for others."""
+    return str(getattr(jax.local_devices()[0], "compute_capability", ""))
+
+
 def by_cudnn() -> bool:
-    """Whether the device has cuDNN's attention: an NVIDIA GPU of compute capability 8.0 or more."""
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")).split(".")[0]
-    return capability.isdigit() and int(capability) >= 8  # AMD's are names
+    """Whether the device has cuDNN's attention: an NVIDIA GPU of compute capability 8.0 or more.
+
+    Where JAX's partitioner has a part of a round (`mesh.by_hand`), it cannot divide the kernel.
+    """
+    capability = compute_capability().split(".")[0]
+    return capability.isdigit() and int(capability) >= 8 and not jax.sharding.get_abstract_mesh().auto_axes
 
 
 def _tiles(time: int) -> list[tuple[int, int]]:
@@ -101,3 +111,40 @@ def _attention_backward(kept, gradient):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _kernel(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def _merging(function: Callable) -> Callable:
+    """`function` of arrays [batch, ...], which under vmap is called once, for the batches of all.
+
+    JAX's own rule for cuDNN's attention would want a mask for every head.
+    """
+    merged = jax.custom_batching.custom_vmap(function)
+
+    @merged.def_vmap
+    def rule(size, batched, *arrays):
+        whole = (x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(arrays, batched, strict=True))
+        found = merged(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        found = jax.tree.map(lambda leaf: leaf.reshape(size, -1, *leaf.shape[1:]), found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return merged
+
+
+@jax.custom_vjp
+def _fused(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """cuDNN's attention, whose result is not kept for the way back but made again: that moves less memory."""
+    return _merging(lambda *given: _kernel(*given))(q, k, v, mask)
+
+
+def _fused_backward(kept, gradient):
+    def slopes(q, k, v, mask, gradient):
+        return jax.vjp(lambda *qkv: _kernel(*qkv, mask), q, k, v)[1](gradient)
+
+    return *_merging(slopes)(*kept, gradient), None
+
+
+_fused.defvjp(lambda *given: (_fused(*given), given), _fused_backward)

@@ -134,22 +134,25 @@ def test_attention_equals_dot_product_attention(time, window):
     jax.tree.map(partial(close, tolerance=1e-4), *gradients)
 
 
-@pytest.mark.skipif(not attention.by_cudnn(), reason="cuDNN's attention needs an NVIDIA GPU")
 @pytest.mark.parametrize("window", [None, 40])
-def test_attention_of_cudnn_is_ours_rounded(window):
+def test_the_kernel_of_a_gpu_gives_what_ours_does(monkeypatch, window):
+    """Of three groups under vmap, forward and back. Where there is no GPU, plain attention stands for cuDNN's."""
+    if not attention.by_cudnn():
+        monkeypatch.setattr(attention, "by_cudnn", lambda: True)
+        monkeypatch.setattr(attention, "_kernel", lambda *qkv: jax.nn.dot_product_attention(*qkv[:3], mask=qkv[3]))
     config = dataclasses.replace(BASE, sliding_window=window)
     rng = np.random.default_rng(0)
-    rounded = [jnp.asarray(rng.normal(size=(2, 320, heads, 64)), jnp.bfloat16) for heads in (4, 2, 2)]
-    mask = attention.attention_mask(config, jnp.asarray(np.sort(rng.integers(0, 3, (2, 320)))))
-    weights = jnp.asarray(rng.normal(size=(2, 320, 256)), jnp.float32)
+    rounded = [jnp.asarray(rng.normal(size=(3, 2, 320, heads, 64)), jnp.bfloat16) for heads in (4, 2, 2)]
+    masks = jax.vmap(partial(attention.attention_mask, config))(jnp.asarray(np.sort(rng.integers(0, 3, (3, 2, 320)))))
+    weights = jnp.asarray(rng.normal(size=(2, 320, 256)), jnp.float32)  # of all groups, so not mapped
 
-    def loss(*qkv):
-        return jnp.sum(attention.attend(*qkv, mask).astype(jnp.float32) * weights)
+    def loss(q, k, v, mask):
+        return jnp.sum(attention.attend(q, k, v, mask).astype(jnp.float32) * weights)
 
+    both = jax.vmap(jax.value_and_grad(loss, (0, 1, 2)))
     with jax.default_matmul_precision("highest"):
-        expected = jax.value_and_grad(loss, (0, 1, 2))(*(part.astype(jnp.float32) for part in rounded))
-    found = jax.value_and_grad(loss, (0, 1, 2))(*rounded)
-    for part, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        expected = both(*(part.astype(jnp.float32) for part in rounded), masks)
+    for part, other in zip(jax.tree.leaves(both(*rounded, masks)), jax.tree.leaves(expected), strict=True):
         assert jnp.linalg.norm(part.astype(jnp.float32) - other) <= 2e-2 * jnp.linalg.norm(other)
 
 
