@@ -165,10 +165,10 @@ def main(options: Ahead) -> None:
         # Whose attention it is depends on the device here, and is decided when a program is traced.
         capability = "9.0" if TARGETS[case.target].platform == "cuda" else ""
         with mock.patch.object(attention, "compute_capability", lambda capability=capability: capability):
-            rows.append({**case._asdict(), "base": case.base, **compiled(case)})
+            rows.append({**case._asdict(), "base": case.base, "jax": jax.__version__, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()
-        found = {"jax": jax.__version__, "rows": rows}
+        found = {"rows": rows}
         files.write(out / "ahead.json", json.dumps(found, indent=1) + "\n")
         files.write(out / "ahead.md", markdown(found))
     show_markdown(out / "ahead.md")
@@ -216,10 +216,11 @@ def compiled(case: Case) -> dict:
 
 def markdown(found: dict) -> str:
     """A row a case."""
+    versions = sorted({f"jax {row['jax']} ({row['target']})" for row in found["rows"]})
     lines = [
         "# Compiled ahead for accelerators",
         "",
-        f"jax {found['jax']}; compiled on a CPU by the compilers of the devices, which have not run any of it. "
+        f"{', '.join(versions)}; compiled on a CPU by the compilers of the devices, which have not run any of it. "
         f"{GROUPS} groups of 8 lanes on each row of devices, as many at once as the plan says fit, ten steps of 16 "
         "rows in packs of 512 tokens. GiB of one device. *Sent* is what a device gives in a round, as a share of the "
         "bank's bytes, and MB in the loops, each taken once. *Of peak* is what the compiler of a TPU expects: four "
