@@ -17,9 +17,9 @@ from fedrouter_jax.errors import UserError
 
 
 def of(folder: Path) -> dict:
-    """Config, scores (means and tasks), cost and accuracy of a finished run. The path of the data is shortened."""
+    """Config, scores (not of single rows), cost and accuracy of a finished run. The path of the data is shortened."""
     run = records.read(folder)
-    keep = ("mean", "per_task")
+    keep = ("mean", "per_task", "per_client")
     scores = {
         part: {
             name: {key: value[key] for key in keep} if isinstance(value, dict) else value

@@ -3,11 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from experiments import (
@@ -24,6 +27,7 @@ from experiments import (
     table1_tables,
 )
 from experiments.methods import HEADLINE, METHODS
+from experiments.sweep import sweep
 from fedrouter_jax import records, report, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
@@ -246,6 +250,19 @@ def test_a_damaged_summary_is_named(text, expected, tmp_path):
     for read in (lambda: summaries.known(tmp_path / "one.json", smoke()), lambda: summaries.load(tmp_path)):
         with pytest.raises(UserError, match=f"one.json.*{expected}.*; restore the file,? or remove it"):
             read()
+
+
+def test_a_sweep_keeps_a_summary_and_runs_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests want their programs
+    config = replace(smoke(), rounds=replace(smoke().rounds, rounds=1), local=replace(smoke().local, steps=1))
+    console, kept = Console(quiet=True), tmp_path / "kept"
+    (folder,) = sweep({"one": config}, tmp_path / "runs", console, kept)
+    scores = json.loads((folder / "scores.json").read_text())["personalised"]["rouge1"]
+    found = summaries.read(kept / "one.json")
+    assert found["scores"]["personalised"]["rouge1"] == scores and len(scores["per_client"]) == config.data.clients
+    shutil.rmtree(folder)
+    sweep({"one": config}, tmp_path / "runs", console, kept)
+    assert not folder.exists()
 
 
 def test_summaries_of_other_runs_are_not_drawn(tmp_path):
