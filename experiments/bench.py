@@ -130,8 +130,8 @@ def markdown(found: dict) -> str:
         f"embedding and reading prompts (2 a parameter) reach {100 * limit['embed'][1]:.0f} and "
         f"{100 * limit['read prompts'][1]:.0f} % of theirs. Useful tokens, in per cent of those computed: "
         f"{share['embed']} embedding, {share['train']} training, {share['read']} reading prompts. A product of two "
-        f"matrices of 2,048 reaches {product['ours, float32']} GFLOP/s here in float32 and "
-        f"{product['ours, bfloat16']} in bfloat16, in PyTorch {product['torch, float32']} and "
+        f"matrices of {found.get('matrix_rows', 2048):,} reaches {product['ours, float32']} GFLOP/s here in float32 "
+        f"and {product['ours, bfloat16']} in bfloat16, in PyTorch {product['torch, float32']} and "
         f"{product['torch, bfloat16']}.",
         "",
         "![rates](bench.png)",

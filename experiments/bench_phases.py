@@ -130,6 +130,7 @@ def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, co
         "slots": len(prepared.partition.tasks),
         "flops_a_token": 4 * blocks,
         "useful_share": useful_share(prepared, load),
+        "matrix_rows": matrix_rows(),
         "products": {
             f"{side}, {dtype}": rate(dtype)
             for side, rate in (("ours", matrix_rate), ("torch", partial(torch_matrix_rate, device)))

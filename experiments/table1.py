@@ -92,7 +92,9 @@ def main(options: Table1) -> None:
     console = Console()
     name = "table1" if options.budget == "short" else f"table1-{options.budget}"
     out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
-    at_least_one(seeds=options.seeds - options.first_seed)
+    at_least_one(seeds=options.seeds)
+    if not 0 <= options.first_seed < options.seeds:
+        raise UserError(f"--first-seed is {options.first_seed}; with --seeds {options.seeds} it is one below that")
     unknown = sorted({*options.methods, *options.once} - set(METHODS))
     if unknown:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
@@ -107,7 +109,7 @@ def configs(options: Table1) -> dict[str, Config]:
     """`{"scenario-method-seed": config}` of the table."""
     seeds = range(options.first_seed, options.seeds)
     jobs = [(seed, s, m) for seed in seeds for s in options.scenarios for m in options.methods]
-    jobs += [(0, "dual", method) for method in options.once]
+    jobs += [(0, "dual", method) for method in options.once if options.first_seed == 0]
     if options.smoke:
         jobs = jobs[:2]
     return {

@@ -197,9 +197,9 @@ def packs_with_head(config: Config) -> int:
 
 
 def rows_at_once(prepared: Prepared) -> int:
-    """Rows that generate together: 64 on a CPU; an accelerator takes about as long for hundreds as for one.
+    """Rows that generate together: 64 on a CPU, up to 512 on an accelerator.
 
-    There up to 512, as many as have their keys and values in a quarter of its memory.
+    As many as have their keys and values in a quarter of its memory.
     """
     config, decoder, limit = prepared.config, prepared.model.config, memory_limit()
     if config.compute.rows_at_once or jax.default_backend() == "cpu" or limit is None:

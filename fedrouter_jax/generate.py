@@ -133,7 +133,7 @@ def generate(
     through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Finished
     rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free hold them.
     Few shapes are compiled: a cache that `shrinks` does so to half its rows or pages at least. Not to is for devices
-    that take as long for few rows as for many.
+    whose programs take long to compile.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:

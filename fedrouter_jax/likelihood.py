@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,9 @@ def flat(rows: packing.Rows) -> Array:
     return rows.where + time * jnp.arange(packs)[:, None]
 
 
-def fold(rows: packing.Rows, count: Array, at_once: int, visit: Callable[[PyTree, Any], PyTree], start: PyTree):
+def fold(
+    rows: packing.Rows, count: Array, at_once: int, visit: Callable[[PyTree, packing.Rows], PyTree], start: PyTree
+):
     """`visit(total, packs) -> total` over the first `count` (int32 []) packs of `rows`, some at a time.
 
     At most `at_once`, and a number that divides all there are; empty packs after the last one are visited with it.

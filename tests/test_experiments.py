@@ -252,6 +252,22 @@ def test_a_damaged_summary_is_named(text, expected, tmp_path):
             read()
 
 
+def test_processes_share_a_table_by_seeds(tmp_path):
+    whole = table1.Table1(seeds=3)
+    parts = [replace(whole, seeds=1), replace(whole, first_seed=1)]
+    first, second = map(table1.configs, parts)
+    assert not first.keys() & second.keys() and first | second == table1.configs(whole)
+    with pytest.raises(UserError, match="--first-seed is 3; with --seeds 3 it is one below that"):
+        table1.main(replace(whole, first_seed=3, out=tmp_path))
+
+
+def test_the_full_budget_is_that_of_the_papers_launcher():
+    config = table1.configs(table1.Table1(budget="full", scenarios=("dual",)))["dual-fedit-0"]
+    data, local = config.data, config.local
+    assert (data.clients, config.rounds.rounds, local.steps, local.batch) == (8, 25, 10, 16)
+    assert (local.learning_rate, local.min_learning_rate, data.template) == (5e-4, 1e-5, "alpaca")
+
+
 def test_a_sweep_keeps_a_summary_and_runs_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests want their programs
     config = replace(smoke(), rounds=replace(smoke().rounds, rounds=1), local=replace(smoke().local, steps=1))

@@ -136,7 +136,7 @@ def _merging(function: Callable) -> Callable:
 
 @jax.custom_vjp
 def _fused(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """cuDNN's attention, whose result is not kept for the way back but made again: that moves less memory."""
+    """cuDNN's attention, whose result is not kept for the way back but made again: as many bytes moved, fewer held."""
     return _merging(lambda *given: _kernel(*given))(q, k, v, mask)
 
 
