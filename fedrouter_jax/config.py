@@ -63,7 +63,7 @@ class ComputeConfig:
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     unroll: bool = False
-    """Compile every block by itself for training: takes longer to compile, but a loop copies what it keeps."""
+    """Compile every block by itself for training. That takes longer, but a loop over blocks copies what it keeps."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; the two latest are kept."""
 
