@@ -186,6 +186,8 @@ def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, pac
     monkeypatch.setattr(experiment, "memory_limit", lambda: limit)
     assert experiment.trained_at_once(config, *args) == (packs, groups)
     assert experiment.rows_at_once(prepared) == rows
+    many = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=64))  # eight groups of lanes
+    assert experiment.trained_at_once(many, *args)[0] == 1
     asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))
     assert experiment.trained_at_once(asked, *args) == (3, 2)
     assert experiment.rows_at_once(prepared._replace(config=asked)) == 7
