@@ -199,7 +199,7 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
     for name in ("run", "proceed"):
         monkeypatch.setattr(runs, name, None)
     sweep({"one": smoke()}, tmp_path / "out", console, kept)  # finished here, its summary asked for later
-    assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task"}
+    assert summaries.load(kept)["one"]["scores"]["base"]["rouge1"].keys() == {"mean", "per_task", "per_client"}
     sweep({"one": smoke()}, tmp_path / "elsewhere", console, kept)  # finished anywhere
     speed = dataclasses.replace(smoke(), compute=dataclasses.replace(smoke().compute, rows_at_once=3))
     sweep({"one": speed}, tmp_path / "out", console, kept)  # however it was computed
