@@ -8,6 +8,7 @@ evaluate
 
 from __future__ import annotations
 
+import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, Strategy, Work
 
-PACKS = 8  # that keep an accelerator busy in training; a step has some twenty, and of more many would be empty
+PACKS = 32  # that keep an accelerator busy in training; more gain nothing
 
 
 class Prepared(NamedTuple):
@@ -85,7 +86,9 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
     # Free memory differs between hosts, programs may not.
-    packs, groups = (processes.agreed(n) for n in trained_at_once(config, model, strategy, pack))
+    lengths = [row.length for held in train for row in held]
+    chosen = trained_at_once(config, model, strategy, pack, sum(lengths) / len(lengths))
+    packs, groups = map(processes.agreed, chosen)
     update = client.make_client_update(model.config, config.lora, config.local, config.compute.blocks, packs)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
@@ -121,10 +124,13 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
         )
 
 
-def trained_at_once(config: Config, model: Model, strategy: Strategy, pack: tuple[int, int]) -> tuple[int, int]:
+def trained_at_once(
+    config: Config, model: Model, strategy: Strategy, pack: tuple[int, int], row_tokens: float
+) -> tuple[int, int]:
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
-    Elsewhere as many groups as fit in memory (0: all), and where they are few, packs.
+    Elsewhere as many groups as fit in memory (0: all), and where they are few, packs: as many as a step seldom has more
+    of, where rows have `row_tokens` tokens on average.
     """
     if jax.default_backend() == "cpu":
         return config.compute.packs_at_once or 1, config.compute.groups_at_once or 1
@@ -134,7 +140,8 @@ def trained_at_once(config: Config, model: Model, strategy: Strategy, pack: tupl
     together = min(lanes, config.compute.lanes_together)
     rows = jax.device_count() // config.compute.model_parallel
     groups = -(-lanes // (together * rows))
-    packs = config.compute.packs_at_once or max(1, PACKS // groups)
+    step = math.ceil(1.1 * together * config.local.batch * row_tokens / pack[0])
+    packs = config.compute.packs_at_once or min(step, max(1, PACKS // groups))
     limit = memory_limit()
     if limit is None:
         return packs, config.compute.groups_at_once or 0
@@ -193,7 +200,7 @@ def packs_at_once(config: Config) -> int:
 
 def packs_with_head(config: Config) -> int:
     """The same where losses are asked for, whose output head is as much work again."""
-    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else PACKS)
+    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
 
 
 def rows_at_once(prepared: Prepared) -> int:

@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
@@ -37,8 +36,9 @@ def of_packs(
     hidden = hidden_states(config, base, *rows.packs, lora, gates, dropout=dropout, keys=keys, blocks=blocks)
     predicting = hidden.reshape(-1, config.width)[flat(rows)]
     scores = logits(config, base, predicting)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(rows.labels, 0))
-    return losses * (rows.labels >= 0)
+    # As optax has it, but without a gather: its gradient would be one more pass over scores of the whole vocabulary.
+    chosen = jnp.where(jnp.arange(config.vocab_size) == rows.labels[..., None], scores, 0).sum(axis=-1)
+    return (jax.nn.logsumexp(scores, axis=-1) - chosen) * (rows.labels >= 0)
 
 
 def flat(rows: packing.Rows) -> Array:
@@ -50,12 +50,16 @@ def flat(rows: packing.Rows) -> Array:
 def fold(
     rows: packing.Rows, count: Array, at_once: int, visit: Callable[[PyTree, packing.Rows], PyTree], start: PyTree
 ):
-    """`visit(total, packs) -> total` over the first `count` (int32 []) packs of `rows`, some at a time.
+    """`visit(total, packs) -> total` over the first `count` (int32 []) packs of `rows`, `at_once` at a time.
 
-    At most `at_once`, and a number that divides all there are; empty packs after the last one are visited with it.
+    Empty packs after the last one are visited with it.
     """
     packs = rows.lane.shape[0]
-    size = next(n for n in range(min(at_once, packs), 0, -1) if packs % n == 0)
+    size = min(at_once, packs)
+    if missing := -packs % size:
+        labels = rows.labels
+        rows = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)), rows)
+        rows = rows._replace(labels=jnp.pad(labels, ((0, missing), (0, 0)), constant_values=-1))
 
     def turn(index, total):
         here = (jax.lax.dynamic_slice_in_dim(leaf, index * size, size) for leaf in leaves)

@@ -69,9 +69,11 @@ def _rms_norm_forward(x, scale, eps):
 def _rms_norm_backward(eps, kept, gradient):
     x, scale, factor = kept
     normal, slope = x.astype(jnp.float32) * factor, (gradient * scale).astype(jnp.float32)
-    # A product with ones adds up several times faster on a CPU than a reduction of two factors.
-    ones = jnp.ones((x.shape[-1], 8), jnp.float32)
-    along = jnp.matmul(normal * slope, ones, precision="highest")[..., :1] / x.shape[-1]
+    if jax.default_backend() == "cpu":  # a product with ones adds up several times faster there
+        ones = jnp.ones((x.shape[-1], 8), jnp.float32)
+        along = jnp.matmul(normal * slope, ones, precision="highest")[..., :1] / x.shape[-1]
+    else:
+        along = jnp.mean(normal * slope, axis=-1, keepdims=True)
     of_scale = jnp.sum(gradient * normal.astype(x.dtype), axis=range(x.ndim - 1))
     return (factor * (slope - normal * along)).astype(x.dtype), of_scale
 
@@ -304,9 +306,9 @@ def decode_step(
 def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
     """Next-token scores, float32 [..., vocab], from hidden states after the final norm [..., width]."""
     head = params["embedding" if config.tied else "head"]
-    if head.dtype != hidden.dtype:
-        return rounded_product(hidden, head, 1)
-    return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if head.dtype == jnp.float32:
+        return hidden @ head.T
+    return rounded_product(hidden, head, 1)
 
 
 def param_shapes(config: DecoderConfig, dtype="float32") -> PyTree:
