@@ -61,7 +61,7 @@ def main(options: Bench) -> None:
         ) from error
     small = options.quick or options.smoke
     jax.config.update("jax_compilation_cache_dir", None)  # so that first calls compile, whatever ran before
-    load = Load(1024, 8, 16, 192, 48, 64, 3, rows=300) if options.gpu else Load(96, 2, 2, 96, 48, 64, 6)
+    load = Load(1024, 8, 16, 96, 48, 64, 3, rows=300) if options.gpu else Load(96, 2, 2, 96, 48, 64, 6)
     if small:
         load = Load(4, 1, 1, 8, 4, 8, 1) if options.smoke else Load(16, 1, 2, 24, 16, 64, 3)
     turns = 1 if small else options.turns

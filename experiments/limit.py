@@ -2,6 +2,7 @@
 
     python -m experiments.limit                                         minutes on two cores
     python -m experiments.limit --shapes llama-3.2-1b llama-3.1-8b --dtypes bfloat16 --groups 4 --batch 8
+    python -m experiments.limit --profile                               what the time goes into, too
     python -m experiments.limit --smoke                                 a small shape, to see that it works
 
 Counted are useful tokens (no padding) and four floating-point operations a parameter of the blocks, which is what LoRA
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from experiments.profiled import KINDS, REST, profiled
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, files, lora
@@ -69,6 +71,8 @@ class Limit:
     """Optimiser steps of a turn."""
     turns: int = 3
     """How often each is timed, after a run that compiles."""
+    profile: bool = False
+    """One more turn, under JAX's profiler: what its time goes into."""
     smoke: bool = False
     """A small shape and one turn; the figures mean nothing."""
     out: Path | None = None
@@ -79,6 +83,8 @@ def main(options: Limit) -> None:
     """Measure, write, show."""
     at_least_one(lanes=options.lanes, groups=options.groups, batch=options.batch, steps=options.steps)
     at_least_one(turns=options.turns)
+    if options.profile:  # a program kept from earlier may go by the names of earlier code
+        jax.config.update("jax_compilation_cache_dir", None)
     shapes = {"small": SMALL} if options.smoke else {name: SHAPES.get(name) for name in options.shapes}
     unknown = [name for name, shape in shapes.items() if shape is None]
     if unknown:
@@ -145,6 +151,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
         "flops": float(np.median(reached)),
         "matrix_rate": float(np.median(matrix)),
         "share": float(np.median(reached / np.array(matrix))),
+        **({"profile": profiled(compiled, base, adapters, batch)} if options.profile else {}),
     }
 
 
@@ -203,6 +210,20 @@ def markdown(found: dict) -> str:
         shares = f"**{100 * row['share']:.0f} %** | {100 * row['useful_share']:.0f} %"
         how = f"{row.get('blocks', 'loop')} | {row.get('packs', 1)}"
         lines.append(f"| {row['shape']} | {row['dtype']} | {how} | {rates} | {shares} |")
+    traced = [row for row in found["rows"] if "profile" in row]
+    if traced:
+        kinds = [kind for kind in (*KINDS, REST) if any(kind in row["profile"] for row in traced)]
+        lines += [
+            "",
+            "What one more turn spent its time on, by JAX's profiler, in per cent (`experiments/profiled.py`):",
+            "",
+            f"| shape | base | blocks | {' | '.join(kinds)} |",
+            "|---" * (3 + len(kinds)) + "|",
+        ]
+    for row in traced:
+        total = sum(row["profile"].values())
+        shares = " | ".join(f"{100 * row['profile'].get(kind, 0) / total:.0f}" for kind in kinds)
+        lines.append(f"| {row['shape']} | {row['dtype']} | {row['blocks']} | {shares} |")
     return "\n".join([*lines, ""])
 
 

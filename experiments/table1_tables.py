@@ -206,18 +206,19 @@ def text(values: list[float], best: bool) -> str:
 
 def setting(found: dict[str, dict]) -> list[str]:
     """What was run, from the configs themselves."""
-    said = set()
+    said: dict[str, set[str]] = {}
     for summary in found.values():
         c = summary["config"]
         data, local = c["data"], c["local"]
         kind = "**synthetic** rows" if data["data"] == "synthetic" else f"rows of {data['data']}"
         precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
-        said.add(
+        what = (
             f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
             f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal "
             f"for all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
-            f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix; device {summary['device']}."
+            f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix"
         )
+        said.setdefault(what, set()).add(summary["device"])
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
     spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
     if len({len(same) for same in grouped(found).values()}) > 1:
@@ -225,7 +226,8 @@ def setting(found: dict[str, dict]) -> list[str]:
             " Means are over the seeds that all methods of a column with several have; without ±: one seed. Gains are "
             "over all seeds that a method has, which the table task by task counts."
         )
-    return [*sorted(said), "", f"{spread} Generalisation: the mix of all tasks."]
+    lines = [f"{what}; device {' or '.join(sorted(said[what]))}." for what in sorted(said)]
+    return [*lines, "", f"{spread} Generalisation: the mix of all tasks."]
 
 
 def figure(found: dict[str, dict]) -> Figure:

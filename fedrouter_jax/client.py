@@ -144,7 +144,8 @@ def make_client_update(
                 gradients = jax.tree.map(jnp.add, gradients, pulled)
             # What does not move must not count in the norm that clips the rest.
             gradients = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, gradients)
-            updates, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, adapters)
+            with jax.named_scope("optimiser"):
+                updates, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, adapters)
             updates = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, updates)
             return (optax.apply_updates(adapters, updates), optimiser_state), loss
 

@@ -43,6 +43,10 @@ from fedrouter_jax.weighted_rows import (
     weighted_means,
 )
 
+# For programs of clustering: their products are small, and to look for the fastest kernel of each takes a GPU several
+# times as long as all else. JAX takes compiler options for a whole program only, not for a function inside one.
+UNTUNED = {"xla_gpu_autotune_level": 0}
+
 _SWAPS, _SWAPS_A_CLUSTER = 32, 2  # swaps offered to a restart at most: a constant, and as many per cluster
 _AGREEMENT = 1e-6  # restarts whose costs differ by less, relatively, found the same partition
 _REFINE = 4  # every so many offers, the restart's own partition is repaired and nothing is swapped

@@ -34,11 +34,11 @@ def of_packs(
     response token reach the head: with short answers that saves most of the head's work, a fifth of a small model's.
     """
     hidden = hidden_states(config, base, *rows.packs, lora, gates, dropout=dropout, keys=keys, blocks=blocks)
-    predicting = hidden.reshape(-1, config.width)[flat(rows)]
-    scores = logits(config, base, predicting)
-    # As optax has it, but without a gather: its gradient would be one more pass over scores of the whole vocabulary.
-    chosen = jnp.where(jnp.arange(config.vocab_size) == rows.labels[..., None], scores, 0).sum(axis=-1)
-    return (jax.nn.logsumexp(scores, axis=-1) - chosen) * (rows.labels >= 0)
+    with jax.named_scope("loss"):
+        scores = logits(config, base, hidden.reshape(-1, config.width)[flat(rows)])
+        # As optax has it, but without a gather, whose gradient is one more pass over the whole vocabulary.
+        chosen = jnp.where(jnp.arange(config.vocab_size) == rows.labels[..., None], scores, 0).sum(axis=-1)
+        return (jax.nn.logsumexp(scores, axis=-1) - chosen) * (rows.labels >= 0)
 
 
 def flat(rows: packing.Rows) -> Array:

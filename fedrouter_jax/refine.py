@@ -62,7 +62,7 @@ def silhouette(points: Array, present: Array, centroids: Array, valid: Array | N
     return jnp.sum(jax.vmap(client)(points, present)) / jnp.sum(present)
 
 
-@partial(jax.jit, static_argnames=("candidates", "restarts", "steps"))
+@partial(jax.jit, static_argnames=("candidates", "restarts", "steps"), compiler_options=kmeans.UNTUNED)
 def choose_k(
     key: Array,
     centres: Array,

@@ -203,7 +203,8 @@ def enroll(
             f"{total} global clusters were asked for but the clients found {available} local centres; "
             "lower --global-clusters, or raise --local-clusters or --clients"
         )
-    fit = kmeans.fit(global_key, flat, total, weight=weight, restarts=recipe.restarts)
+    centre_sets = _fit_each(global_key[None], flat[None], weight[None], total, recipe.restarts)  # the server's one set
+    fit = jax.tree.map(lambda leaf: leaf[0], centre_sets)
     if recipe.lloyd:
         centroids = refine.lloyd(points, founding, fit.centers, recipe.lloyd)
         table, labels = refine.follow(points, present, centroids, local, founders)
@@ -291,15 +292,15 @@ def _fit_clients(keys, points, present, counts: np.ndarray, restarts: int) -> tu
     return jnp.asarray(centres), jnp.asarray(filled), labels
 
 
-@partial(jax.jit, static_argnames=("k", "restarts"))
-def _fit_each(keys, points, present, k: int, restarts: int) -> kmeans.KMeans:
-    def fit(key, x, here):
-        return kmeans.fit(key, x, k, weight=here.astype(jnp.float32), restarts=restarts)
+@partial(jax.jit, static_argnames=("k", "restarts"), compiler_options=kmeans.UNTUNED)
+def _fit_each(keys, points, weight, k: int, restarts: int) -> kmeans.KMeans:
+    def fit(key, x, weight):
+        return kmeans.fit(key, x, k, weight=weight.astype(jnp.float32), restarts=restarts)
 
-    return jax.vmap(fit)(keys, points, present)
+    return jax.vmap(fit)(keys, points, weight)
 
 
-@partial(jax.jit, static_argnames=("ks", "restarts"))
+@partial(jax.jit, static_argnames=("ks", "restarts"), compiler_options=kmeans.UNTUNED)
 def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tuple[Array, Array]:
     def score(inputs):
         key, rows, here = inputs

@@ -3,14 +3,12 @@
 import itertools
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from experiments import (
@@ -20,6 +18,7 @@ from experiments import (
     growth,
     limit,
     precision,
+    profiled,
     startup,
     studies,
     summaries,
@@ -27,7 +26,6 @@ from experiments import (
     table1_tables,
 )
 from experiments.methods import HEADLINE, METHODS
-from experiments.sweep import sweep
 from fedrouter_jax import records, report, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
@@ -187,8 +185,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         assert drawn == (results / "studies" / f"{folder.name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     full = table1_tables.scores(table1_tables.cells(summaries.load(results / "table1-full" / "runs")), HEADLINE)
-    for line in full[2:-1]:  # but for the gains, of which README leaves the seeds out
-        assert line.replace("fedit", "FedIT").replace("fedrouter+", "`fedrouter+`") in readme
+    assert "\n".join(full) in readme
     headline = table1_tables.scores(table1_tables.cells(runs), HEADLINE)
     assert "\n".join(headline) in readme
     said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -210,7 +207,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     for name, script in (("growth", growth), ("startup", startup)):
         found = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
         assert script.markdown(found) == (ROOT / "docs" / "bench" / f"{name}.md").read_text(encoding="utf-8")
-    for folder in (ROOT / "docs" / "bench" / "h100", ROOT / "docs" / "bench"):
+    for folder in (ROOT / "docs" / "bench" / name for name in ("h100", "profile", ".")):
         measured = json.loads((folder / "limit.json").read_text(encoding="utf-8"))
         assert limit.markdown(measured) == (folder / "limit.md").read_text(encoding="utf-8")
         for row in measured["rows"] if folder.name == "h100" else ():
@@ -266,19 +263,6 @@ def test_the_full_budget_is_that_of_the_papers_launcher():
     data, local = config.data, config.local
     assert (data.clients, config.rounds.rounds, local.steps, local.batch) == (8, 25, 10, 16)
     assert (local.learning_rate, local.min_learning_rate, data.template) == (5e-4, 1e-5, "alpaca")
-
-
-def test_a_sweep_keeps_a_summary_and_runs_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests want their programs
-    config = replace(smoke(), rounds=replace(smoke().rounds, rounds=1), local=replace(smoke().local, steps=1))
-    console, kept = Console(quiet=True), tmp_path / "kept"
-    (folder,) = sweep({"one": config}, tmp_path / "runs", console, kept)
-    scores = json.loads((folder / "scores.json").read_text())["personalised"]["rouge1"]
-    found = summaries.read(kept / "one.json")
-    assert found["scores"]["personalised"]["rouge1"] == scores and len(scores["per_client"]) == config.data.clients
-    shutil.rmtree(folder)
-    sweep({"one": config}, tmp_path / "runs", console, kept)
-    assert not folder.exists()
 
 
 def test_summaries_of_other_runs_are_not_drawn(tmp_path):
@@ -359,14 +343,41 @@ def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
         assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("jit(train)/transpose(jvp(Decoder))/blocks/attention/bkgqd,bksd->bkgqs/dot_general", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("jit(train)/jvp(Decoder)/blocks/q_proj/adapter/dot_general", "adapters"),
+        ("jit(train)/jvp(Decoder)/blocks/q_proj/dot_general", "frozen matrices"),
+        ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_NNT", "frozen matrices"),
+        ("jit(train)/jvp(loss)/reduce_max", "head and loss"),
+        ("jit(train)/jvp(norm)/mul", "norms"),
+        ("MemcpyD2D", "copies"),
+        ("jit(train)/jvp(Decoder)/blocks/jit(silu)/mul", profiled.REST),
+    ],
+)
+def test_a_kernel_is_of_the_kind_its_name_says(name, kind):
+    assert profiled.kind_of(name) == kind
+
+
 def test_training_is_measured_beside_the_limit(tmp_path):
-    options = limit.Limit(dtypes=("mixed",), lanes=2, groups=2, smoke=True, out=tmp_path)
-    limit.main(options)
+    options = limit.Limit(dtypes=("mixed",), lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
+    cache = jax.config.jax_compilation_cache_dir
+    try:
+        limit.main(options)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
     (row,) = json.loads((tmp_path / "limit.json").read_text())["rows"]
     batch, useful = limit.rows_of_a_turn(limit.SMALL, options)
     assert row["useful_tokens"] == useful == (batch.rows.packs.segments > 0).sum()
     assert row["flops"] == pytest.approx(4 * row["block_parameters"] * row["tokens_a_second"])
     assert row["share"] == pytest.approx(row["flops"] / row["matrix_rate"])
-    assert f"**{100 * row['share']:.0f} %**" in (tmp_path / "limit.md").read_text()
+    shown = (tmp_path / "limit.md").read_text()
+    assert f"**{100 * row['share']:.0f} %**" in shown
+    named = {*profiled.KINDS, profiled.REST}
+    assert {"frozen matrices", "attention", "adapters", "head and loss", "norms"} <= set(row["profile"]) <= named
+    total = sum(row["profile"].values())
+    assert f" | {100 * row['profile']['attention'] / total:.0f} | " in shown.splitlines()[-1]
     with pytest.raises(UserError, match="no shape is called 'gpt'"):
         limit.main(limit.Limit(shapes=("gpt",)))

@@ -29,6 +29,7 @@ def attention_mask(config: DecoderConfig, segments: Array) -> Array:
     return (near & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
+@jax.named_scope("attention")
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Causal attention [batch, time, head * head_dim] of q [batch, time, head, head_dim] over k, v [.., kv_head, ..].
 
@@ -94,6 +95,7 @@ def _attention_forward(q, k, v, mask):
     return jnp.concatenate(outputs, axis=3).astype(v.dtype), (q, k, v, mask, sums)
 
 
+@jax.named_scope("attention")
 def _attention_backward(kept, gradient):
     """As in FlashAttention (Dao et al., NeurIPS 2022, arXiv 2205.14135): the softmax again, from the sums it had."""
     q, k, v, mask, sums = kept
@@ -141,6 +143,7 @@ def _fused(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return _merging(lambda *given: _kernel(*given))(q, k, v, mask)
 
 
+@jax.named_scope("attention")
 def _fused_backward(kept, gradient):
     def slopes(q, k, v, mask, gradient):
         return jax.vjp(lambda *qkv: _kernel(*qkv, mask), q, k, v)[1](gradient)

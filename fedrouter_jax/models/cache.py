@@ -86,6 +86,7 @@ def select_rows(cache: Cache, rows: Array, pages: Array, owner: Array, start: Ar
     )
 
 
+@jax.named_scope("attention")
 def attend_cache(config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache) -> Array:
     """One new token a row: scores against the cache and the new key stay apart, so the cache is only read.
 

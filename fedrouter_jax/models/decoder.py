@@ -60,12 +60,14 @@ def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return _rms_norm_forward(x, scale, eps)[0]
 
 
+@jax.named_scope("norm")
 def _rms_norm_forward(x, scale, eps):
     x32 = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * factor).astype(x.dtype) * scale, (x, scale, factor)
 
 
+@jax.named_scope("norm")
 def _rms_norm_backward(eps, kept, gradient):
     x, scale, factor = kept
     normal, slope = x.astype(jnp.float32) * factor, (gradient * scale).astype(jnp.float32)

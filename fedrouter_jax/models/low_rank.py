@@ -25,6 +25,7 @@ class Adapter(NamedTuple):
     keys: Array | None  # one per token, for dropout
 
 
+@jax.named_scope("adapter")
 def low_rank(x: Array, module: str, adapter: Adapter, rate: float) -> Array:
     """The branch of `module` at tokens x [*rows, in]: [*rows, out] in the type of x; `rate` is that of dropout."""
     a, b = adapter.lora.a[module].astype(x.dtype), adapter.lora.b[module].astype(x.dtype)
