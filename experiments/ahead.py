@@ -162,9 +162,12 @@ def main(options: Ahead) -> None:
     out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
     console, rows = Console(stderr=True), []
     for case in cases:
-        # Whose attention it is depends on the device here, and is decided when a program is traced.
-        capability = "9.0" if TARGETS[case.target].platform == "cuda" else ""
-        with mock.patch.object(attention, "compute_capability", lambda capability=capability: capability):
+        # Whose attention it is and how norms add up depend on the device here when a program is traced.
+        gpu = TARGETS[case.target].platform == "cuda"
+        with (
+            mock.patch.object(attention, "compute_capability", lambda gpu=gpu: "9.0" if gpu else ""),
+            mock.patch.object(jax, "default_backend", lambda gpu=gpu: "gpu" if gpu else "tpu"),
+        ):
             rows.append({**case._asdict(), "base": case.base, "jax": jax.__version__, **compiled(case)})
         console.print(rows[-1])
         jax.clear_caches()

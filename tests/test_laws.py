@@ -73,7 +73,7 @@ def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "packs"), [(Blocks(remat=True), 1), (Blocks(unroll=True), 1), (Blocks(), 2), (Blocks(), 99)]
+    ("blocks", "packs"), [(Blocks(remat=True), 1), (Blocks(unroll=True), 1), (Blocks(), 3), (Blocks(), 99)]
 )
 def test_how_gradients_run_blocks_and_packs_changes_nothing(federation, blocks, packs):
     strategy = BY_NAME["fedrouter"]
