@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
@@ -36,9 +37,8 @@ def of_packs(
     hidden = hidden_states(config, base, *rows.packs, lora, gates, dropout=dropout, keys=keys, blocks=blocks)
     with jax.named_scope("loss"):
         scores = logits(config, base, hidden.reshape(-1, config.width)[flat(rows)])
-        # As optax has it, but without a gather, whose gradient is one more pass over the whole vocabulary.
-        chosen = jnp.where(jnp.arange(config.vocab_size) == rows.labels[..., None], scores, 0).sum(axis=-1)
-        return (jax.nn.logsumexp(scores, axis=-1) - chosen) * (rows.labels >= 0)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(rows.labels, 0))
+        return losses * (rows.labels >= 0)
 
 
 def flat(rows: packing.Rows) -> Array:

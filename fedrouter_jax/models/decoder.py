@@ -309,7 +309,7 @@ def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
     """Next-token scores, float32 [..., vocab], from hidden states after the final norm [..., width]."""
     head = params["embedding" if config.tied else "head"]
     if head.dtype == jnp.float32:
-        return hidden @ head.T
+        return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())))
     return rounded_product(hidden, head, 1)
 
 
