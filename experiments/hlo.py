@@ -1,4 +1,5 @@
-"""What the text of a compiled program says: what devices send each other, and what a TPU's compiler expects of it."""
+"""What the text of a compiled program says: what devices send each other, what a TPU's compiler expects
+of it, and what JAX calls its parts."""
 
 from __future__ import annotations
 
@@ -63,6 +64,11 @@ def traffic(text: str) -> dict[str, int]:
             name = f"{operation} in loops" if loops else operation
             found[name] = found.get(name, 0) + size
     return found
+
+
+def names(text: str) -> dict[str, str]:
+    """What JAX calls each instruction, scopes of our code in it, by the compiler's name."""
+    return dict(re.findall(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', text, re.MULTILINE))
 
 
 def cycles(text: str) -> int:

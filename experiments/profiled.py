@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from experiments import hlo
+
 # The first that fits. Kernels of libraries are sdpa and fmha (cuDNN), nvjet, xmma and cutlass (cuBLAS).
 KINDS = {
     "attention": r"attention|sdpa|fmha",
@@ -33,18 +35,12 @@ def profiled(program: jax.stages.Compiled, *arguments) -> dict[str, float]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(*arguments))
         traced = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
-    names = instructions(program.as_text())
+    names = hlo.names(program.as_text())
     seconds: dict[str, float] = {}
     for name, nanoseconds in events(traced):
         kind = kind_of(names.get(name) or names.get(re.sub(r"_(\d+)$", r".\1", name)) or name)
         seconds[kind] = seconds.get(kind, 0) + nanoseconds / 1e9
     return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
-
-
-def instructions(text: str) -> dict[str, str]:
-    """What JAX calls each instruction of a compiled program, by the compiler's name."""
-    found = re.findall(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', text, re.MULTILINE)
-    return dict(found)
 
 
 def kind_of(name: str) -> str:

@@ -204,6 +204,15 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         ("all of it, 6 rounds (seconds)", "all of it, mixed, 6 rounds (seconds)"),
     ):
         assert " | ".join([f"| {shown}", *measured[phase]]) + " |" in readme
+    peers = json.loads((ROOT / "docs" / "bench" / "h200" / "bench.json").read_text(encoding="utf-8"))["phases"]
+    for phase in ("embed", "routed generation", "read prompts", "K-Means"):
+        rate = bench.rates(peers[phase])
+        for side in {"published", "best effort", "scikit-learn"} & set(rate):
+            assert f"| {rate['ours']:,.0f} |" in said and f"| {rate[side]:,.0f} |" in said
+            ratio = rate["ours"] / rate[side]
+            assert any(f"**{ratio:.{digits}f}**" in said for digits in (0, 1, 2))
+    for row in json.loads((ROOT / "docs" / "bench" / "h200" / "training.json").read_text(encoding="utf-8"))["rows"]:
+        assert f"{row['tokens_a_second']:,}" in said
     for name, script in (("growth", growth), ("startup", startup)):
         found = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
         assert script.markdown(found) == (ROOT / "docs" / "bench" / f"{name}.md").read_text(encoding="utf-8")
