@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers import KEY, LOCAL, LORA, assert_close, begin, inputs, nudge, play, rate
 
-from fedrouter_jax import client, lora
+from fedrouter_jax import client, likelihood, lora
 from fedrouter_jax import server as server_lib
+from fedrouter_jax.data import packing, tokens
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import decoder, hidden_states, low_rank
 from fedrouter_jax.strategies import fedit, ffalora
@@ -148,3 +149,16 @@ def test_a_slot_that_did_not_move_keeps_its_optimisers_state(name):
     for new, old in zip(*map(jax.tree.leaves, (states, last)), strict=True):
         np.testing.assert_array_equal(new[1], old[1])
         assert (new[0] != old[0]).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])
+def test_packs_are_visited_once_in_any_number(at_once):
+    """Five packs of a row each, all of them full: what fills the last turn predicts nothing."""
+    batch = packing.batch([[tokens.Tokens([1, 2], [3], False)] * 5], packs=5, time=3, predicted=1)
+    assert batch.count == 5
+
+    def visit(total, rows):
+        return total + jnp.array([jnp.sum(rows.labels >= 0), jnp.sum(rows.packs.tokens)])
+
+    rows = jax.tree.map(jnp.asarray, batch.rows)
+    assert likelihood.fold(rows, batch.count, at_once, visit, jnp.zeros(2)).tolist() == [5, 30]
