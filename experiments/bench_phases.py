@@ -406,8 +406,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     held = [[rows] for rows in prepared.train]
     work, batch = experiment.round_inputs(prepared, held, 1)
     segments = np.asarray(batch.rows.packs.segments)
-    together = experiment.packs_with_head(prepared.config)
-    visited = (-(-batch.count // together) * together).sum() * segments.shape[-1]
+    visited = (-(-batch.count // prepared.packs) * prepared.packs).sum() * segments.shape[-1]
     return {
         "embed": sum(texts) / packed(texts, packing.fitted_length(texts, most, at_once), most),
         "train": float((segments > 0).sum() / visited),

@@ -8,7 +8,6 @@ evaluate
 
 from __future__ import annotations
 
-import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, Strategy, Work
 
-PACKS = 32  # that train together on an accelerator, at most; a step of eight lanes of sixteen rows has some twenty
+PACKS = 64  # that train together on an accelerator, of all groups of lanes, at most; a step of one has some twenty
 
 
 class Prepared(NamedTuple):
@@ -46,6 +45,7 @@ class Prepared(NamedTuple):
     test: dict[int, tokens.Tokens]  # by index into dataset.test
     strategy: Strategy
     pack: tuple[int, int]  # tokens and response tokens of a training pack
+    packs: int  # of a group that train together
     round: Callable  # the jitted round
     mesh: Mesh | None  # where there are several devices
 
@@ -84,12 +84,12 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    pack = packing.shape(train, config.local.batch, config.compute.lanes_together)
+    local, lanes = config.local, config.compute.lanes_together
+    pack = packing.shape(train, local.batch, lanes)
+    counts = packing.packs_of_steps(train, local.batch, 1 if strategy.pooled else lanes, *pack)
     # Free memory differs between hosts, programs may not.
-    lengths = [row.length for held in train for row in held]
-    chosen = trained_at_once(config, model, strategy, pack, sum(lengths) / len(lengths))
-    packs, groups = map(processes.agreed, chosen)
-    update = client.make_client_update(model.config, config.lora, config.local, config.compute.blocks, packs)
+    packs, groups = map(processes.agreed, trained_at_once(config, model, strategy, pack, counts))
+    update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora, packs)
@@ -97,7 +97,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     if on is not None:
         model = model._replace(params=mesh.place_base(on, model.params))
     round = make_round(strategy, update, rate, rounds.rounds, groups or None, server, loss, on)
-    return Prepared(config, model, dataset, split, train, test, strategy, pack, round, on)
+    return Prepared(config, model, dataset, split, train, test, strategy, pack, packs, round, on)
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
@@ -125,12 +125,11 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
 
 
 def trained_at_once(
-    config: Config, model: Model, strategy: Strategy, pack: tuple[int, int], row_tokens: float
+    config: Config, model: Model, strategy: Strategy, pack: tuple[int, int], counts: Sequence[int]
 ) -> tuple[int, int]:
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
-    Elsewhere as many groups as fit in memory (0: all), and where they are few, packs: as many as a step seldom has more
-    of, where rows have `row_tokens` tokens on average.
+    Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
     """
     if jax.default_backend() == "cpu":
         return config.compute.packs_at_once or 1, config.compute.groups_at_once or 1
@@ -140,8 +139,7 @@ def trained_at_once(
     together = min(lanes, config.compute.lanes_together)
     rows = jax.device_count() // config.compute.model_parallel
     groups = -(-lanes // (together * rows))
-    step = math.ceil(1.1 * together * config.local.batch * row_tokens / pack[0])
-    packs = config.compute.packs_at_once or min(step, max(1, PACKS // groups))
+    packs = config.compute.packs_at_once or packing.packs_of_a_turn(counts, PACKS // groups)
     limit = memory_limit()
     if limit is None:
         return packs, config.compute.groups_at_once or 0

@@ -387,6 +387,23 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
     assert packing.shape([rows] * 4, size=2, together=1) == (128, 32)  # two rows of 48 in 128; 192 would waste more
     long = [tokens.Tokens([1] * 700, [2] * 300, False)]
     assert packing.shape([rows, long], 2, 2) == (1024, 432)
+    assert packing.packs_of_steps([rows] * 4, 2, 4, time, predicted, 3) == [1, 1, 1]
+    assert packing.packs_of_steps([rows] * 4, 3, 4, time, predicted, 2) == [2, 2]  # twelve rows, eight to a pack
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "best"),
+    [
+        ([21, 22, 20], 64, 24),  # one turn, hardly more than there are; not all that fit
+        ([22, 21, 21], 16, 12),  # two turns of which the second is not half empty
+        ([20, 20, 20, 21], 64, 24),  # no turn more for a pack in four steps
+        ([8] * 30 + [9], 64, 8),  # but for one in thirty
+        ([3], 64, 3),
+        ([200], 1, 1),
+    ],
+)
+def test_packs_go_together_in_numbers_that_leave_few_of_them_empty(counts, most, best):
+    assert packing.packs_of_a_turn(counts, most) == best
 
 
 def test_every_task_is_in_the_mix_and_trained():

@@ -15,6 +15,7 @@ from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.types import Array
 
 _SHORTEST, _LONGEST = 256, 512  # tokens of a pack: shorter make small products, longer pay for attention
+_TURN = 5  # packs of a small model that take as long on a GPU as a turn does beside its packs
 
 
 class Packs(NamedTuple):
@@ -141,16 +142,34 @@ def shape(clients: Sequence[Sequence[Tokens]], size: int, together: int) -> tupl
     rows = [row for held in clients for row in held]
     longest, answer = max(row.length for row in rows), max(len(row.response) for row in rows)
     share = 1.5 * sum(len(row.response) for row in rows) / sum(row.length for row in rows)
-    rng = np.random.default_rng(0)
-    steps = [[held[i] for held in clients[:together] for i in rng.integers(0, len(held), size)] for _ in range(8)]
 
     def waste(time: int) -> tuple[int, int, int]:
         predicted = max(answer, -(-int(share * time) // 16) * 16)
-        packs = sum(
-            len(first_fit([(r.length, len(r.response)) for r in step], time, predicted, size * together))
-            for step in steps
-        )
+        packs = sum(packs_of_steps(clients, size, together, time, predicted, 8))
         return packs * (time + 8), time, predicted  # 8: what visiting a pack costs beside its tokens
 
     first = -(-longest // 64) * 64
     return min(waste(time) for time in range(first, max(first, 512) + 1, 64))[1:]
+
+
+def packs_of_steps(
+    clients: Sequence[Sequence[Tokens]], size: int, together: int, time: int, predicted: int, steps: int = 32
+) -> list[int]:
+    """How many packs hold rows in so many sample steps of `size` rows of `together` lanes."""
+    rng = np.random.default_rng(0)
+    sampled = [[held[i] for held in clients[:together] for i in rng.integers(0, len(held), size)] for _ in range(steps)]
+    return [
+        len(first_fit([(row.length, len(row.response)) for row in step], time, predicted, size * together))
+        for step in sampled
+    ]
+
+
+def packs_of_a_turn(counts: Sequence[int], most: int) -> int:
+    """How many packs, at most `most`, to take through the model together where steps have so many: the quickest way.
+
+    The last turn of a step is computed in full, filled or not; every turn costs `_TURN` packs more. Beyond eight only
+    multiples of four, so that other draws of rows seldom ask for another program.
+    """
+    held = np.array(counts)
+    sizes = [size for size in range(1, max(1, most) + 1) if size <= 8 or size % 4 == 0]
+    return min(sizes, key=lambda size: (int((-(-held // size) * (size + _TURN)).sum()), size))
