@@ -394,9 +394,9 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
 @pytest.mark.parametrize(
     ("counts", "most", "best"),
     [
-        ([21, 22, 20], 64, 24),  # one turn, hardly more than there are; not all that fit
+        ([21, 22, 20], 64, 22),  # one turn of as many as there are; not all that fit
         ([22, 21, 21], 16, 12),  # two turns of which the second is not half empty
-        ([20, 20, 20, 21], 64, 24),  # no turn more for a pack in four steps
+        ([20, 20, 20, 21], 64, 22),  # no turn more for a pack in four steps
         ([8] * 30 + [9], 64, 8),  # but for one in thirty
         ([3], 64, 3),
         ([200], 1, 1),

@@ -168,8 +168,8 @@ def packs_of_a_turn(counts: Sequence[int], most: int) -> int:
     """How many packs, at most `most`, to take through the model together where steps have so many: the quickest way.
 
     The last turn of a step is computed in full, filled or not; every turn costs `_TURN` packs more. Beyond eight only
-    multiples of four, so that other draws of rows seldom ask for another program.
+    even numbers, so that other draws of rows seldom ask for another program.
     """
     held = np.array(counts)
-    sizes = [size for size in range(1, max(1, most) + 1) if size <= 8 or size % 4 == 0]
+    sizes = [size for size in range(1, max(1, most) + 1) if size <= 8 or size % 2 == 0]
     return min(sizes, key=lambda size: (int((-(-held // size) * (size + _TURN)).sum()), size))
