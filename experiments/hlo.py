@@ -67,8 +67,19 @@ def traffic(text: str) -> dict[str, int]:
 
 
 def names(text: str) -> dict[str, str]:
-    """What JAX calls each instruction, scopes of our code in it, by the compiler's name."""
-    return dict(re.findall(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', text, re.MULTILINE))
+    """What JAX calls each instruction, scopes of our code in it, by the compiler's name.
+
+    On a CPU products of stacks of matrices lose theirs; they are called what the first of their operands is.
+    """
+    found: dict[str, str] = {}
+    nameless: dict[str, str] = {}
+    for name, rest in re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", text, re.MULTILINE):
+        called = re.search(r'op_name="([^"]*)"', rest)
+        if called:
+            found[name] = called[1]
+        elif " dot(" in rest or "__ynn_fusion" in rest:
+            nameless[name] = re.search(r"\(%?([\w.\-]+)", rest)[1]
+    return found | {name: found[operand] for name, operand in nameless.items() if operand in found}
 
 
 def cycles(text: str) -> int:

@@ -59,7 +59,7 @@ class ComputeConfig:
     """Rows that generate together; by default 64 on a CPU, else up to 512, as memory allows."""
     packs_at_once: int | None = None
     """Packs of rows that go through the model together; by default 2 that are only read and 1 in training on a CPU,
-    elsewhere 16 and in training, where groups of lanes are few and memory allows, those of a step, up to 32."""
+    elsewhere 16 and in training, where groups of lanes are few and memory allows, those of a step, up to 64 in all."""
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     unroll: bool = False

@@ -16,6 +16,7 @@ from experiments import (
     clustering,
     clustering_figures,
     growth,
+    hlo,
     limit,
     precision,
     profiled,
@@ -211,6 +212,10 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
             assert f"| {rate['ours']:,.0f} |" in said and f"| {rate[side]:,.0f} |" in said
             ratio = rate["ours"] / rate[side]
             assert any(f"**{ratio:.{digits}f}**" in said for digits in (0, 1, 2))
+    peers = json.loads((ROOT / "docs" / "bench" / "h100" / "bench.json").read_text(encoding="utf-8"))["phases"]
+    rate = bench.rates(peers["train a round"])
+    trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
+    assert f"on an H100 | {trained} |" in said
     for row in json.loads((ROOT / "docs" / "bench" / "h200" / "training.json").read_text(encoding="utf-8"))["rows"]:
         assert f"{row['tokens_a_second']:,}" in said
     for name, script in (("growth", growth), ("startup", startup)):
@@ -220,7 +225,12 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         measured = json.loads((folder / "limit.json").read_text(encoding="utf-8"))
         assert limit.markdown(measured) == (folder / "limit.md").read_text(encoding="utf-8")
         for row in measured["rows"] if folder.name == "h100" else ():
-            assert f"| {row['tokens_a_second']:,.0f} ({100 * row['share']:.0f} %) |" in said
+            parts, total = row["profile"], sum(row["profile"].values())
+            times = [
+                f"{100 * parts[kind] / total:.0f}" for kind in (*profiled.KINDS, profiled.REST) if kind != "optimiser"
+            ]
+            cells = f"{row['tokens_a_second']:,.0f} ({100 * row['share']:.0f} %) | {' | '.join(times)}"
+            assert f"| {cells} |" in said
     shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
     floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
     assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in said
@@ -368,6 +378,17 @@ def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
 )
 def test_a_kernel_is_of_the_kind_its_name_says(name, kind):
     assert profiled.kind_of(name) == kind
+
+
+def test_a_product_that_lost_its_name_goes_by_that_of_what_it_reads():
+    named = 'metadata={op_name="jit(f)/attention/slice"}'
+    text = f"""
+  %slice.1 = f32[3,64,64] copy(%p.1), {named}
+  %ynn_fusion.2 = f32[3,64,64] fusion(%slice.1, %p.2), backend_config={{"fusion_config":{{"kind":"__ynn_fusion"}}}}
+  ROOT %dot.3 = f32[3,64,64] dot(%p.2, %slice.1), metadata={{stack_frame_id=3}}
+  %copy.4 = f32[3,64,64] copy(%slice.1)
+"""
+    assert hlo.names(text) == {"slice.1": "jit(f)/attention/slice", "ynn_fusion.2": "jit(f)/attention/slice"}
 
 
 def test_training_is_measured_beside_the_limit(tmp_path):
