@@ -15,7 +15,9 @@ from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.types import Array
 
 _SHORTEST, _LONGEST = 256, 512  # tokens of a pack: shorter make small products, longer pay for attention
-_TURN = 5  # packs of a small model that take as long on a GPU as a turn does beside its packs
+# Packs that take as long as a turn does beside its packs: SmolLM2-135M's on an H200, by turns of 16 and 32
+# (docs/bench/h200/training.json).
+_TURN = 5
 
 
 class Packs(NamedTuple):

@@ -1,6 +1,7 @@
-"""Attention among packed tokens, with a backward pass of its own: on a CPU several times as fast as
-`jax.nn.dot_product_attention`, against which it is tested. There `windows.py` takes its place, on an NVIDIA GPU and in
-bfloat16 cuDNN's kernel.
+"""Attention among packed tokens: cuDNN's kernel on an NVIDIA GPU in bfloat16, windows of keys on a CPU (`windows.py`), and
+elsewhere tiles of queries against all keys up to their own, with a backward pass of its own.
+
+All are tested against `jax.nn.dot_product_attention`, which on a CPU takes several times as long.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def attention_mask(config: DecoderConfig, segments: Array) -> Array:
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Causal attention [batch, time, head * head_dim] of q [batch, time, head, head_dim] over k, v [.., kv_head, ..].
 
-    Queries go by in tiles, each against the keys up to its own end, or on a CPU against those from its first text on:
-    that skips keys that the mask hides anyway. Products are of operands in the dtype of q, k and v, summed in float32.
+    Each way skips keys that the mask hides anyway. Products are of operands in the dtype of q, k and v, summed in
+    float32.
     """
     batch, time, heads, size = q.shape
     fits = q.dtype == jnp.bfloat16 and time % 8 == 0 and size % 8 == 0 and size <= 128
