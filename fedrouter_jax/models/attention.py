@@ -1,5 +1,5 @@
-"""Attention among packed tokens: cuDNN's kernel on an NVIDIA GPU in bfloat16, windows of keys on a CPU (`windows.py`), and
-elsewhere tiles of queries against all keys up to their own, with a backward pass of its own.
+"""Attention among packed tokens: cuDNN's kernel on an NVIDIA GPU in bfloat16, windows of keys on a CPU (`windows.py`),
+and elsewhere tiles of queries against all keys up to their own, with a backward pass of its own.
 
 All are tested against `jax.nn.dot_product_attention`, which on a CPU takes several times as long.
 """
