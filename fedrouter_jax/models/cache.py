@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedrouter_jax.models.attention import product32
 from fedrouter_jax.models.config import DecoderConfig
-from fedrouter_jax.models.matrices import product32, values
+from fedrouter_jax.models.matrices import values
 from fedrouter_jax.types import Array
 
 PAGE = 64  # slots: few enough that little of a row's last page is empty, enough for a product worth its name

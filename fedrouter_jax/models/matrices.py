@@ -1,4 +1,4 @@
-"""Frozen matrices of fewer bits than what they are multiplied with, and products with float32 sums."""
+"""Frozen matrices of fewer bits than what they are multiplied with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fedrouter_jax.types import Array, PyTree
 
 DTYPES = ("float32", "bfloat16", "mixed")  # of a base; mixed: the matrices in bfloat16, all else in float32
 MATRICES = ("kernel", "embedding", "head")
-product32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def computation(dtype: str) -> jnp.dtype:
