@@ -32,7 +32,7 @@ from fedrouter_jax import client, files, lora
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import PACKS
+from fedrouter_jax.experiment import packs_together
 from fedrouter_jax.federation import map_groups
 from fedrouter_jax.models import Blocks, DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
@@ -115,9 +115,8 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     batch, useful = rows_of_a_turn(decoder, options)
     fresh = lora.init(jax.random.key(1), decoder, config)
     adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
-    local, packs = client.LocalConfig(options.steps, options.batch), options.packs or 1
-    if not options.packs and jax.default_backend() != "cpu":
-        packs = packing.packs_of_a_turn(np.asarray(batch.count).ravel(), PACKS // options.groups)
+    local, counts = client.LocalConfig(options.steps, options.batch), np.asarray(batch.count).ravel()
+    packs = options.packs or packs_together(counts, options.groups)
     update = client.make_client_update(decoder, config, local, Blocks(unroll=options.unroll), packs)
     phases = (Phase(train=True, weights={"main": 1.0}),)
 
@@ -138,7 +137,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
         jax.block_until_ready(compiled(base, adapters, batch))
         seconds.append(clock.perf_counter() - before)
     reached = 4 * parameters * useful / np.array(seconds)
-    computed = (-(-np.asarray(batch.count) // packs) * packs).sum() * batch.rows.lane.shape[-1]
+    computed = (-(-counts // packs) * packs).sum() * batch.rows.lane.shape[-1]
     return {
         "blocks": "unrolled" if options.unroll else "loop",
         "packs": packs,

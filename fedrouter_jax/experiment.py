@@ -131,15 +131,15 @@ def trained_at_once(
 
     Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
     """
-    if jax.default_backend() == "cpu":
-        return config.compute.packs_at_once or 1, config.compute.groups_at_once or 1
     # As many clusters as there may be, for they are not found yet.
     held = config.cluster.local_clusters or config.cluster.max_clusters
     lanes = config.data.clients * (config.rounds.clusters_per_round or held)
     together = min(lanes, config.compute.lanes_together)
     rows = jax.device_count() // config.compute.model_parallel
     groups = -(-lanes // (together * rows))
-    packs = config.compute.packs_at_once or packing.packs_of_a_turn(counts, PACKS // groups)
+    packs = config.compute.packs_at_once or packs_together(counts, groups)
+    if jax.default_backend() == "cpu":
+        return packs, config.compute.groups_at_once or 1
     limit = memory_limit()
     if limit is None:
         return packs, config.compute.groups_at_once or 0
@@ -150,6 +150,11 @@ def trained_at_once(
         shape = plan.packs_that_fit(federation, shape, groups, limit, rows > 1)
     fitting = plan.groups_that_fit(federation, shape, groups, limit, rows > 1)
     return shape.at_once, config.compute.groups_at_once or fitting
+
+
+def packs_together(counts: Sequence[int], groups: int) -> int:
+    """Packs that a group of lanes trains on together, one of `groups`, where its steps have `counts` packs."""
+    return 1 if jax.default_backend() == "cpu" else packing.packs_of_a_turn(counts, PACKS // groups)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:

@@ -392,7 +392,7 @@ def test_a_product_that_lost_its_name_goes_by_that_of_what_it_reads():
 
 
 def test_training_is_measured_beside_the_limit(tmp_path):
-    options = limit.Limit(dtypes=("mixed",), lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
+    options = limit.Limit(dtypes=("mixed",), packs=3, lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
     cache = jax.config.jax_compilation_cache_dir
     try:
         limit.main(options)
@@ -401,6 +401,8 @@ def test_training_is_measured_beside_the_limit(tmp_path):
     (row,) = json.loads((tmp_path / "limit.json").read_text())["rows"]
     batch, useful = limit.rows_of_a_turn(limit.SMALL, options)
     assert row["useful_tokens"] == useful == (batch.rows.packs.segments > 0).sum()
+    assert max(batch.count.ravel()) <= 3  # so a step is one turn, whose empty packs are computed, too
+    assert row["useful_share"] == useful / (3 * batch.count.size * batch.rows.lane.shape[-1])
     assert row["flops"] == pytest.approx(4 * row["block_parameters"] * row["tokens_a_second"])
     assert row["share"] == pytest.approx(row["flops"] / row["matrix_rate"])
     shown = (tmp_path / "limit.md").read_text()
