@@ -3,6 +3,7 @@
     python -m experiments.limit                                         minutes on two cores
     python -m experiments.limit --shapes llama-3.2-1b llama-3.1-8b --dtypes bfloat16 --groups 4 --batch 8
     python -m experiments.limit --profile                               what the time goes into, too
+    JAX_NUM_CPU_DEVICES=2 python -m experiments.limit --groups 2        each core a device, for a group of its own
     python -m experiments.limit --smoke                                 a small shape, to see that it works
 
 Counted are useful tokens (no padding) and four floating-point operations a parameter of the blocks, which is what LoRA
@@ -28,7 +29,7 @@ from rich.console import Console
 from experiments.profiled import KINDS, REST, profiled
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
-from fedrouter_jax import client, files, lora
+from fedrouter_jax import client, files, lora, mesh
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
@@ -63,7 +64,7 @@ class Limit:
     lanes: int = 8
     """Lanes of a group, which share packs."""
     groups: int = 1
-    """Groups that run at once."""
+    """Groups that run at once, as many on each device."""
     batch: int = 2
     """Rows of a lane's optimiser step."""
     steps: int = 2
@@ -82,6 +83,9 @@ def main(options: Limit) -> None:
     """Measure, write, show."""
     at_least_one(lanes=options.lanes, groups=options.groups, batch=options.batch, steps=options.steps)
     at_least_one(turns=options.turns)
+    devices = jax.device_count()
+    if options.groups % devices:
+        raise UserError(f"--groups is {options.groups}, but there are {devices} devices; give a multiple of that")
     if options.profile:  # a program kept from earlier may go by the names of earlier code
         jax.config.update("jax_compilation_cache_dir", None)
     shapes = {"small": SMALL} if options.smoke else {name: SHAPES.get(name) for name in options.shapes}
@@ -95,6 +99,7 @@ def main(options: Limit) -> None:
             console.print(rows[-1])
     found = {
         "device": jax.devices()[0].device_kind,
+        "devices": devices,
         "jax": jax.__version__,
         "load": {name: getattr(options, name) for name in ("quantise", "lanes", "groups", "batch", "steps", "turns")},
         "rows": rows,
@@ -116,17 +121,22 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     fresh = lora.init(jax.random.key(1), decoder, config)
     adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
     local, counts = client.LocalConfig(options.steps, options.batch), np.asarray(batch.count).ravel()
-    packs = options.packs or packs_together(counts, options.groups)
+    here = options.groups // jax.device_count()
+    packs = options.packs or packs_together(counts, here)
     update = client.make_client_update(decoder, config, local, Blocks(unroll=options.unroll), packs)
     phases = (Phase(train=True, weights={"main": 1.0}),)
 
     def group(base: PyTree, held: tuple[PyTree, Array], batch: packing.Batch) -> PyTree:
         return update(base, held[0], batch, 1e-3, held[1], phases)
 
+    on = mesh.make() if jax.device_count() > 1 else None
+    if on is not None:
+        base, batch = mesh.place_base(on, base), mesh.place_batches(on, batch)
+
     @jax.jit
     def train(base, adapters, batch):
         keys = jax.random.split(jax.random.key(2), lanes)
-        return map_groups(group, base, (adapters, keys), batch, options.groups)
+        return map_groups(group, base, (adapters, keys), batch, here, on)
 
     compiled = train.lower(base, adapters, batch).compile()
     jax.block_until_ready(compiled(base, adapters, batch))
@@ -193,11 +203,12 @@ def markdown(found: dict) -> str:
     """A row a shape and type."""
     load = found["load"]
     stored = "" if load["quantise"] == "none" else f", matrices in {load['quantise']}"
+    devices = "device" if found.get("devices", 1) == 1 else f"{found['devices']} devices"
     lines = [
         "# Training beside the limit",
         "",
         f"Random weights{stored}; {load['groups']} group(s) of {load['lanes']} lanes, {load['steps']} steps of "
-        f"{load['batch']} random rows, as long as flan4's; device {found['device']}, jax {found['jax']}. Median of "
+        f"{load['batch']} random rows, as long as flan4's; {devices} {found['device']}, jax {found['jax']}. Median of "
         f"{load['turns']} turns. Useful tokens, four operations a parameter of the blocks and token; the matrix rate "
         "is that of a large product, in float32 or bfloat16, in the same turns.",
         "",

@@ -84,9 +84,9 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    local, lanes = config.local, config.compute.lanes_together
+    local, lanes = config.local, lanes_of_a_group(config, strategy, cluster_counts(config, split)[0])
     pack = packing.shape(train, local.batch, lanes)
-    counts = packing.packs_of_steps(train, local.batch, 1 if strategy.pooled else lanes, *pack)
+    counts = packing.packs_of_steps(train, local.batch, lanes, *pack)
     # Free memory differs between hosts, programs may not.
     packs, groups = map(processes.agreed, trained_at_once(config, model, strategy, pack, counts))
     update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
@@ -122,6 +122,17 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
             f"the tokenizer of {model.name} gives token {largest}, but the model embeds {model.config.vocab_size}; "
             "are they of one model?"
         )
+
+
+def lanes_of_a_group(config: Config, strategy: Strategy, held: int | None) -> int:
+    """How many lanes will share packs, where clients hold `held` clusters (None: as many as may be found)."""
+    if strategy.pooled:
+        return 1
+    rounds, most = config.rounds, held or config.cluster.max_clusters
+    each = min(rounds.clusters_per_round or most, most) if strategy.enrolling in ("clustering", "tasks") else 1
+    lanes = schedule.taking_part(config.data.clients - config.data.newcomers, rounds.participation) * each
+    rows_of_devices = jax.device_count() // config.compute.model_parallel
+    return schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)[1]
 
 
 def trained_at_once(

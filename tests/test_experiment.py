@@ -9,8 +9,10 @@ import pytest
 from helpers import assert_close
 
 from fedrouter_jax import answers, embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
-from fedrouter_jax.data import tokens
+from fedrouter_jax.data import packing, tokens
+from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
 
@@ -174,6 +176,24 @@ def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
             assert_close(found, one._replace(gate={}), 0)
             gates = peft_io.load_file(folder / "gate.safetensors")
             assert_close(gates, jax.tree.map(np.asarray, one.gate), 0)
+
+
+def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
+    def lanes(devices, clients=4, name="fedrouter", held=2, **rounds):
+        config = dataclasses.replace(smoke(), strategy=name, rounds=RoundConfig(**rounds))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        return experiment.lanes_of_a_group(config, config_lib.strategy(config, 4), held)
+
+    assert [lanes(devices) for devices in (1, 2, 8)] == [4, 2, 1]
+    assert lanes(1, clients=20) == 7  # three groups of eight at most
+    assert lanes(1, clients=3, clusters_per_round=0) == 6  # two clusters of each
+    assert lanes(1, clients=1, clusters_per_round=0, held=None) == 5  # two groups of the ten it may hold
+    assert lanes(1, clients=8, participation=0.5) == 4
+    assert lanes(2, name="centralised") == 1
+    monkeypatch.setattr(experiment, "lanes_of_a_group", lambda *_: 3)
+    found = experiment.prepare(smoke())
+    assert found.pack == packing.shape(found.train, found.config.local.batch, 3)
 
 
 @pytest.mark.parametrize(("limit", "packs", "groups", "rows"), [(None, 5, 0, 64), (2**40, 5, 1, 512), (1, 1, 1, 64)])
