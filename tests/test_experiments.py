@@ -216,6 +216,13 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
     rate = bench.rates(peers["train a round"])
     trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
     assert f"on an H100 | {trained} |" in said
+    rates = {"mixed": [], "float32": []}
+    for name in ("one-1", "one-2", "two-1", "two-2"):
+        found = json.loads((ROOT / "docs" / "bench" / "cores" / f"{name}.json").read_text(encoding="utf-8"))
+        for row in found["rows"]:
+            rates[row["dtype"]].append(f"{row['tokens_a_second']:.0f}")
+    mixed = "{} and {} on one, {} and {} on two in mixed precision".format(*rates["mixed"])
+    assert mixed + ", {} and {}, {} and {} in float32".format(*rates["float32"]) in said
     for row in json.loads((ROOT / "docs" / "bench" / "h200" / "training.json").read_text(encoding="utf-8"))["rows"]:
         assert f"{row['tokens_a_second']:,}" in said
     for name, script in (("growth", growth), ("startup", startup)):
@@ -391,7 +398,7 @@ def test_a_product_that_lost_its_name_goes_by_that_of_what_it_reads():
     assert hlo.names(text) == {"slice.1": "jit(f)/attention/slice", "ynn_fusion.2": "jit(f)/attention/slice"}
 
 
-def test_training_is_measured_beside_the_limit(tmp_path):
+def test_training_is_measured_beside_the_limit(tmp_path, monkeypatch):
     options = limit.Limit(dtypes=("mixed",), packs=3, lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
     cache = jax.config.jax_compilation_cache_dir
     try:
@@ -413,3 +420,6 @@ def test_training_is_measured_beside_the_limit(tmp_path):
     assert f" | {100 * row['profile']['attention'] / total:.0f} | " in shown.splitlines()[-1]
     with pytest.raises(UserError, match="no shape is called 'gpt'"):
         limit.main(limit.Limit(shapes=("gpt",)))
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--groups is 3, but there are 2 devices; give a multiple"):
+        limit.main(limit.Limit(groups=3))
