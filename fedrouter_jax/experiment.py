@@ -126,11 +126,7 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
 
 def lanes_of_a_group(config: Config, strategy: Strategy, held: int | None) -> int:
     """How many lanes will share packs, where clients hold `held` clusters (None: as many as may be found)."""
-    if strategy.pooled:
-        return 1
-    rounds, most = config.rounds, held or config.cluster.max_clusters
-    each = min(rounds.clusters_per_round or most, most) if strategy.enrolling in ("clustering", "tasks") else 1
-    lanes = schedule.taking_part(config.data.clients - config.data.newcomers, rounds.participation) * each
+    lanes = plan.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
     rows_of_devices = jax.device_count() // config.compute.model_parallel
     return schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)[1]
 

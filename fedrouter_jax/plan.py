@@ -174,6 +174,13 @@ def steps(config: Config, strategy: Strategy) -> int:
     return config.local.steps * (clients if strategy.pooled else 1)
 
 
+def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
+    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
+    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
+    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    return 1 if strategy.pooled else clients * each
+
+
 def asked(federation: Federation, lanes: int) -> Adapters:
     """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
     ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)
@@ -236,15 +243,13 @@ def plan(
     strategy = config_lib.strategy(config, clusters)
     config_lib.check_strategy(config, strategy)
     start = federation(decoder, config, strategy, clusters)
-    rounds, data = config.rounds, config.data
+    data = config.data
     held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))
-    each = min(rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
     parallel = config.compute.model_parallel
     if devices % parallel:
         raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
     rows_of_devices = devices // parallel
-    clients = schedule.taking_part(data.clients - data.newcomers, rounds.participation)
-    lanes = 1 if strategy.pooled else clients * each
+    lanes = lanes_of_a_round(config, strategy, held)
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=together, rows=together * config.local.batch)
@@ -261,7 +266,7 @@ def plan(
     size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, start.state.bank)
     # Of the last round, when as many clusters of clients are found as there may be.
     found = np.arange(data.clients)[:, None] % clusters
-    up, down = strategy.traffic(start.state._replace(round=rounds.rounds, table=found), lanes, size)
+    up, down = strategy.traffic(start.state._replace(round=config.rounds.rounds, table=found), lanes, size)
     flops = 4.0 * (blocks + head) * tokens
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
