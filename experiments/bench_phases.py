@@ -392,9 +392,10 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
 
     at_once = experiment.packs_at_once(prepared.config)
 
-    def packed(lengths: list[int], time: int, most: int) -> int:
-        packs = len(packing.first_fit([(length, 0) for length in lengths], time, 0, most))
-        return time * at_once * -(-packs // at_once)
+    def packed(turns: list[list[int]], time: int, most: int) -> int:
+        packs = [len(packing.first_fit([(length, 0) for length in here], time, 0, most)) for here in turns]
+        together = packing.packs_of_a_turn(packs[:1], at_once)
+        return time * together * sum(-(-count // together) for count in packs)
 
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
     texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
@@ -408,7 +409,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     segments = np.asarray(batch.rows.packs.segments)
     visited = (-(-batch.count // prepared.packs) * prepared.packs).sum() * segments.shape[-1]
     return {
-        "embed": sum(texts) / packed(texts, packing.fitted_length(texts, most, at_once), most),
+        "embed": sum(texts) / packed([texts], packing.fitted_length(texts, most, at_once), most),
         "train": float((segments > 0).sum() / visited),
-        "read": sum(prompts) / sum(packed(here, time, rows) for here in turns),
+        "read": sum(prompts) / packed(turns, time, rows),
     }

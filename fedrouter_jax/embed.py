@@ -74,8 +74,8 @@ def embed(
 
     The first `skip` tokens of a text do not count, unless it has no others.
 
-    `depth` is the share of the blocks to run (None: all and the final norm); `packs_at_once` packs go through the
-    model together; `advance` is called with the number of texts done. `gates` [text, rank] open adapters of `lora`.
+    `depth` is the share of the blocks to run (None: all and the final norm); at most `packs_at_once` packs go through
+    the model together; `advance` is called with the number of texts done. `gates` [text, rank] open adapters of `lora`.
     """
     if not texts:
         return np.zeros((0, config.width), np.float32)
@@ -89,6 +89,7 @@ def embed(
         for start in range(0, len(texts), _WINDOW)
         for rows in packing.first_fit([(n, 0) for n in sizes[start : start + _WINDOW]], time, 0, TEXTS_PER_PACK)
     ]
+    packs_at_once = packing.packs_of_a_turn([len(assignment)], packs_at_once)
     embeddings = np.zeros((len(texts), config.width), np.float32)
     for start in range(0, len(assignment), packs_at_once):
         here = assignment[start : start + packs_at_once]

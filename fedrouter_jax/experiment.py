@@ -84,11 +84,12 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    local, lanes = config.local, lanes_of_a_group(config, strategy, cluster_counts(config, split)[0])
+    local, shared = config.local, groups_of_lanes(config, strategy, cluster_counts(config, split)[0])
+    lanes = shared[1]
     pack = packing.shape(train, local.batch, lanes)
     counts = packing.packs_of_steps(train, local.batch, lanes, *pack)
     # Free memory differs between hosts, programs may not.
-    packs, groups = map(processes.agreed, trained_at_once(config, model, strategy, pack, counts))
+    packs, groups = map(processes.agreed, trained_at_once(config, model, strategy, shared, pack, counts))
     update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
@@ -124,26 +125,32 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
         )
 
 
-def lanes_of_a_group(config: Config, strategy: Strategy, held: int | None) -> int:
-    """How many lanes will share packs, where clients hold `held` clusters (None: as many as may be found)."""
+def groups_of_lanes(config: Config, strategy: Strategy, held: int | None) -> tuple[int, int]:
+    """How many groups of a round are on a row of devices, and of how many lanes, which share packs.
+
+    Clients hold `held` clusters (None: as many as may be found).
+    """
     lanes = plan.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
     rows_of_devices = jax.device_count() // config.compute.model_parallel
-    return schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)[1]
+    groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
+    return groups // rows_of_devices, together
 
 
 def trained_at_once(
-    config: Config, model: Model, strategy: Strategy, pack: tuple[int, int], counts: Sequence[int]
+    config: Config,
+    model: Model,
+    strategy: Strategy,
+    shared: tuple[int, int],
+    pack: tuple[int, int],
+    counts: Sequence[int],
 ) -> tuple[int, int]:
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
     Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
+    `shared` are `groups_of_lanes`, `pack` its tokens and responses.
     """
-    # As many clusters as there may be, for they are not found yet.
-    held = config.cluster.local_clusters or config.cluster.max_clusters
-    lanes = config.data.clients * (config.rounds.clusters_per_round or held)
-    together = min(lanes, config.compute.lanes_together)
-    rows = jax.device_count() // config.compute.model_parallel
-    groups = -(-lanes // (together * rows))
+    groups, together = shared
+    several = jax.device_count() > config.compute.model_parallel
     packs = config.compute.packs_at_once or packs_together(counts, groups)
     if jax.default_backend() == "cpu":
         return packs, config.compute.groups_at_once or 1
@@ -154,8 +161,8 @@ def trained_at_once(
     shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
     limit = 0.85 * limit  # the rest is for what nobody plans
     if not config.compute.packs_at_once:
-        shape = plan.packs_that_fit(federation, shape, groups, limit, rows > 1)
-    fitting = plan.groups_that_fit(federation, shape, groups, limit, rows > 1)
+        shape = plan.packs_that_fit(federation, shape, groups, limit, several)
+    fitting = plan.groups_that_fit(federation, shape, groups, limit, several)
     return shape.at_once, config.compute.groups_at_once or fitting
 
 

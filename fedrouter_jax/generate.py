@@ -129,9 +129,10 @@ def generate(
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
 
-    At most `rows_at_once` prompts are answered side by side, the longest first; `packs_at_once` packs of prompts go
-    through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done. Finished
-    rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free hold them.
+    At most `rows_at_once` prompts are answered side by side, the longest first; at most `packs_at_once` packs of
+    prompts go through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done.
+    Finished rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free
+    hold them.
     Few shapes are compiled: a cache that `shrinks` does so to half its rows or pages at least. Not to is for devices
     whose programs take long to compile.
     """
@@ -143,6 +144,8 @@ def generate(
     waiting = sorted(range(len(prompts)), key=lambda i: (sizes[i], -i))  # the longest last: the next to be taken
     rows = min(rows_at_once, -(-len(prompts) // 8) * 8)
     time = packing.pack_length(int(sizes.max()))
+    first = packing.first_fit([(sizes[i], 0) for i in waiting[-rows:]], time, 0, rows)
+    packs_at_once = packing.packs_of_a_turn([len(first)], packs_at_once)
     held = np.full(rows, -1)  # the prompt that each row answers
     owner = np.full(_pages(needs[waiting[-rows:]].sum(), 32 if shrinks else rows), rows, np.int32)  # of each page
     start = np.zeros_like(owner)

@@ -183,15 +183,17 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
         config = dataclasses.replace(smoke(), strategy=name, rounds=RoundConfig(**rounds))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return experiment.lanes_of_a_group(config, config_lib.strategy(config, 4), held)
+        return experiment.groups_of_lanes(config, config_lib.strategy(config, 4), held)
 
-    assert [lanes(devices) for devices in (1, 2, 8)] == [4, 2, 1]
-    assert lanes(1, clients=20) == 7  # three groups of eight at most
-    assert lanes(1, clients=3, clusters_per_round=0) == 6  # two clusters of each
-    assert lanes(1, clients=1, clusters_per_round=0, held=None) == 5  # two groups of the ten it may hold
-    assert lanes(1, clients=8, participation=0.5) == 4
-    assert lanes(2, name="centralised") == 1
-    monkeypatch.setattr(experiment, "lanes_of_a_group", lambda *_: 3)
+    assert [lanes(devices) for devices in (1, 2, 8)] == [(1, 4), (1, 2), (1, 1)]
+    assert lanes(1, clients=20) == (3, 7)  # of eight at most
+    assert lanes(2, clients=20) == (2, 5)
+    assert lanes(1, clients=3, clusters_per_round=0) == (1, 6)  # two clusters of each
+    assert lanes(1, clients=3, clusters_per_round=0, name="fedit") == (1, 3)  # a client has no clusters there
+    assert lanes(1, clients=1, clusters_per_round=0, held=None) == (2, 5)  # ten that it may hold
+    assert lanes(1, clients=8, participation=0.5) == (1, 4)
+    assert lanes(2, name="centralised") == (1, 1)
+    monkeypatch.setattr(experiment, "groups_of_lanes", lambda *_: (1, 3))
     found = experiment.prepare(smoke())
     assert found.pack == packing.shape(found.train, found.config.local.batch, 3)
 
@@ -200,15 +202,15 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
 def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, packs, groups, rows):
     config = smoke()
     prepared = experiment.prepare(config)
-    args = (prepared.model, prepared.strategy, prepared.pack, [4, 5, 4])  # most steps have a pack less than that
+    counts = [4, 5, 4]  # most steps have a pack less than that
+    args = (prepared.model, prepared.strategy, (1, 4), prepared.pack, counts)
     assert experiment.trained_at_once(config, *args) == (1, 1) and experiment.rows_at_once(prepared) == 64
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(experiment, "memory_limit", lambda: limit)
     assert experiment.trained_at_once(config, *args) == (packs, groups)
     assert experiment.rows_at_once(prepared) == rows
     assert limit == 1 or experiment.trained_at_once(config, *args[:-1], [2 * experiment.PACKS])[0] == experiment.PACKS
-    many = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=512))  # 64 groups of lanes
-    assert experiment.trained_at_once(many, *args)[0] == 1
+    assert experiment.trained_at_once(config, *args[:2], (64, 8), *args[3:])[0] == 1
     pooled = experiment.prepare(dataclasses.replace(config, strategy="centralised"))  # one lane
     assert limit == 1 or pooled.packs < experiment.prepare(config).packs
     asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import LORA
 
+from fedrouter_jax import embed as embedding
 from fedrouter_jax import generate as generation
 from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens
@@ -65,6 +66,27 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
     expected = [by_full_forwards(tiny, *pair, stop) for pair in zip(prompts, alone, strict=True)]
     assert found == expected
     assert len({tuple(answer) for answer in expected}) > 2 and any(len(answer) < NEW for answer in expected)
+
+
+def test_no_more_packs_go_together_than_there_are(tiny, monkeypatch):
+    read, pooled = [], []
+
+    def reads(config, base, packs, *rest, read_as=generation.read, **named):
+        read.append(packs.tokens.shape)
+        return read_as(config, base, packs, *rest, **named)
+
+    def pools(config, base, packs, *rest, pooled_as=embedding.pooled):
+        pooled.append(packs.tokens.shape)
+        return pooled_as(config, base, packs, *rest)
+
+    monkeypatch.setattr(generation, "read", reads)
+    monkeypatch.setattr(embedding, "pooled", pools)
+    same = [[1] * 100] * 12  # two to a pack of 256
+    generate(tiny.config, tiny.params, same, None, None, stop=7, new_tokens=1, rows_at_once=8, packs_at_once=16)
+    assert [shape[1:] for shape in read] == [(4, 256)] * len(read) and len(read) > 1
+    embed(tiny.config, tiny.params, same, 0.5, packs_at_once=16)
+    embed(tiny.config, tiny.params, same, 0.5, packs_at_once=5)  # longer packs, of which four hold all
+    assert pooled == [(6, 256), (4, 320)]
 
 
 def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts, monkeypatch):
