@@ -185,11 +185,11 @@ def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> 
         for (*c, m), scores in table.items()
         if tuple(c) == column and m not in (*OURS, *BOUNDS) and set(seeds) <= set(scores)
     }
-    if not baselines:
+    if not seeds or not baselines:
         return ""
     best = best_of(baselines, key=lambda m: np.mean(baselines[m]))
     theirs = baselines[best]
-    if not seeds or not any(theirs):
+    if not any(theirs):
         return ""
     mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
     spread = f" ± {half:.3f}; {len(seeds)} seeds" if len(seeds) > 1 else ""

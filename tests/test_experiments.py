@@ -205,17 +205,32 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         ("all of it, 6 rounds (seconds)", "all of it, mixed, 6 rounds (seconds)"),
     ):
         assert " | ".join([f"| {shown}", *measured[phase]]) + " |" in readme
-    peers = json.loads((ROOT / "docs" / "bench" / "h200" / "bench.json").read_text(encoding="utf-8"))["phases"]
-    for phase in ("embed", "routed generation", "read prompts", "K-Means"):
+    gpu = ROOT / "docs" / "bench" / "h200"
+    found = json.loads((gpu / "bench.json").read_text(encoding="utf-8"))
+    assert bench.markdown(found) == (gpu / "bench.md").read_text(encoding="utf-8")
+    peers, share = found["phases"], found["useful_share"]
+    spent = json.loads((gpu / "uncompiled.json").read_text(encoding="utf-8"))["seconds"]
+    compiled = np.median(peers["train a round"]["seconds"]["best effort"])
+    assert f"{compiled:.1f} s a round, not compiled {min(spent):.1f} and {max(spent):.1f}" in said
+    useful = "{:.0f} per cent in embedding, {:.0f} in training (a loop over blocks), {:.0f} in reading"
+    assert useful.format(*(100 * share[name] for name in ("embed", "train", "read"))) in said
+    ratios = {}
+    for phase in ("embed", "train a round", "routed generation", "read prompts", "K-Means"):
         rate = bench.rates(peers[phase])
+        ratios[phase] = [rate["ours"] / rate[side] for side in rate if not side.startswith("ours")]
         for side in {"published", "best effort", "scikit-learn"} & set(rate):
             assert f"| {rate['ours']:,.0f} |" in said and f"| {rate[side]:,.0f} |" in said
             ratio = rate["ours"] / rate[side]
             assert any(f"**{ratio:.{digits}f}**" in said for digits in (0, 1, 2))
+    short = re.sub(r"\s+", " ", readme)
+    train, write, embed = (ratios[phase] for phase in ("train a round", "routed generation", "embed"))
+    assert "{:.0f} times as fast as by the published flow in PyTorch and {:.0f} times as by one".format(*train) in short
+    assert "generation is {:.0f} and {:.0f} times as fast, embedding".format(*write) in short
+    assert "embedding {:.0f} and {:.1f}, K-Means {:.0f} times".format(*embed, *ratios["K-Means"]) in short
     peers = json.loads((ROOT / "docs" / "bench" / "h100" / "bench.json").read_text(encoding="utf-8"))["phases"]
     rate = bench.rates(peers["train a round"])
     trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
-    assert f"on an H100 | {trained} |" in said
+    assert f"on an H100 (commit 8b6811e) | {trained} |" in said
     rates = {"mixed": [], "float32": []}
     for name in ("one-1", "one-2", "two-1", "two-2"):
         found = json.loads((ROOT / "docs" / "bench" / "cores" / f"{name}.json").read_text(encoding="utf-8"))
@@ -223,7 +238,7 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
             rates[row["dtype"]].append(f"{row['tokens_a_second']:.0f}")
     mixed = "{} and {} on one, {} and {} on two in mixed precision".format(*rates["mixed"])
     assert mixed + ", {} and {}, {} and {} in float32".format(*rates["float32"]) in said
-    for row in json.loads((ROOT / "docs" / "bench" / "h200" / "training.json").read_text(encoding="utf-8"))["rows"]:
+    for row in json.loads((gpu / "training.json").read_text(encoding="utf-8"))["rows"]:
         assert f"{row['tokens_a_second']:,}" in said
     for name, script in (("growth", growth), ("startup", startup)):
         found = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
