@@ -194,7 +194,8 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
     lanes = asked(federation, pack.lanes)
     width = computation(config.dtype).itemsize
-    # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel.
+    # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel,
+    # which all groups share.
     head = pack.at_once * pack.predicted * decoder.vocab_size * 4 * 2
     block = pack.at_once * pack.tokens * decoder.mlp_width * width * 4
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
@@ -206,7 +207,7 @@ def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread
         # lanes ask before the first trains.
         lanes=nbytes(lanes) * (6 * at_once + (groups if spread else at_once)),
         activations=kept(federation, base, lanes, pack) * at_once,
-        working=(max(head, block) + kernel) * at_once,
+        working=max(head, block) * at_once + kernel,
     )
 
 
