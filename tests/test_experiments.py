@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -411,6 +414,18 @@ def test_a_product_that_lost_its_name_goes_by_that_of_what_it_reads():
   %copy.4 = f32[3,64,64] copy(%slice.1)
 """
     assert hlo.names(text) == {"slice.1": "jit(f)/attention/slice", "ynn_fusion.2": "jit(f)/attention/slice"}
+
+
+def test_the_limit_is_measured_on_all_devices(tmp_path):
+    options = ["--dtypes", "float32", "--lanes", "2", "--groups", "2", "--smoke", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.limit", *options]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}, check=True, capture_output=True)
+    found = json.loads((tmp_path / "limit.json").read_text())
+    assert found["devices"] == 2 and "2 devices" in (tmp_path / "limit.md").read_text()
+    (row,) = found["rows"]
+    same = limit.Limit(lanes=2, groups=2, smoke=True)
+    assert row["useful_tokens"] == limit.rows_of_a_turn(limit.SMALL, same)[1]  # of both devices
+    assert row["tokens_a_second"] > 0
 
 
 def test_training_is_measured_beside_the_limit(tmp_path, monkeypatch):
