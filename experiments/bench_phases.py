@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans
 
 from experiments.rates import best_rate, matrix_rate, matrix_rows
 from experiments.torch_baseline import flow
-from fedrouter_jax import bank, client, embed, experiment, generate, kmeans, lora, peft_io, routing
+from fedrouter_jax import at_once, bank, client, embed, experiment, generate, kmeans, lora, peft_io, routing
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
@@ -98,7 +98,7 @@ def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, co
         peers = [Peer("published", flow.PUBLISHED, theirs)]
         if best_effort:
             # On a GPU as many rows at once as we take; on two cores larger batches gain nothing.
-            rows = experiment.rows_at_once(prepared) if device == "cuda" else flow.BEST_EFFORT.rows
+            rows = at_once.rows(config, model, prepared.test.values()) if device == "cuda" else flow.BEST_EFFORT.rows
             best = replace(flow.BEST_EFFORT, rows=rows)
             peers.append(Peer("best effort", best, theirs))
             if dtype == "float32":
@@ -311,8 +311,9 @@ def generation(mine: dict[str, Prepared], adapters: LoRA, peers: list[Peer], loa
     def ours(params):
         return generate.generate(
             prepared.model.config, params, prompts, lora.concatenate(adapters), gates,
-            stop=tokenizer.eos_token_id, new_tokens=new, rows_at_once=experiment.rows_at_once(prepared),
-            packs_at_once=experiment.packs_at_once(config), shrinks=jax.default_backend() == "cpu",
+            stop=tokenizer.eos_token_id, new_tokens=new,
+            rows_at_once=at_once.rows(config, prepared.model, prepared.test.values()),
+            packs_at_once=at_once.packs(config), shrinks=jax.default_backend() == "cpu",
         )  # fmt: skip
 
     def other(each):
@@ -395,17 +396,17 @@ def torch_matrix_rate(device: str, dtype: str) -> float:
 def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     """The share of useful tokens in what the model sees here: embedding, a round, reading prompts."""
 
-    at_once = experiment.packs_at_once(prepared.config)
+    most_at_once = at_once.packs(prepared.config)
 
     def packed(turns: list[list[int]], time: int, most: int) -> int:
         packs = [len(packing.first_fit([(length, 0) for length in here], time, 0, most)) for here in turns]
-        together = packing.packs_of_a_turn(packs[:1], at_once)
+        together = packing.packs_of_a_turn(packs[:1], most_at_once)
         return time * together * sum(-(-count // together) for count in packs)
 
     ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
     texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
     prompts = sorted((len(prepared.test[row].prompt) for row in asked(prepared, load)), reverse=True)
-    rows = experiment.rows_at_once(prepared)
+    rows = at_once.rows(prepared.config, prepared.model, prepared.test.values())
     # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
     turns = [prompts[:rows], *(prompts[i : i + rows // 4] for i in range(rows, len(prompts), rows // 4))]
     time = packing.pack_length(prompts[0])
@@ -414,7 +415,7 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
     segments = np.asarray(batch.rows.packs.segments)
     visited = (-(-batch.count // prepared.packs) * prepared.packs).sum() * segments.shape[-1]
     return {
-        "embed": sum(texts) / packed([texts], packing.fitted_length(texts, most, at_once), most),
+        "embed": sum(texts) / packed([texts], packing.fitted_length(texts, most, most_at_once), most),
         "train": float((segments > 0).sum() / visited),
         "read": sum(prompts) / packed(turns, time, rows),
     }

@@ -30,10 +30,10 @@ from experiments.profiled import KINDS, REST, profiled
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
 from fedrouter_jax import client, files, lora, mesh
+from fedrouter_jax.at_once import packs_of_a_group
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import packs_together
 from fedrouter_jax.federation import map_groups
 from fedrouter_jax.models import Blocks, DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
@@ -122,7 +122,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     adapters = {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf[None], lanes, axis=0), fresh)}
     local, counts = client.LocalConfig(options.steps, options.batch), np.asarray(batch.count).ravel()
     here = options.groups // jax.device_count()
-    packs = options.packs or packs_together(counts, here)
+    packs = options.packs or packs_of_a_group(counts, here)
     update = client.make_client_update(decoder, config, local, Blocks(unroll=options.unroll), packs)
     phases = (Phase(train=True, weights={"main": 1.0}),)
 

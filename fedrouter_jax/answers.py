@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedrouter_jax import at_once, embed, generate, likelihood, lora, mesh
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import embed, generate, likelihood, lora, mesh
 from fedrouter_jax.data.tokens import Tokens
-from fedrouter_jax.experiment import Prepared, packs_at_once, packs_with_head, rows_at_once
+from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, LoRA, PyTree
 
@@ -41,8 +41,8 @@ def answer(
             gates,
             stop=model.tokenizer.eos_token_id,
             new_tokens=longest,
-            rows_at_once=rows_at_once(prepared),
-            packs_at_once=packs_at_once(config),
+            rows_at_once=at_once.rows(config, model, prepared.test.values()),
+            packs_at_once=at_once.packs(config),
             shrinks=jax.default_backend() == "cpu",
             advance=advance,
         )
@@ -62,15 +62,15 @@ def losses(
 ) -> np.ndarray:
     """The loss of each row's response in nats a token, float32 [row]; `weights` as for `answer`."""
 
+    packs = at_once.packs_with_head(prepared.config)
+
     def read(base, bank, places, gates, advance):
         found = np.zeros(len(places), np.float32)
         routed = gates.any(axis=1)
         # The base model's apart, which another run may have: packed with them, the others would be rounded otherwise.
         for chosen in (routed, ~routed):
             here = [rows[place] for place in places[chosen]]
-            found[chosen] = likelihood.losses(
-                prepared.model.config, base, here, bank, gates[chosen], advance, packs_with_head(prepared.config)
-            )
+            found[chosen] = likelihood.losses(prepared.model.config, base, here, bank, gates[chosen], advance, packs)
         return found
 
     return _under_adapters(prepared, state, weights, np.float32(0), read, advance)
@@ -83,8 +83,8 @@ def states(
     config, model = prepared.config, prepared.model
 
     def read(base, bank, places, gates, advance):
-        here, at_once = [prompts[place] for place in places], packs_at_once(config)
-        return embed.embed(model.config, base, here, None, at_once, advance, lora=bank, gates=gates, last=True)
+        here, packs = [prompts[place] for place in places], at_once.packs(config)
+        return embed.embed(model.config, base, here, None, packs, advance, lora=bank, gates=gates, last=True)
 
     return _under_adapters(prepared, state, weights, np.zeros(model.config.width, np.float32), read, unseen)
 

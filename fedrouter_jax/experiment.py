@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fedrouter_jax import at_once, client, embed, lora, mesh, plan, processes, routing
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import client, embed, lora, mesh, plan, processes, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
@@ -30,8 +30,6 @@ from fedrouter_jax.federation import make_round, map_losses
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.sharing import Advance, divided, unseen
 from fedrouter_jax.types import FederationState, Strategy, Work
-
-PACKS = 64  # that train together on an accelerator, of all groups of lanes, at most; a step of one has some twenty
 
 
 class Prepared(NamedTuple):
@@ -84,12 +82,13 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    local, shared = config.local, groups_of_lanes(config, strategy, cluster_counts(config, split)[0])
+    local, shared = config.local, at_once.groups_of_lanes(config, strategy, cluster_counts(config, split)[0])
     lanes = shared[1]
     pack = packing.shape(train, local.batch, lanes)
     counts = packing.packs_of_steps(train, local.batch, lanes, *pack)
     # Free memory differs between hosts, programs may not.
-    packs, groups = map(processes.agreed, trained_at_once(config, model, strategy, shared, pack, counts))
+    found = at_once.training(config, model.config, strategy, shared, pack, counts)
+    packs, groups = map(processes.agreed, found)
     update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
@@ -125,52 +124,6 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
         )
 
 
-def groups_of_lanes(config: Config, strategy: Strategy, held: int | None) -> tuple[int, int]:
-    """How many groups of a round are on a row of devices, and of how many lanes, which share packs.
-
-    Clients hold `held` clusters (None: as many as may be found).
-    """
-    lanes = plan.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
-    rows_of_devices = jax.device_count() // config.compute.model_parallel
-    groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
-    return groups // rows_of_devices, together
-
-
-def trained_at_once(
-    config: Config,
-    model: Model,
-    strategy: Strategy,
-    shared: tuple[int, int],
-    pack: tuple[int, int],
-    counts: Sequence[int],
-) -> tuple[int, int]:
-    """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
-
-    Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
-    `shared` are `groups_of_lanes`, `pack` its tokens and responses.
-    """
-    groups, together = shared
-    several = jax.device_count() > config.compute.model_parallel
-    packs = config.compute.packs_at_once or packs_together(counts, groups)
-    if jax.default_backend() == "cpu":
-        return packs, config.compute.groups_at_once or 1
-    limit = memory_limit()
-    if limit is None:
-        return packs, config.compute.groups_at_once or 0
-    federation = plan.federation(model.config, config, strategy, config.cluster.max_clusters)
-    shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
-    limit = 0.85 * limit  # the rest is for what nobody plans
-    if not config.compute.packs_at_once:
-        shape = plan.packs_that_fit(federation, shape, groups, limit, several)
-    fitting = plan.groups_that_fit(federation, shape, groups, limit, several)
-    return shape.at_once, config.compute.groups_at_once or fitting
-
-
-def packs_together(counts: Sequence[int], groups: int) -> int:
-    """Packs that a group of lanes trains on together, one of `groups`, where its steps have `counts` packs."""
-    return 1 if jax.default_backend() == "cpu" else packing.packs_of_a_turn(counts, PACKS // groups)
-
-
 def columns(pairs: Sequence[str]) -> dict[str, str]:
     """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
     mapping = dict(pair.partition("=")[::2] for pair in pairs)
@@ -204,40 +157,10 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = uns
 
     def some(params, places, advance):
         here = [ids[place] for place in places]
-        at_once = packs_at_once(config)
-        return embed.embed(model.config, params, here, recipe.depth, at_once, advance, skip=recipe.skip)
+        packs = at_once.packs(config)
+        return embed.embed(model.config, params, here, recipe.depth, packs, advance, skip=recipe.skip)
 
     return divided(model.params, len(texts), some, advance)
-
-
-def packs_at_once(config: Config) -> int:
-    """Packs of texts that go through the model together: on a CPU two are faster than one, and four no faster."""
-    return config.compute.packs_at_once or (2 if jax.default_backend() == "cpu" else 16)
-
-
-def packs_with_head(config: Config) -> int:
-    """The same where losses are asked for, whose output head is as much work again."""
-    return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
-
-
-def rows_at_once(prepared: Prepared) -> int:
-    """Rows that generate together: 64 on a CPU, up to 512 on an accelerator.
-
-    As many as have their keys and values in a quarter of its memory.
-    """
-    config, decoder, limit = prepared.config, prepared.model.config, memory_limit()
-    if config.compute.rows_at_once or jax.default_backend() == "cpu" or limit is None:
-        return config.compute.rows_at_once or 64
-    longest = sorted(len(row.prompt) for row in prepared.test.values())[-512:]
-    width = prepared.model.params["embedding"].dtype.itemsize
-    token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * width
-    row = (np.mean(longest) + config.data.max_response) * token
-    return next((rows for rows in (512, 256, 128) if rows * row <= 0.25 * limit), 64)
-
-
-def memory_limit() -> int | None:
-    """Bytes that JAX may use on a device; None where it does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:

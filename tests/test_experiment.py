@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from fedrouter_jax import answers, embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax import answers, at_once, embed, evaluate, experiment, peft_io, plan, runs
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, tokens
@@ -183,7 +183,7 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
         config = dataclasses.replace(smoke(), strategy=name, rounds=RoundConfig(**rounds))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return experiment.groups_of_lanes(config, config_lib.strategy(config, 4), held)
+        return at_once.groups_of_lanes(config, config_lib.strategy(config, 4), held)
 
     assert [lanes(devices) for devices in (1, 2, 8)] == [(1, 4), (1, 2), (1, 1)]
     assert lanes(1, clients=20) == (3, 7)  # of eight at most
@@ -193,7 +193,7 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
     assert lanes(1, clients=1, clusters_per_round=0, held=None) == (2, 5)  # ten that it may hold
     assert lanes(1, clients=8, participation=0.5) == (1, 4)
     assert lanes(2, name="centralised") == (1, 1)
-    monkeypatch.setattr(experiment, "groups_of_lanes", lambda *_: (1, 3))
+    monkeypatch.setattr(at_once, "groups_of_lanes", lambda *_: (1, 3))
     found = experiment.prepare(smoke())
     assert found.pack == packing.shape(found.train, found.config.local.batch, 3)
 
@@ -202,17 +202,18 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
 def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, packs, groups, rows):
     config = smoke()
     prepared = experiment.prepare(config)
+    read = prepared.model, prepared.test.values()
     counts = [4, 5, 4]  # most steps have a pack less than that
-    args = (prepared.model, prepared.strategy, (1, 4), prepared.pack, counts)
-    assert experiment.trained_at_once(config, *args) == (1, 1) and experiment.rows_at_once(prepared) == 64
+    args = (prepared.model.config, prepared.strategy, (1, 4), prepared.pack, counts)
+    assert at_once.training(config, *args) == (1, 1) and at_once.rows(config, *read) == 64
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(experiment, "memory_limit", lambda: limit)
-    assert experiment.trained_at_once(config, *args) == (packs, groups)
-    assert experiment.rows_at_once(prepared) == rows
-    assert limit == 1 or experiment.trained_at_once(config, *args[:-1], [2 * experiment.PACKS])[0] == experiment.PACKS
-    assert experiment.trained_at_once(config, *args[:2], (64, 8), *args[3:])[0] == 1
+    monkeypatch.setattr(at_once, "memory_limit", lambda: limit)
+    assert at_once.training(config, *args) == (packs, groups)
+    assert at_once.rows(config, *read) == rows
+    assert limit == 1 or at_once.training(config, *args[:-1], [2 * at_once.PACKS])[0] == at_once.PACKS
+    assert at_once.training(config, *args[:2], (64, 8), *args[3:])[0] == 1
     pooled = experiment.prepare(dataclasses.replace(config, strategy="centralised"))  # one lane
     assert limit == 1 or pooled.packs < experiment.prepare(config).packs
     asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))
-    assert experiment.trained_at_once(asked, *args) == (3, 2)
-    assert experiment.rows_at_once(prepared._replace(config=asked)) == 7
+    assert at_once.training(asked, *args) == (3, 2)
+    assert at_once.rows(asked, *read) == 7
