@@ -100,14 +100,14 @@ def word_rows(rng: np.random.Generator, count: int) -> list[tokens.Tokens]:
     return tokens.encode(tiny_tokenizer(), texts, "short", 128, 12)
 
 
-def tiny_llama(folder: Path, seed: int):
+def tiny_llama(folder: Path, seed: int, layers: int = 2):
     """A tiny random Llama of torch, saved in `folder`; torch is imported here, for not every test needs it."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     shape = transformers.LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(shape).float().eval()

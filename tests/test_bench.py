@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ FLOWS = (flow.PUBLISHED, flow.BEST_EFFORT)
 def sides(tmp_path_factory):
     """A tiny random Llama here and in torch, two adapters in either form, and rows."""
     folder = tmp_path_factory.mktemp("base")
-    tiny_llama(folder, 0)
+    tiny_llama(folder, 0, layers=3)
     decoder, params = load_folder(folder, "float32")
     fresh = lora.init(jax.random.key(0), decoder, CONFIG)
     adapters = [
@@ -53,6 +54,26 @@ def test_both_flows_have_the_same_losses_and_averages(sides):
     for name, leaf in found[0][0][0].items():
         torch.testing.assert_close(leaf, 0.25 * alone[name] + 0.75 * other[name])
         assert (leaf != bank[0][name]).any()
+
+
+def test_all_layers_share_one_compiled_whatever_the_length(sides, monkeypatch):
+    _, _, _, model, bank, rows = sides
+    lanes = [(0, 1.0, [rows[:3], rows[3:6]]), (1, 1.0, [rows[6:8]] * 2)]
+    others = [(0, 1.0, [rows[2:5]]), (1, 1.0, [rows[8:11]])]
+    plain = [flow.train_round(model, bank, some, 1e-2, PAD, flow.BEST_EFFORT) for some in (lanes, others)]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # traced as for a GPU
+    counted = torch._dynamo.utils.counters["stats"]
+    with torch._dynamo.config.patch(specialize_float=False, recompile_limit=8):  # as they were, when it ends
+        monkeypatch.setattr(type(model.get_base_model().model.layers[0]), "forward", flow.compiled_layer(model))
+        before, found, graphs = counted["unique_graphs"], [], []
+        for some in (lanes, others):
+            found.append(flow.train_round(model, bank, some, 1e-2, PAD, flow.BEST_EFFORT))
+            graphs.append(counted["unique_graphs"] - before)
+    assert graphs == [2, 2]  # the first layer's input has no gradient, the others' have
+    for (adapters, losses), (expected, wanted) in zip(found, plain, strict=True):
+        np.testing.assert_allclose(np.concatenate(losses), np.concatenate(wanted), rtol=1e-5)
+        for name, leaf in expected[0].items():
+            torch.testing.assert_close(adapters[0][name], leaf, rtol=1e-4, atol=1e-5)
 
 
 def test_both_flows_embed_and_answer_as_we_do(sides):
