@@ -267,13 +267,12 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
 
     def other(each):
         layer = type(each.model.get_base_model().model.layers[0])
-        forward = layer.forward
-        # On a CPU compiling takes longer than this whole bench.
-        if each.flow.compiled and each.model.device.type == "cuda":
-            if each.name not in compiled:
-                compiled[each.name] = flow.compiled_layer(each.model)
-            forward = compiled[each.name]
-        with patch.object(layer, "forward", forward):  # in training only: other phases share the model
+        if each.name not in compiled:
+            # On a CPU compiling takes longer than this whole bench.
+            here = each.flow.compiled and each.model.device.type == "cuda"
+            compiled[each.name] = flow.compiled_layer(each.model) if here else layer.forward
+        # In training only: other phases share the model.
+        with patch.object(layer, "forward", compiled[each.name]):
             return flow.train_round(each.model, [given] * SLOTS, lanes, rate, pad, each.flow)[1]
 
     def useful(found):

@@ -56,6 +56,18 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     assert found.total == pytest.approx(exact, rel=0.15)
 
 
+def test_groups_at_once_share_the_matrix_that_codes_become():
+    pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
+
+    def working(quantise, at_once):
+        config = Config(quantise=quantise)
+        federation = plan.federation(SMOLLM, config, config_lib.strategy(config, 4), 4)
+        return plan.memory(federation, pack, 4, at_once).working
+
+    for at_once in (1, 4):
+        assert working("nf4", at_once) - working("none", at_once) == SMOLLM.width * SMOLLM.mlp_width * 4
+
+
 def test_shapes_have_the_published_numbers_of_parameters():
     published = {"smollm2-135m": 134.5, "smollm2-360m": 361.8, "smollm2-1.7b": 1711.4, "llama-3.2-1b": 1235.8,
                  "llama-3.2-3b": 3212.7, "llama-3.1-8b": 8030.3, "llama-3.1-70b": 70553.7}  # fmt: skip
