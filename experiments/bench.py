@@ -54,7 +54,8 @@ def main(options: Bench) -> None:
     if options.turns < 1:
         raise UserError(f"--turns is {options.turns}; it must be at least 1")
     try:
-        from experiments.bench_phases import Load, measure
+        from experiments.bench_measure import measure
+        from experiments.bench_phases import Load
     except ModuleNotFoundError as error:
         raise UserError(
             f"the bench compares with PyTorch and needs {error.name!r}: pip install -r requirements-dev.txt"

@@ -1,13 +1,9 @@
-"""The phases that `bench.py` times, each on all sides, whose first results must be the same before a turn counts."""
+"""The phases that `bench.py` times: what each side does, and what its first results must be to count."""
 
 from __future__ import annotations
 
-import tempfile
-import time as clock
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -18,15 +14,12 @@ import torch
 from rich.console import Console
 from sklearn.cluster import KMeans
 
-from experiments.rates import best_rate, matrix_rate, matrix_rows
 from experiments.torch_baseline import flow
-from fedrouter_jax import at_once, bank, client, embed, experiment, generate, kmeans, lora, peft_io, routing
+from fedrouter_jax import at_once, bank, client, experiment, generate, kmeans, lora, peft_io, routing
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import packing, schedule, tokens
+from fedrouter_jax.data import schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
-from fedrouter_jax.models import load_model
-from fedrouter_jax.models.load import smollm2_path
 from fedrouter_jax.presets import demo
 from fedrouter_jax.types import LoRA
 
@@ -77,91 +70,6 @@ class Peer(NamedTuple):
     name: str
     flow: flow.Flow
     model: Any
-
-
-def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, console: Console) -> dict[str, Any]:
-    """Every phase's seconds on every side, and the tokens it handled.
-
-    In float32, beside it rounded to bfloat16 on either side; or in bfloat16 alone, as on a GPU.
-    """
-    model = load_model(dtype=dtype)
-    config = replace(setting(data, load), dtype=dtype)
-    prepared = experiment.prepare(config, model)
-    mine = {"ours": prepared}
-    if dtype == "float32":
-        mine["ours, mixed"] = experiment.prepare(replace(config, dtype="mixed"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        peft_io.write_adapter(Path(folder), fresh(prepared), config.lora, model.base_name)
-        console.print("loading the model in torch")
-        theirs = flow.load(smollm2_path(), Path(folder), device, getattr(torch, dtype))
-        peers = [Peer("published", flow.PUBLISHED, theirs)]
-        if best_effort:
-            # On a GPU as many rows at once as we take; on two cores larger batches gain nothing.
-            rows = at_once.rows(config, model, prepared.test.values()) if device == "cuda" else flow.BEST_EFFORT.rows
-            best = replace(flow.BEST_EFFORT, rows=rows)
-            peers.append(Peer("best effort", best, theirs))
-            if dtype == "float32":
-                half = flow.load(smollm2_path(), Path(folder), device, torch.bfloat16)
-                peers.append(Peer("best effort, bf16", best, half))
-    measured = {
-        name: timed(name, phase, turns, dtype, console)
-        for name, phase in (
-            ("embed", embedding(mine, peers, load)),
-            ("K-Means", clustering(load)),
-            ("train a round", training(mine, peers)),
-            ("route", nearest(load, device)),
-        )
-    }
-    # Only now, so that the first call above is the one that compiles training.
-    adapters = trained(prepared, load, console)
-    for name, new in (("read prompts", 1), ("routed generation", load.new)):
-        measured[name] = timed(name, generation(mine, adapters, peers, load, new), turns, dtype, console)
-    blocks = sum(leaf.size for leaf in jax.tree.leaves(model.params["blocks"]))
-    return {
-        "model": model.base_name,
-        "data": Path(data).name,
-        "dtype": dtype,
-        "device": jax.devices()[0].device_kind,
-        "torch": torch.__version__,
-        "jax": jax.__version__,
-        "threads": torch.get_num_threads(),
-        "load": asdict(load),
-        "lanes": LANES,
-        "slots": len(prepared.partition.tasks),
-        "flops_a_token": 4 * blocks,
-        "useful_share": useful_share(prepared, load),
-        "matrix_rows": matrix_rows(),
-        "products": {
-            f"{side}, {dtype}": rate(dtype)
-            for side, rate in (("ours", matrix_rate), ("torch", partial(torch_matrix_rate, device)))
-            for dtype in ("float32", "bfloat16")
-        },
-        "phases": measured,
-    }
-
-
-def timed(name: str, phase: Phase, turns: int, dtype: str, console: Console) -> dict[str, Any]:
-    """Seconds of every side's first call, which compiles and is checked, and of as many turns as asked."""
-    seconds: dict[str, list[float]] = {side: [] for side in phase.sides}
-    first, results, matrix = {}, {}, []
-    for side, action in phase.sides.items():
-        results[side], first[side] = clocked(action)
-        console.print(f"{name}, {side}: {first[side]:.2f} s, the first call")
-    useful = phase.useful(results)
-    for _ in range(turns):
-        matrix.append(matrix_rate(dtype))  # in every turn, for what a shared machine gives changes within minutes
-        for side, action in phase.sides.items():
-            seconds[side].append(clocked(action)[1])
-            console.print(f"{name}, {side}: {seconds[side][-1]:.2f} s")
-    return {"useful": useful, "unit": phase.unit, "seconds": seconds, "first": first, "matrix_rate": matrix}
-
-
-def clocked(action: Callable[[], Any]) -> tuple[Any, float]:
-    """What an action returns, and its seconds."""
-    before = clock.perf_counter()
-    found = action()
-    return found, clock.perf_counter() - before
 
 
 def same(what: str, found: dict[str, Any], most: dict[str, float]) -> None:
@@ -384,37 +292,3 @@ def nearest(load: Load, device: str) -> Phase:
         return {"": len(rows)}
 
     return Phase({"ours": ours, "torch": theirs}, useful, "rows")
-
-
-def torch_matrix_rate(device: str, dtype: str) -> float:
-    """The same of PyTorch."""
-    a = torch.randn((matrix_rows(), matrix_rows()), device=device).to(getattr(torch, dtype))
-    return best_rate(lambda: (a @ a).sum().item())
-
-
-def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
-    """The share of useful tokens in what the model sees here: embedding, a round, reading prompts."""
-
-    most_at_once = at_once.packs(prepared.config)
-
-    def packed(turns: list[list[int]], time: int, most: int) -> int:
-        packs = [len(packing.first_fit([(length, 0) for length in here], time, 0, most)) for here in turns]
-        together = packing.packs_of_a_turn(packs[:1], most_at_once)
-        return time * together * sum(-(-count // together) for count in packs)
-
-    ids = tokens.encode_texts(prepared.model.tokenizer, texts_of(prepared, load), prepared.config.data.max_length)
-    texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
-    prompts = sorted((len(prepared.test[row].prompt) for row in asked(prepared, load)), reverse=True)
-    rows = at_once.rows(prepared.config, prepared.model, prepared.test.values())
-    # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
-    turns = [prompts[:rows], *(prompts[i : i + rows // 4] for i in range(rows, len(prompts), rows // 4))]
-    time = packing.pack_length(prompts[0])
-    held = [[rows] for rows in prepared.train]
-    work, batch = experiment.round_inputs(prepared, held, 1)
-    segments = np.asarray(batch.rows.packs.segments)
-    visited = (-(-batch.count // prepared.packs) * prepared.packs).sum() * segments.shape[-1]
-    return {
-        "embed": sum(texts) / packed([texts], packing.fitted_length(texts, most, most_at_once), most),
-        "train": float((segments > 0).sum() / visited),
-        "read": sum(prompts) / packed(turns, time, rows),
-    }

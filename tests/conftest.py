@@ -12,7 +12,7 @@ older = tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11)
 flags = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * older
 os.environ.setdefault("XLA_FLAGS", flags)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import jax.numpy as jnp

@@ -13,7 +13,7 @@ from helpers import tiny_llama, word_rows
 from peft import PeftModel
 from rich.console import Console
 
-from experiments import bench, bench_phases
+from experiments import bench, bench_measure, bench_phases
 from experiments.torch_baseline import flow
 from fedrouter_jax import embed, generate, lora, peft_io
 from fedrouter_jax.errors import UserError
@@ -145,7 +145,7 @@ def test_sides_are_compared_by_their_first_call_and_then_take_turns():
         bench_phases.same("losses", found, bench_phases.ALIKE["float32"]["losses"])
         return {"": 7}
 
-    found = bench_phases.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
+    found = bench_measure.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
     assert calls == ["ours", "published"] * 3
     assert found["useful"] == {"": 7} and len(found["matrix_rate"]) == 2
     assert [len(spent) for spent in found["seconds"].values()] == [2, 2] and set(found["first"]) == set(sides)
@@ -153,5 +153,5 @@ def test_sides_are_compared_by_their_first_call_and_then_take_turns():
     calls.clear()
     sides["ours"] = side("ours", [1.0, 2.1])
     with pytest.raises(UserError, match="losses: 'ours' and 'published' differ by 9.5e-02, more than 1.0e-02"):
-        bench_phases.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
+        bench_measure.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
     assert calls == ["ours", "published"]  # nothing is timed

@@ -192,12 +192,12 @@ def test_a_whole_run_on_many_devices_or_in_two_processes_ends_as_on_one(tmp_path
     """Two rows of devices, each with the base in halves; two processes; and one that goes on where two stopped."""
     one, four, two = (tmp_path / name for name in ("one", "four", "two"))
     run = ("run", "--preset", "smoke", "--lanes-together", "2")
-    command(1, 1, *run, "--out", str(one))
+    assert main([*run, "--out", str(one)]) == 0
     command(4, 1, *run, "--out", str(four), "--model-parallel", "2")
     command(1, 2, *run, "--out", str(two))
     stopped = tmp_path / "stopped"
     shutil.copytree(two, stopped, ignore=shutil.ignore_patterns("3", "scores.json", "adapters", "report.md"))
-    command(1, 1, "resume", str(stopped))
+    assert main(["resume", str(stopped)]) == 0
     losses, clusters, adapter, asked = outcome(one)
     for other in (four, two, stopped):
         other_losses, other_clusters, other_adapter, other_asked = outcome(other)

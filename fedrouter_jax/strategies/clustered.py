@@ -8,8 +8,6 @@ LoRA-B; then FedAvg inside each cluster. A client that missed the first round jo
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from fedrouter_jax.federation import owned
 from fedrouter_jax.types import Strategy
@@ -53,6 +51,10 @@ def clustered() -> Strategy:
     def regroup(state):
         if int(state.round) != 1:
             return state
+        # Here, for it takes half a second, and every command loads the strategies.
+        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.spatial.distance import squareform
+
         slots = jax.tree.leaves(state.bank)[0].shape[0]
         present = np.asarray(state.memory[1]) > 0
         similar = np.clip(np.asarray(state.memory[0], np.float64), -1, 1)[present][:, present]

@@ -16,8 +16,6 @@ An adapter goes up, and all experts come down.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.metrics import silhouette_score
 
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.federation import owned
@@ -151,6 +149,10 @@ def _clusters(b: dict, most: int) -> np.ndarray:
     clients = len(next(iter(b.values())))
     if clients < 3 or most < 2:
         return np.arange(clients) % most
+    # Here, for it takes a second, and every command loads the strategies.
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
+
     distances = []
     for leaf in b.values():
         flat = leaf.astype(np.float64).reshape(clients, leaf.shape[1], -1)
