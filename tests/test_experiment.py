@@ -1,6 +1,7 @@
 """From a config to records and scores, piece by piece, on the tiny model."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,16 @@ def test_a_part_with_a_loss_that_overflowed_has_none(bad):
     found = evaluate.summary(asked, ["a"] * 4, scores)
     assert "loss" not in found["personalised"] and found["personalised"]["rouge1"]["mean"] == 0.5
     assert found["generalisation"]["loss"]["mean"] == 2.5
+
+
+def test_a_loss_that_overflowed_is_null_among_the_predictions(monkeypatch):
+    prepared, enrolment, state, _ = begun("fedit")
+    asked = [evaluate.Question("personalised", 0, row, (1.0,)) for row in list(prepared.test)[:2]]
+    monkeypatch.setattr(answers, "answer", lambda *rest: ["x"] * 2)
+    monkeypatch.setattr(answers, "losses", lambda *rest: np.array([1.5, np.inf]))
+    scores, predictions = evaluate.evaluate_state(prepared, state, enrolment, asked)
+    assert [prediction["loss"] for prediction in predictions] == [1.5, None]
+    json.dumps([scores, predictions], allow_nan=False)
 
 
 def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):

@@ -282,6 +282,19 @@ def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
     assert "lanes rejected as not finite: 1" in (path / "report.md").read_text(encoding="utf-8")
 
 
+def test_the_plot_of_losses_shows_them_and_a_gap_where_one_is_missing(tmp_path):
+    path = make_run(tmp_path / "one", strategy="fedit")
+    rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    rounds[1]["lanes"][2]["loss"][0] = None
+    (path / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rounds), encoding="utf-8")
+    figure = plots.loss([row for row in records.rows_of(records.read_all([path])) if not row.base])
+    *lanes, mean = figure.axes[0].lines
+    np.testing.assert_array_equal(mean.get_xydata(), [(record["round"], record["loss"]) for record in rounds])
+    drawn = {(int(t), y) for line in lanes for t, y in line.get_xydata() if np.isfinite(y)}
+    held = {(r["round"], np.mean(lane["loss"])) for r in rounds for lane in r["lanes"] if None not in lane["loss"]}
+    assert drawn == held and len(held) == 3 * CLIENTS - 1
+
+
 TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
 
 
