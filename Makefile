@@ -9,8 +9,8 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m experiments.demo
 
-# The whole test suite, real model included, and lint. In the order of files: by their numbers of tests, the default, some
-# of few tests that take minutes would come last, when the other process has nothing left to do.
+# The whole test suite, real model included, and lint. Files go in the order of tests/conftest.py, not by their numbers of
+# tests, the default of xdist: some that take minutes have few.
 test: .venv/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

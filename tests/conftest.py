@@ -25,6 +25,13 @@ from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.models import load_model
 from fedrouter_jax.routing import Enrolment, Router
 
+LONGEST = ("test_mesh.py", "test_runs.py", "test_laws.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: begun last, one would leave the other processes with nothing to do."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
