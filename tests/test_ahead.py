@@ -16,17 +16,19 @@ LIBTPU = Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 
 
 @pytest.mark.skipif(not LIBTPU.exists(), reason="no compiler for TPUs beside the environment (make test installs it)")
-def test_a_federation_compiles_for_tpus(tmp_path):
+def test_a_federation_compiles_for_a_tpu_and_for_four(tmp_path):
     """A round, embedding, reading and writing; the round trains once, whatever the compiler makes of its loops."""
     # The suite's flags are those of a CPU's compiler.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "experiments.ahead", "--smoke", "--out", str(tmp_path)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    (row,) = json.loads((tmp_path / "ahead.json").read_text())["rows"]
+    one, four = json.loads((tmp_path / "ahead.json").read_text())["rows"]
+    assert not one["sent"] and four["sent"]["all-reduce"] > 0
     # Two share a base and its heads divide evenly: in a block nothing but sums is sent.
-    assert {name for name in row["sent"] if name.endswith("in loops")} == {"all-reduce in loops"}
-    assert row["sent"]["all-reduce"] > 0 and row["loops_of_steps"] == 1
-    assert min(row[name] for name in ("round", "embedding", "reading", "writing")) > 0
+    assert {name for name in four["sent"] if name.endswith("in loops")} == {"all-reduce in loops"}
+    for row in (one, four):
+        assert min(row[name] for name in ("round", "embedding", "reading", "writing")) > 0
+    assert one["loops_of_steps"] == four["loops_of_steps"] == 1
     assert "| TPU v5e | small |" in (tmp_path / "ahead.md").read_text()
 
 
