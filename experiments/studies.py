@@ -38,6 +38,7 @@ class Study(NamedTuple):
     changes: Callable[[Any], dict[str, Any]]
     methods: tuple[str, ...] = ("fedrouter", "fedit")
     smoke: tuple = ()  # values of the smoke run, where they are not the first two
+    model: str | None = None  # the base model, where it is not Table 1's (the smoke run's is always tiny)
 
 
 STUDIES = {
@@ -88,6 +89,11 @@ STUDIES = {
         "base model (Figure 5; the larger two by experiments.weights)",
         ("smollm2-135m", *(str(weights.path(name)) for name in weights.MODELS)),
         lambda name: {"model": name}, ("fedrouter+", "fedit"), smoke=("tiny",),
+    ),
+    "rate": Study(
+        "peak learning rate with the largest base model", (0.005, 0.001),
+        lambda rate: {"local": {"learning_rate": rate, "min_learning_rate": rate / 10}},
+        ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-1.5b")),
     ),
 }  # fmt: skip
 
@@ -140,6 +146,8 @@ def configs(name: str, options: Studies) -> dict:
     """`{"method-value-seed": config}` of a study."""
     study, basis = STUDIES[name], table1.budget(table1.Table1(data=options.data, smoke=options.smoke), "dual")
     seeds, values, methods = options.seeds, study.values, study.methods
+    if study.model and not options.smoke:
+        basis = replace(basis, model=study.model)
     if options.smoke:
         seeds, values, methods = 1, study.smoke or values[:2], methods[:1]
     made = {}

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
-from scipy.optimize import linear_sum_assignment
 
 from fedrouter_jax import answers, routing
 from fedrouter_jax import bank as bank_lib
@@ -123,6 +122,8 @@ def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
 
 def matched(counts: np.ndarray) -> float:
     """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
+    from scipy.optimize import linear_sum_assignment  # here, for it takes a third of a second
+
     rows, cols = linear_sum_assignment(counts, maximize=True)
     return float(counts[rows, cols].sum() / counts.sum())
 

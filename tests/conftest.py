@@ -25,7 +25,7 @@ from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.models import load_model
 from fedrouter_jax.routing import Enrolment, Router
 
-LONGEST = ("test_mesh.py", "test_runs.py", "test_laws.py", "test_ahead.py")  # minutes each
+LONGEST = ("test_mesh.py", "test_runs.py", "test_laws.py", "test_run_kinds.py", "test_ahead.py")  # minutes each
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""Texts under a federation's adapters: however few of them are concatenated at a time, the same is found."""
+"""Texts under a federation's adapters: however few are concatenated at a time, the same is found. And their scores."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from rouge_score.rouge_scorer import RougeScorer
 from test_experiment import begun
 
 from fedrouter_jax import answers, evaluate
@@ -63,3 +64,24 @@ def test_a_few_adapters_at_a_time_are_as_good_as_all(strategy, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
     assert np.mean([one == other for one, other in zip(at_once[2], few[2], strict=True)]) > 0.9
     assert len(set(at_once[0].round(3).tolist())) > 3
+
+
+def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
+    same = [("The cat, sat.", "a cat sat"), ("café 12", "caf 12"), ("", "x"), ("Łódź in 2024", "in 2024")]
+    plain = RougeScorer(["rouge1", "rougeL"])
+    for reference, answer in same:
+        expected = plain.score(reference, answer)
+        found = evaluate.score(reference, answer)
+        assert {name: found[name] for name in expected} == {name: value.fmeasure for name, value in expected.items()}
+    for reference, answer, rouge1 in [
+        ("привет мир", "Привет, мир!", 1.0),
+        ("привет мир", "пока мир", 0.5),
+        ("你好世界", "你好", 2 / 3),
+        ("год 2024 мир", "2024", 0.5),
+        ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
+        ("กิน", "กน", 0.5),  # a vowel sign belongs to its letter
+        ("カ・テ", "カ", 2 / 3),  # signs between words are none
+        ("បាទ។", "ទេ។", 0.0),  # nothing but the full stop in common
+        ("世界v2です", "v2", 1 / 3),
+    ]:
+        assert evaluate.score(reference, answer)["rouge1"] == pytest.approx(rouge1)

@@ -7,13 +7,14 @@ boundary that generation starts from, and the loss mask needs no search for a ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedrouter_jax.data import templates
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Tokens(NamedTuple):

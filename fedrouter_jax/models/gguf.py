@@ -10,17 +10,19 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models.config import DecoderConfig, from_gguf
 from fedrouter_jax.models.hf import assemble, named
 from fedrouter_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -126,6 +128,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     (5.17 to 5.24), and this project runs without; so the file is read here, and the two are tested to agree.
     Raises `UserError` where there is no tokenizer, or none that transformers can convert.
     """
+    from transformers import PreTrainedTokenizerFast  # half a second, which no other command should wait for
+
     try:
         mapping, convert = _converter()
     except ImportError as error:

@@ -7,10 +7,9 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import gguf, hf, tiny
@@ -19,6 +18,9 @@ from fedrouter_jax.models.matrices import DTYPES, as_bits
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.models.quantise import quantise as quantise_params
 from fedrouter_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DEFAULT = "smollm2-135m"
 
@@ -79,6 +81,8 @@ def _folder_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerFast:
 
 def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     """The tokenizer inside a GGUF file; reading one takes many seconds, so it is kept on disk."""
+    from transformers import PreTrainedTokenizerFast
+
     kept = cache_folder() / "tokenizers" / fingerprint
     if not (kept / "tokenizer.json").exists():
         tokenizer = gguf.load_tokenizer(path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.decoder import init_params
 from fedrouter_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SEED = 0
 EOS = "<|end|>"
@@ -19,6 +23,8 @@ CONFIG = DecoderConfig(
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (ids 0 to 255 in the order of the byte-level alphabet), then the end token, which also pads."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
