@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS
 
+UNTRAINED = "base model"  # shown first; no baseline, so nobody gains over it
 Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by (scenario, part, method)
 
 
@@ -21,7 +22,7 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
         method, seed = rest.rpartition("-")[0], summary["config"]["seed"]
         own = {"personalised": "personalised", "generalisation": "generalisation"}
         base = {"personalised": "base", "generalisation": "base_generalisation"}
-        for who, parts in ((method, own), ("base model", base)):
+        for who, parts in ((method, own), (UNTRAINED, base)):
             for part, score in parts.items():
                 if metric not in summary["scores"][score]:
                     continue  # runs of older versions have no loss
@@ -71,7 +72,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
     columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
     columns = [column for column in columns if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
-    methods = ["base model", *(method for method in METHODS if method in known and method in shown)]
+    methods = [UNTRAINED, *(method for method in METHODS if method in known and method in shown)]
     rivals = [method for method in methods if method not in BOUNDS]
     lines = [f"| {title} | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
@@ -183,7 +184,7 @@ def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> 
     baselines = {
         m: [scores[seed] for seed in seeds]
         for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS) and set(seeds) <= set(scores)
+        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and set(seeds) <= set(scores)
     }
     if not seeds or not baselines:
         return ""
@@ -242,7 +243,7 @@ def figure(found: dict[str, dict]) -> Figure:
         for place, method in enumerate(methods):
             values = scores[method]
             rest = "0.85" if method in BOUNDS else "#0072b2"
-            colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", "base model": "0.6"}.get(method, rest)
+            colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", UNTRAINED: "0.6"}.get(method, rest)
             axes.barh(place, np.mean(values), color=colour)
             axes.plot(values, [place] * len(values), "k.", markersize=5)
         axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")

@@ -124,6 +124,12 @@ def test_means_that_are_compared_are_of_the_same_seeds():
     assert "over fedit (+0.100 ± 0.000; 4 seeds)" in row["**fedrouter, gain over the best baseline**"]
 
 
+def test_nobody_gains_over_the_untrained_model():
+    found = {f"all-fedrouter-{seed}": made("fedrouter", seed, 0.5) for seed in (0, 1)}
+    last = table1_tables.scores(table1_tables.cells(found), tuple(METHODS))[-1]
+    assert [cell.strip() for cell in last.split("|")[2:-1]] == ["", ""]
+
+
 def test_a_summary_older_than_a_field_is_still_known(tmp_path):
     summary = made("fedrouter", 0, 0.5)
     del summary["config"]["local"]["proximal"]
