@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,7 +26,15 @@ from fedrouter_jax.models import load_model
 from fedrouter_jax.models.load import smollm2_path
 
 
-def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, console: Console) -> dict[str, Any]:
+def measure(
+    data: str,
+    load: Load,
+    dtype: str,
+    turns: int,
+    best_effort: bool,
+    compiled: Literal["layer", "model"],
+    console: Console,
+) -> dict[str, Any]:
     """Every phase's seconds on every side, and the tokens it handled.
 
     In float32, beside it rounded to bfloat16 on either side; or in bfloat16 alone, as on a GPU.
@@ -46,7 +54,7 @@ def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, co
         if best_effort:
             # On a GPU as many rows at once as we take; on two cores larger batches gain nothing.
             rows = at_once.rows(config, model, prepared.test.values()) if device == "cuda" else flow.BEST_EFFORT.rows
-            best = replace(flow.BEST_EFFORT, rows=rows)
+            best = replace(flow.BEST_EFFORT, rows=rows, compiled=compiled)
             peers.append(Peer("best effort", best, theirs))
             if dtype == "float32":
                 half = flow.load(smollm2_path(), Path(folder), device, torch.bfloat16)
@@ -73,6 +81,7 @@ def measure(data: str, load: Load, dtype: str, turns: int, best_effort: bool, co
         "torch": torch.__version__,
         "jax": jax.__version__,
         "threads": torch.get_num_threads(),
+        "compiled": compiled if best_effort and device == "cuda" else "nothing",
         "load": asdict(load),
         "lanes": LANES,
         "slots": len(prepared.partition.tasks),

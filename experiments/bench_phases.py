@@ -76,7 +76,7 @@ def same(what: str, found: dict[str, Any], most: dict[str, float]) -> None:
     """Refuse to go on where a side's results are further from the published flow's than they may be."""
     for side, limit in most.items():
         gap = float(np.abs(np.array(found[side]) - np.array(found["published"])).max()) if side in found else 0
-        if gap > limit:
+        if not gap <= limit:  # nor is a number that is none near enough
             raise UserError(
                 f"{what}: {side!r} and 'published' differ by {gap:.1e}, more than {limit:.1e}; no use to time them"
             )
@@ -171,16 +171,16 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
         state = experiment.start(prepared, enrolment)
         return [lane["loss"] for lane in experiment.train_round(prepared, state, work, batch)[1]["lanes"]]
 
-    compiled: dict[str, Any] = {}
+    compiled: dict[str, tuple[Any, Callable]] = {}
 
     def other(each):
-        layer = type(each.model.get_base_model().model.layers[0])
+        base = each.model.get_base_model()
         if each.name not in compiled:
             # On a CPU compiling takes longer than this whole bench.
-            here = each.flow.compiled and each.model.device.type == "cuda"
-            compiled[each.name] = flow.compiled_layer(each.model) if here else layer.forward
-        # In training only: other phases share the model.
-        with patch.object(layer, "forward", compiled[each.name]):
+            what = each.flow.compiled if each.model.device.type == "cuda" else "nothing"
+            compiled[each.name] = (base, base.forward) if what == "nothing" else flow.compiled(each.model, what)
+        whose, forward = compiled[each.name]
+        with patch.object(whose, "forward", forward):  # in training only: other phases share the model
             return flow.train_round(each.model, [given] * SLOTS, lanes, rate, pad, each.flow)[1]
 
     def useful(found):

@@ -56,7 +56,24 @@ def test_both_flows_have_the_same_losses_and_averages(sides):
         assert (leaf != bank[0][name]).any()
 
 
-def test_all_layers_share_one_compiled_whatever_the_length(sides, monkeypatch):
+def test_training_has_no_batch_of_a_length_at_which_cudnn_has_no_gradients(sides, monkeypatch):
+    model, (row, other, *_) = sides[3], sides[5]
+    row = row._replace(prompt=row.prompt[:1] * (64 - len(row.response)))
+    alone = []
+    for each in (row, other):
+        ids = torch.tensor([each.prompt + each.response])
+        labels = torch.where(torch.arange(each.length) < len(each.prompt), -100, ids)
+        alone.append(model(input_ids=ids, labels=labels).loss.item())
+    seen, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: seen.append(given) or forward(**given))
+    expected = np.average(alone, weights=[len(row.response), len(other.response)])
+    for each in FLOWS:
+        np.testing.assert_allclose(flow.loss_of(model, [row, other], PAD, each).item(), expected, rtol=1e-5)
+    assert [given["attention_mask"].shape for given in seen] == [(2, 65)] * 2
+
+
+@pytest.mark.parametrize(("what", "graphs"), [("layer", 2), ("model", 1)])
+def test_one_compiled_forward_pass_serves_whatever_the_length(sides, monkeypatch, what, graphs):
     _, _, _, model, bank, rows = sides
     lanes = [(0, 1.0, [rows[:3], rows[3:6]]), (1, 1.0, [rows[6:8]] * 2)]
     others = [(0, 1.0, [rows[2:5]]), (1, 1.0, [rows[8:11]])]
@@ -64,12 +81,13 @@ def test_all_layers_share_one_compiled_whatever_the_length(sides, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # traced as for a GPU
     counted = torch._dynamo.utils.counters["stats"]
     with torch._dynamo.config.patch(specialize_float=False, recompile_limit=8):  # as they were, when it ends
-        monkeypatch.setattr(type(model.get_base_model().model.layers[0]), "forward", flow.compiled_layer(model))
-        before, found, graphs = counted["unique_graphs"], [], []
+        whose, forward = flow.compiled(model, what)
+        monkeypatch.setattr(whose, "forward", forward)
+        before, found, made = counted["unique_graphs"], [], []
         for some in (lanes, others):
             found.append(flow.train_round(model, bank, some, 1e-2, PAD, flow.BEST_EFFORT))
-            graphs.append(counted["unique_graphs"] - before)
-    assert graphs == [2, 2]  # the first layer's input has no gradient, the others' have
+            made.append(counted["unique_graphs"] - before)
+    assert made == [graphs, graphs]  # of layers two, for the first one's input has no gradient
     for (adapters, losses), (expected, wanted) in zip(found, plain, strict=True):
         np.testing.assert_allclose(np.concatenate(losses), np.concatenate(wanted), rtol=1e-5)
         for name, leaf in expected[0].items():
@@ -150,8 +168,9 @@ def test_sides_are_compared_by_their_first_call_and_then_take_turns():
     assert found["useful"] == {"": 7} and len(found["matrix_rate"]) == 2
     assert [len(spent) for spent in found["seconds"].values()] == [2, 2] and set(found["first"]) == set(sides)
 
-    calls.clear()
-    sides["ours"] = side("ours", [1.0, 2.1])
-    with pytest.raises(UserError, match="losses: 'ours' and 'published' differ by 9.5e-02, more than 1.0e-02"):
-        bench_measure.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
-    assert calls == ["ours", "published"]  # nothing is timed
+    for wrong, gap in ((2.1, "9.5e-02"), (np.nan, "nan")):
+        calls.clear()
+        sides["ours"] = side("ours", [1.0, wrong])
+        with pytest.raises(UserError, match=f"losses: 'ours' and 'published' differ by {gap}, more than 1.0e-02"):
+            bench_measure.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
+        assert calls == ["ours", "published"]  # nothing is timed
