@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS
 
+COLUMNS = tuple(
+    (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
+)  # of tables, and panels of the figure
 UNTRAINED = "base model"  # shown first; no baseline, so nobody gains over it
 Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by (scenario, part, method)
 
@@ -69,8 +72,7 @@ def losses(found: dict[str, dict]) -> list[str]:
 
 def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of: Callable = max) -> list[str]:
     """The table: mean ± half of the 95 % interval over shared seeds, the best of the rivals bold; gains of ours."""
-    columns = [(s, part) for part in ("personalised", "generalisation") for s in ("single", "dual", "all")]
-    columns = [column for column in columns if any(key[:2] == column for key in table)]
+    columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
     methods = [UNTRAINED, *(method for method in METHODS if method in known and method in shown)]
     rivals = [method for method in methods if method not in BOUNDS]
@@ -234,7 +236,7 @@ def setting(found: dict[str, dict]) -> list[str]:
 def figure(found: dict[str, dict]) -> Figure:
     """A panel a scenario and part; bars are means over seeds, dots the seeds."""
     table = cells(found)
-    columns = sorted({key[:2] for key in table}, key=lambda c: (c[1] != "personalised", c[0]))
+    columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
     drawn = Figure((5 * ((len(columns) + 1) // 2), 7))
     panels = drawn.subplots(2, (len(columns) + 1) // 2, squeeze=False).ravel()
     for axes, column in zip(panels, columns, strict=False):
