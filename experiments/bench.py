@@ -48,7 +48,7 @@ class Bench:
     """Time the tuned PyTorch flow too, not only the published one."""
     compiled: Literal["layer", "model"] = "layer"
     """What torch.compile takes of the tuned PyTorch flow, in training on a GPU: one layer that all share, in under a
-    minute, or the whole model, which takes it five and then makes rounds a quarter faster."""
+    minute, or the whole model, which took it five on an H200, and rounds a quarter less."""
     out: Path | None = None
     """Folder for bench.json, bench.md and bench.png; by default docs/bench, or runs/bench with --quick or --smoke."""
 
