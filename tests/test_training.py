@@ -54,7 +54,7 @@ def test_every_layer_drops_other_inputs(tiny, monkeypatch):
         seen.append(str(keys))
         return np.float32(0)
 
-    def spy(x, module, adapter, rate):  # no debug callback: since JAX 0.12 Flax's scan does not take effects
+    def spy(x, module, adapter, rate):  # no debug callback: with JAX 0.12 Flax's scan takes no effects
         nothing = jax.ShapeDtypeStruct((), jnp.float32)
         return real(x, module, adapter, rate) + jax.pure_callback(note, nothing, jax.random.key_data(adapter.keys))
 
