@@ -1,4 +1,4 @@
-"""Interference and generalisation: every method in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
+"""Interference and generalisation: methods in Single, Dual and All, at equal optimiser steps (Tables 1 and 3).
 
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
     python -m experiments.table1 --data ... --budget long ...         five times the rows, more test rows
@@ -32,7 +32,7 @@ from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 @dataclass(frozen=True)
 class Table1:
-    """Every method in every scenario."""
+    """Methods by scenario: interference and generalisation."""
 
     data: str = "flan4"
     """Folder of the real rows."""

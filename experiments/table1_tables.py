@@ -39,7 +39,7 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
 
 def markdown(found: dict[str, dict]) -> str:
     """The report: scores of all methods, then by task, then costs."""
-    lines = ["# Every method in every scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
+    lines = ["# Methods by scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
     lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found)]
     lines += [*same_seed(found), "", *by_task(found), ""]
     return "\n".join([*lines, *costs(found), ""])
