@@ -186,12 +186,12 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
         found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)
     if config.rounds.turns == "staggered":
-        return routing.staggered(found, config.rounds.rounds, config.data.newcomers)
+        return routing.staggered(found, config.rounds.rounds, config.data.newcomers, config.rounds.clusters_per_round)
     return found
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
-    """n_l and n_g: as configured, by default the tasks a client holds and the tasks in all; None: found.
+    """n_l and n_g: as configured, by default the tasks a client holds and those of all that train; None: found.
 
     Rows without labels say nothing of how many tasks there are, and clients that come with their rows hold any number.
     """
@@ -200,7 +200,7 @@ def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | 
     if local is None and labelled and scenario != "natural":
         local = len(tasks_of(0, split.tasks, scenario))
     if total is None and labelled:
-        total = len(split.tasks)
+        total = split.founding
     return local or None, total or None
 
 
@@ -239,16 +239,18 @@ def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[
 
 
 def settle(prepared: Prepared, state: FederationState) -> FederationState:
-    """The state when newcomers join after training: a strategy that chooses slots by losses lets them choose theirs.
+    """The state as it answers: a strategy that chooses slots by losses lets those choose who did not in the last round.
 
-    They look at as many of their rows as a round has.
+    They are the newcomers, who join after training, and whom that round did not draw. They look at as many of their
+    rows as a round has.
     """
     config, choose = prepared.config, prepared.strategy.choose
-    new = config.data.newcomers
-    if not new or choose is None:
+    clients, founders = config.data.clients, config.data.clients - config.data.newcomers
+    asked = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed)
+    who = np.setdiff1d(np.arange(clients, dtype=np.int32), asked)
+    if choose is None or not len(who):
         return state
-    who = np.arange(config.data.clients - new, config.data.clients, dtype=np.int32)
-    work = Work(who, np.zeros(new, np.int32), np.ones(new, np.float32))
+    work = Work(who, np.zeros(len(who), np.int32), np.ones(len(who), np.float32))
     local, rows = config.local, [[held] for held in prepared.train]
     together = config.compute.lanes_together
     batch = schedule.batches(work, rows, 1, local.steps, local.batch, *prepared.pack, config.seed, together)

@@ -111,7 +111,8 @@ def make_round(
     """
 
     def run(state: FederationState, base: PyTree, work: Work, batches: Any, key: Array):
-        rate, phases = schedule(state.round + 1), strategy.phases(state.round + 1, rounds)
+        number = state.round + 1
+        rate, phases = schedule(strategy.pace(number, rounds)), strategy.phases(number, rounds)
         round_key = jax.random.fold_in(key, state.round)
 
         fold = jax.vmap(jax.random.fold_in)

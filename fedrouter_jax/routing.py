@@ -219,13 +219,14 @@ def enroll(
     )
 
 
-def staggered(enrolment: Enrolment, rounds: int, newcomers: int = 0) -> Enrolment:
+def staggered(enrolment: Enrolment, rounds: int, newcomers: int = 0, each: int = 1) -> Enrolment:
     """The same clusters with clients' local ones in another order, so that their turns reach all slots in every round.
 
     A client trains its local clusters in turn, in an order that means nothing (K-Means'). So in some rounds clients
     meet at a slot while nobody trains another. The server, which knows `table`, tells one client after the other the
     order that meets the fewest lanes so far in the same rounds: an assignment of clusters to turns. Where all clients
-    hold all slots, that is a Latin square. The last `newcomers` clients take no part; `rounds` is how many there are.
+    hold all slots, that is a Latin square. The last `newcomers` clients take no part; `rounds` is how many there are,
+    and `each` how many clusters a client trains in one (0: all), as `schedule.lanes` counts them.
     """
     from scipy.optimize import linear_sum_assignment  # here, for it takes a third of a second
 
@@ -233,14 +234,17 @@ def staggered(enrolment: Enrolment, rounds: int, newcomers: int = 0) -> Enrolmen
     founders = table[: len(table) - newcomers]
     period = min(rounds, math.lcm(*(founders >= 0).sum(axis=1).tolist()))  # after it, all turns come again
     lanes = np.zeros((period, enrolment.clusters), int)  # by round and slot
+    each = min(each or table.shape[1], table.shape[1])
     for client in range(len(founders)):
         held = np.flatnonzero(table[client] >= 0)
         slots = table[client, held]
-        turn = np.arange(period) % len(held)  # of each round
+        now = np.arange(min(each, len(held)))  # the turns of a round
+        turn = (each * np.arange(period)[:, None] + now).ravel() % len(held)
+        when = np.repeat(np.arange(period), len(now))
         met = np.zeros((len(held), enrolment.clusters), int)
-        np.add.at(met, turn, lanes)
+        np.add.at(met, turn, lanes[when])
         turns, order = linear_sum_assignment(met[:, slots])  # turns are sorted
-        lanes[np.arange(period), slots[order[turn]]] += 1
+        np.add.at(lanes, (when, slots[order[turn]]), 1)
         place = np.full(table.shape[1], -1, np.int32)
         place[held[order]] = turns
         labels[client] = np.where(labels[client] >= 0, place[labels[client]], -1)

@@ -115,6 +115,8 @@ class Strategy(NamedTuple):
     enrolling: Enrolling = "nothing"
     pooled: bool = False  # all clients' rows are one lane
     phases: Callable[[Array, int], tuple[Phase, ...]] = one_phase  # (round 1..T, T); their number never changes
+    # (round 1..T, T) -> the round, or what is between two, whose learning rate it has
+    pace: Callable[[Array, int], Array] = lambda round, rounds: round
     # (state, work, losses) -> state, before lanes ask; `losses` maps the adapters of one slot to losses [lane]
     choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round

@@ -271,7 +271,8 @@ def test_clients_that_move_alike_are_one_cluster():
 def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
     """Three of five rounds are shared; then the global adapter stays, and the local ones start from it."""
     strategy = feddpa_f(private=0.4)
-    shared = play(federation, BY_NAME["fedit"], federation.update, rounds=3)[0].bank["main"]
+    fedit = BY_NAME["fedit"]._replace(pace=strategy.pace)  # whose schedule ends with the shared rounds
+    shared = play(federation, fedit, federation.update, rounds=3)[0].bank["main"]
     bank = play(federation, strategy, federation.update, rounds=3)[0].bank
     assert_close(bank["global"], shared, 5e-4)
     for leaf, source in zip(*map(jax.tree.leaves, (bank["local"], bank["global"])), strict=True):

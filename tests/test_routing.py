@@ -172,6 +172,18 @@ def test_staggered_turns_reach_every_slot_in_every_round(held):
         assert lanes.tolist() == [len(held) // 4] * 4
 
 
+@pytest.mark.parametrize("clients, tasks, each", [(2, 4, 2), (2, 6, 3), (4, 8, 2), (4, 8, 3)])
+def test_staggered_turns_with_several_clusters_a_round_leave_no_slot_out(clients, tasks, each):
+    rng = np.random.default_rng(0)
+    config, sizes = schedule.RoundConfig(clusters_per_round=each), np.ones((clients, tasks), int)
+    for _ in range(10):
+        table = np.stack([rng.permutation(tasks) for _ in range(clients)]).astype(np.int32)
+        found = routing.Enrolment(jnp.asarray(table), tasks, (), np.tile(np.arange(tasks), (clients, 1)), {})
+        order = np.asarray(routing.staggered(found, 100, each=each).table)
+        works = [schedule.lanes(sizes, t, config, seed=0) for t in range(1, tasks + 1)]
+        assert all(len(set(order[work.client, work.cluster].tolist())) == tasks for work in works)
+
+
 def test_staggered_turns_of_clients_with_fewer_clusters_or_none_yet():
     """Local clusters come first in a client's line; a newcomer's stay as they are and count for nothing."""
     table = jnp.asarray([[2, -1, 0], [0, -1, -1], [0, 2, 1]], jnp.int32)

@@ -219,6 +219,18 @@ def test_natural_clients_keep_their_own_rows():
         assert {(test[i].client, test[i].task == unseen) for i in client.test} == {(name, False)}
         assert len(client.test) == 5
     assert unseen not in split.tasks and {test[i].task for i in split.mix} == {*split.tasks, unseen}
+    assert split.founding == 3
+
+    own = next(task for task in split.tasks if task != unseen)  # what only a newcomer holds is no founder's task
+    train, test = (
+        tuple(row._replace(client="late" if row.task == own else "b") for row in rows)
+        for rows in (data.train, data.test)
+    )
+    later = data._replace(
+        train=(*(row for row in train if row.client == "b"), *(row for row in train if row.client == "late")), test=test
+    )
+    split = scenarios.partition(later, replace(dealt_as("natural", 2), newcomers=1), 0)
+    assert own in split.tasks and (len(split.tasks), split.founding) == (4, 3)
 
     silent = named._replace(test=tuple(row._replace(client="b") for row in test))
     for rows, clients, message in ((named, 4, "name 3"), (data, 2, "name none"), (silent, 2, "'c' has no test row")):

@@ -246,3 +246,23 @@ def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():
         drawn = jnp.full_like(state.table, 1 - good)
         found = experiment.settle(prepared, state._replace(bank=spoilt, table=drawn, round=jnp.ones((), jnp.int32)))
         assert found.table[:, 0].tolist() == [1 - good] * 2 + [good] * 2  # of four clients the last two
+
+
+def test_clients_of_ifca_that_the_last_round_did_not_draw_choose_before_they_answer():
+    """Half of four take part; the others chose in an earlier round, or never."""
+    config = smoke()
+    config = dataclasses.replace(
+        config,
+        strategy="ifca",
+        data=dataclasses.replace(config.data, scenario="all"),
+        cluster=dataclasses.replace(config.cluster, global_clusters=2),
+        rounds=dataclasses.replace(config.rounds, participation=0.5),
+    )
+    prepared = experiment.prepare(config)
+    state = experiment.start(prepared, experiment.enroll(prepared, None))
+    spoilt = jax.tree.map(lambda leaf: leaf.at[0].set(1.0), state.bank)
+    state = state._replace(bank=spoilt, table=jnp.zeros_like(state.table), round=jnp.full((), 2, jnp.int32))
+    asked = experiment.round_inputs(prepared, [[held] for held in prepared.train], 2)[0].client
+    assert len(asked) == 2
+    found = experiment.settle(prepared, state).table[:, 0]
+    assert {client for client in range(4) if found[client] == 1} == {*range(4)} - {*asked.tolist()}

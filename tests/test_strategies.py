@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, rate
+from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, play, rate
 
-from fedrouter_jax import routing
+from fedrouter_jax import client, routing
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
@@ -67,6 +67,27 @@ def test_feddpa_f_has_a_private_round_however_few_there_are():
     """The last of three, of which a fifth is less than one."""
     shared = [bool(feddpa_f().phases(t, 3)[0].train["global"]) for t in (1, 2, 3)]
     assert shared == [True, True, False]
+    assert feddpa_f().phases(1, 1)[0].train["global"]  # nor is the only one private
+
+
+def test_the_private_rounds_of_feddpa_f_have_learning_rates_of_their_own():
+    """Both parts go from the peak to the least: five private rounds of 25 are not the foot of one cosine."""
+    config = client.LocalConfig(learning_rate=1.0, min_learning_rate=0.0)
+    rates = [float(client.learning_rate(config, 25, feddpa_f().pace(t, 25))) for t in range(1, 26)]
+    assert rates[:20] == sorted(rates[:20], reverse=True) and rates[20:] == sorted(rates[20:], reverse=True)
+    np.testing.assert_allclose([rates[19], np.mean(rates[20:])], [0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(client.learning_rate(config, 6, feddpa_f().pace(6, 6)), 0.5, atol=1e-6)
+
+
+def test_what_private_rounds_start_from_comes_down_once(federation):
+    """Two of five rounds are private: the average of the third is received before the first of them."""
+    strategy, size = feddpa_f(private=0.4), 100
+    held = begin(federation, strategy)
+    adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(held.bank["global"]))
+    after = [(held._replace(memory=jnp.asarray(private)), sent) for private, sent in ((0, size), (1, 0), (2, 0))]
+    assert [strategy.traffic(state, 4, sent) for state, sent in after] == [(size, size), (0, adapter), (0, 0)]
+    played = [play(federation, strategy, federation.update, rounds=rounds)[0].memory for rounds in (3, 4, 5)]
+    assert [int(private) for private in played] == [0, 1, 2]
 
 
 def test_a_warm_start_is_the_mean_of_those_that_came_back(federation):
@@ -99,4 +120,6 @@ def test_what_comes_down_is_counted(federation):
     """FedEx: every client's adapter; IFCA: every slot's."""
     fedex = STRATEGIES["fedex"]()
     assert fedex.traffic(begin(federation, fedex), 5, 100) == (100, 500)
-    assert ifca().traffic(begin(federation, ifca()), 5, 100) == (100, SLOTS * 100)
+    after = begin(federation, ifca())._replace(round=jnp.asarray(2))
+    assert ifca().traffic(after, 5, 100) == (100, SLOTS * 100)
+    assert ifca().traffic(after._replace(round=jnp.asarray(1)), 5, 100) == (100, 100)  # slots are dealt, nobody chooses

@@ -72,6 +72,7 @@ class Partition(NamedTuple):
     clients: list[Client]
     mix: list[int]
     tasks: list[str]  # those that clients hold
+    founding: int  # how many of them the clients hold that are there from the start
 
 
 def tasks_of(client: int, tasks: Sequence[str], scenario: Scenario) -> list[str]:
@@ -173,7 +174,7 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         raise UserError(
             f"--mix-rows is {config.mix_rows}, but the mix is of {len(found)} tasks; give one row of each at least"
         )
-    rng = np.random.default_rng([seed, 0x5CE7])
+    rng, founders = np.random.default_rng([seed, 0x5CE7]), clients - config.newcomers
     if config.scenario == "dirichlet":
         shares = np.random.default_rng([seed, 0xD1]).dirichlet([config.mixture_alpha] * len(tasks), clients)
         train = deal_shares(dataset.train, tasks, shares, config.train_rows, rng)
@@ -182,8 +183,10 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         names = clients_named(dataset, clients)
         train = own_rows(dataset.train, names, tasks, config.train_rows, rng)
         test = own_rows(dataset.test, names, tasks, config.test_rows, rng)
-        trained = {dataset.train[i].task for hand in train for i in hand}
-        tasks = [task for task in tasks if task in trained]
+        first, later = (
+            {dataset.train[i].task for hand in hands for i in hand} for hands in (train[:founders], train[founders:])
+        )
+        tasks = [task for task in tasks if task in first | later]
     else:
         held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
         for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
@@ -192,7 +195,6 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                     f"{flag} is {cap}, but a client holds {len(held[0])} tasks; give one row of each at least"
                 )
         holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
-        founders = clients - config.newcomers
         orphan = next((task for task, of in holders.items() if not any(client < founders for client in of)), None)
         if orphan is not None:
             enough = len(tasks) + 1 - len(held[0]) + config.newcomers
@@ -222,4 +224,5 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
             "them on the tasks they hold themselves; choose another"
         )
     test = [test[other] for other in turn]
-    return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks)
+    founding = len(first) if config.scenario == "natural" else len(tasks)
+    return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks, founding)

@@ -47,6 +47,12 @@ def taking_part(clients: int, participation: float) -> int:
     return max(1, int(participation * clients + 0.5))
 
 
+def drawn(clients: int, round: int, participation: float, seed: int) -> np.ndarray:
+    """The clients that take part in round `round` (1..T), in order."""
+    rng = np.random.default_rng([seed, round, 0xC11E])
+    return np.sort(rng.choice(clients, taking_part(clients, participation), replace=False))
+
+
 def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work:
     """The lanes of round `round` (1..T); `sizes` int [client, cluster] counts rows.
 
@@ -54,12 +60,9 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     gets lanes of weight 0. The clusters of a client take turns: c = round mod n_l, empty ones skipped.
     """
     clients, clusters = sizes.shape
-    count = taking_part(clients, config.participation)
-    rng = np.random.default_rng([seed, round, 0xC11E])
-    chosen = np.sort(rng.choice(clients, count, replace=False))
     each = min(config.clusters_per_round or clusters, clusters)
     client, cluster, weight = [], [], []
-    for who in chosen:
+    for who in drawn(clients, round, config.participation, seed):
         filled = np.flatnonzero(sizes[who])
         for turn in range(each):
             which = int(filled[((round - 1) * each + turn) % len(filled)])

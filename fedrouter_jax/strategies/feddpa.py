@@ -4,7 +4,8 @@ Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurI
 
     FedDPA-T  every round:  train the local adapter under  W0 x + a local + (1 - a) stop_gradient(global received);
                             train the global one alone, from what was received, and send it
-    FedDPA-F  first FedIT; then every client copies the global adapter into its local one and trains that privately
+    FedDPA-F  first FedIT; then every client copies the global adapter into its local one and trains that privately,
+              with learning rates from the peak on again
     answer    w local + (1 - w) global,  w = scale * mean over S training prompts of cos(f(x), f(x_s)),
               f: the last token's last hidden state under the base model with the local adapter
 
@@ -37,10 +38,19 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
 
 
 def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
-    """The last `private` share of the rounds (at least one) is private. Averaged: global. Private: local."""
+    """The last `private` share of the rounds is private: one or more, never all. Averaged: global. Private: local."""
+
+    def shared_of(rounds):
+        return max(1, rounds - max(1, int(private * rounds)))
+
+    def pace(round, rounds):
+        """Either part goes through the whole schedule, the private one by the middles of its rounds."""
+        shared = shared_of(rounds)
+        alone = (round - shared - 0.5) * rounds / max(1, rounds - shared)
+        return jnp.where(round > shared, alone, round * rounds / shared)
 
     def phases(round, rounds):
-        alone = round > rounds - max(1, int(private * rounds))
+        alone = round > shared_of(rounds)
         shared = jnp.logical_not(alone)
         return (
             Phase(train={"global": shared, "local": alone}, weights={"global": shared * 1.0, "local": alone * 1.0}),
@@ -49,7 +59,7 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
     create, ask, collect, average = owned(OWNERS)
 
     def init(adapters, enrolment):
-        return create(adapters, enrolment)._replace(memory=jnp.asarray(True))  # the last round was a shared one
+        return create(adapters, enrolment)._replace(memory=jnp.zeros((), jnp.int32))  # private rounds so far
 
     def note(state, work):
         """Beside the sums: in how many lanes the global adapter has moved."""
@@ -71,17 +81,23 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
         averages, moved = sums
         told = average(state, averages)
         main = _pick(moved > 0, told.bank["global"], state.bank["global"])
-        return told._replace(bank=told.bank | {"global": main}, memory=moved > 0)
+        return told._replace(bank=told.bank | {"global": main}, memory=jnp.where(moved > 0, 0, state.memory + 1))
 
     def follow(state):
         """After a shared one the local adapters are copies of it."""
         return state._replace(
-            bank=state.bank | {"local": _pick(state.memory, state.bank["global"], state.bank["local"])}
+            bank=state.bank | {"local": _pick(state.memory == 0, state.bank["global"], state.bank["local"])}
         )
 
+    def traffic(state, lanes, size):
+        """What clients go on from alone comes down in the first private round."""
+        last = state.memory == 1
+        return size, sum(leaf.nbytes for leaf in jax.tree.leaves(state.bank["global"])) if last else size
+
     return Strategy(
-        "feddpa-f", OWNERS, init, ask, note, tell, _instance_wise(scale, weight_on), phases=phases, derive=follow
-    )
+        "feddpa-f", OWNERS, init, ask, note, tell, _instance_wise(scale, weight_on),
+        phases=phases, pace=pace, derive=follow, traffic=traffic,
+    )  # fmt: skip
 
 
 def _pick(which, new, old):

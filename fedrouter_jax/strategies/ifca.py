@@ -7,8 +7,8 @@ adapters in place of models.
               server:    per slot, average the adapters that came back
 
 With B = 0 all K adapters are the base model: in the first round clients are dealt to slots at random. A round costs K
-forward passes over its rows beside the training, and K adapters on the way down. A client that joins later takes the
-slot of least loss, too.
+forward passes over its rows beside the training, and after the first K adapters on the way down. To answer, a client
+that the last round did not draw, or that joins later, takes the slot of least loss, too.
 """
 
 import jax
@@ -27,7 +27,8 @@ def ifca() -> Strategy:
         slots = jax.tree.leaves(state.bank)[0].shape[0]
 
         def of_slot(slot):
-            return losses(jax.tree.map(lambda leaf: leaf[slot], state.bank))
+            found = losses(jax.tree.map(lambda leaf: leaf[slot], state.bank))
+            return jnp.where(jnp.isfinite(found), found, jnp.inf)  # or argmin would take what is no number
 
         here = state.table[work.client, work.cluster]
 
@@ -41,6 +42,7 @@ def ifca() -> Strategy:
         return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
 
     def traffic(state, lanes, size):
-        return size, jax.tree.leaves(state.bank)[0].shape[0] * size
+        slots = jax.tree.leaves(state.bank)[0].shape[0]
+        return size, (slots if state.round > 1 else 1) * size  # in the first round nobody chooses
 
     return Strategy("ifca", OWNERS, *owned(OWNERS), route, enrolling="random", choose=choose, traffic=traffic)
