@@ -28,7 +28,7 @@ def save(folder: Path, step: int, state: PyTree) -> None:
     except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write
         raise UserError(
             f"{folder}: the checkpoint of round {step} could not be written ({_one_line(error)}); "
-            "free space there, then resume: earlier rounds are safe"
+            "is there room, and may it be written? Then resume: rounds that were saved are safe"
         ) from error
 
 

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -156,7 +157,7 @@ def run(arguments: list[str]) -> None:
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
     together(parsed.processes)
-    with progress() as track:
+    with resumable(out), progress() as track:
         runs.run(parsed.config, out, track)
     finish(out)
 
@@ -180,9 +181,21 @@ def resume(arguments: list[str]) -> None:
 
     parsed = parse(Resume, prog="fedrouter resume", args=arguments)
     together(parsed.processes)
-    with progress() as track:
+    with resumable(parsed.run), progress() as track:
         runs.proceed(parsed.run, track)
     finish(parsed.run)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Where a run is interrupted, say how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        goes_on = (
+            f"`fedrouter resume {out}` goes on from there" if (out / "config.json").exists() else "nothing is lost"
+        )
+        raise KeyboardInterrupt(goes_on) from None
 
 
 def together(asked: Processes) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import evaluate, experiment, formats, routing
-from fedrouter_jax.config import Config
+from fedrouter_jax import config as config_lib
+from fedrouter_jax import evaluate, experiment, routing
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
@@ -60,7 +59,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "bytes_up": up,
         "bytes_down": down,
         **origin(prepared),
-        "config": choices(prepared.config),
+        "config": config_lib.choices(prepared.config),
         "cut_rows": sum(row.truncated for held in prepared.train for row in held),
         "clients": clients,
     }
@@ -77,30 +76,6 @@ def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
     for key, value in origin(prepared).items():
         if found.get(key, value) != value:
             raise ValueError(f"the {names[key]} were others then")
-
-
-def choices(config: Config) -> dict[str, Any]:
-    """All choices that change results, as JSON has them; rows have a digest of their own, wherever they lie."""
-    found = json.loads(json.dumps(asdict(config)))
-    del found["compute"], found["data"]["data"]
-    flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
-    return flat | {
-        f"{section}.{key}": value
-        for section, part in found.items()
-        if isinstance(part, dict)
-        for key, value in part.items()
-    }
-
-
-def check_config(path: Path, config: Config) -> None:
-    """Raise `UserError` where the clusters in `path` were made for a run of other choices: config.json was changed."""
-    begun = (formats.read_json(path, remedy="start a new run") or {}).get("config", {})
-    for key, value in choices(config).items():
-        if begun.get(key, value) != value:
-            raise UserError(
-                f"{path.parent / 'config.json'}: {key} is {value!r}, but the run was begun with {begun[key]!r}; "
-                "restore it, or start a new run"
-            )
 
 
 def traffic(prepared: Prepared, enrolment: Enrolment) -> tuple[int, int]:

@@ -5,12 +5,12 @@ What changes results and what changes only speed are kept apart: `ComputeConfig`
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -247,11 +247,11 @@ def idle(config: Config) -> list[str]:
 
 def to_json(config: Config) -> str:
     """The config as it stands in a run directory."""
-    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
 
 
 def of_json(raw: dict, path: Path) -> Config:
-    """A config from its JSON object without the format, as `dataclasses.asdict` gives it; `path` names it in errors.
+    """A config from its JSON object without the format, as `asdict` gives it; `path` names it in errors.
 
     A field that is newer than the file has its default.
     """
@@ -272,3 +272,26 @@ def load(path: Path) -> Config:
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a config of run format {FORMAT}; it was written by another version")
     return of_json(raw, path)
+
+
+def choices(config: Config) -> dict[str, Any]:
+    """All choices that change results, as JSON has them; rows have a digest of their own, wherever they lie."""
+    found = json.loads(json.dumps(asdict(config)))
+    del found["compute"], found["data"]["data"]
+    flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    return flat | {
+        f"{section}.{key}": value
+        for section, part in found.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+
+
+def check_begun(path: Path, begun: Mapping[str, Any], config: Config) -> None:
+    """Raise `UserError` where the run in `path` was `begun` with other choices: its config.json was changed."""
+    for key, value in choices(config).items():
+        if begun.get(key, value) != value:
+            raise UserError(
+                f"{path / 'config.json'}: {key} is {value!r}, but the run was begun with {begun[key]!r}; "
+                "restore it, or start a new run"
+            )

@@ -126,10 +126,16 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
     """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
-    mapping = dict(pair.partition("=")[::2] for pair in pairs)
-    odd = [name for name, column in mapping.items() if name not in Row._fields or not column]
-    if odd:
-        raise UserError(f"--columns has {odd[0]!r}; expected instruction=NAME, output=NAME or task=NAME")
+    mapping: dict[str, str] = {}
+    for name, _, column in (pair.partition("=") for pair in pairs):
+        if name not in Row._fields or not column:
+            raise UserError(f"--columns has {name!r}; expected {', '.join(f'{field}=NAME' for field in Row._fields)}")
+        if name in mapping:
+            raise UserError(f"--columns gives {name} twice, {mapping[name]!r} and {column!r}; choose one")
+        mapping[name] = column
+    asked, answer = (mapping.get(name, name) for name in ("instruction", "output"))
+    if asked == answer:
+        raise UserError(f"--columns takes {asked!r} for both instruction and output; name a column for each")
     return mapping
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -58,9 +59,10 @@ def guarded(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see what is there"
         raise UserError(
-            f"{path} could not be written ({error.strerror}); free space there or choose another folder, then try "
-            "again (a run: resume it)"
+            f"{path} could not be written ({error.strerror}); {remedy} or choose another folder, then try again (a "
+            "run: resume it)"
         ) from error
 
 

@@ -128,13 +128,42 @@ def read_json(path: Path, form: Any = dict[str, Any], remedy: str = "delete it a
         raise UserError(f"{path}: {wrong(error)}; restore the file, or {remedy}") from None
 
 
-def read_lines(path: Path, form: Any) -> Iterator[Any]:
+def read_clusters(path: Path) -> Clusters | None:
+    """`clusters.json`, whose lists fit each other; None where there is none yet. Raises `UserError` otherwise."""
+    found = read_json(path, Clusters, "start a new run")
+    if found is None:
+        return None
+    slots, table = range(found["clusters"]), found["table"]
+    odd = None
+    if len(found["slot_tasks"]) != len(slots):
+        odd = f"{len(found['slot_tasks'])} slot_tasks for {len(slots)} clusters"
+    elif len(table) != len(found["clients"]) or not table:
+        odd = f"a table of {len(table)} rows for {len(found['clients'])} clients"
+    elif any(slot not in slots and slot != -1 for row in table for slot in row):
+        odd = f"the table has slots beyond {len(slots)}"
+    else:
+        for number, (row, client) in enumerate(zip(table, found["clients"], strict=True)):
+            rows, tasks, local, own = (client[name] for name in ("rows", "tasks", "local", "global"))
+            if not len(rows) == len(tasks) == len(local) == len(own):
+                odd = f"client {number} has lists of unequal lengths"
+            elif not {*tasks} <= {*found["tasks"]}:
+                odd = f"client {number} has rows of unknown tasks"
+            elif any(k not in range(len(row)) or row[k] != slot for k, slot in zip(local, own, strict=True)):
+                odd = f"the clusters of client {number} are not those of the table"
+            if odd:
+                break
+    if odd:
+        raise UserError(f"{path}: {odd}; restore the file, or start a new run")
+    return found
+
+
+def read_lines(path: Path, form: Any, remedy: str = "start a new run") -> Iterator[Any]:
     """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
             yield _checked(json.loads(line), form)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or start a new run") from None
+            raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or {remedy}") from None
 
 
 def read_rounds(path: Path, most: int | None = None) -> list[Any]:

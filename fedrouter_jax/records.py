@@ -51,7 +51,8 @@ def read(path: Path) -> Run:
     """One run directory; raises `UserError` that names what it cannot read."""
     config = config_lib.load(path / "config.json")
     rounds = formats.read_rounds(path / "rounds.jsonl")
-    clusters = formats.read_json(path / "clusters.json", formats.Clusters, "start a new run")
+    clusters = formats.read_clusters(path / "clusters.json")
+    config_lib.check_begun(path, (clusters or {}).get("config", {}), config)
     scores = formats.read_json(path / "scores.json", formats.Scores)
     timings = formats.read_json(path / "timings.json", formats.Timings)
     return Run(path, config, rounds, clusters, scores, timings or {})

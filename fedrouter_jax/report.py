@@ -255,7 +255,7 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
 def samples(run: Run) -> list[str]:
     """The first answer of each task that the trained model gave, personalised."""
     first: dict[str, dict] = {}
-    for record in formats.read_lines(run.path / "predictions.jsonl", formats.Answer):
+    for record in formats.read_lines(run.path / "predictions.jsonl", formats.Answer, "delete it and resume the run"):
         if record["part"] == PARTS[0]:
             first.setdefault(record["task"], record)
     text = []

@@ -63,10 +63,12 @@ def check_free(out: Path, config: Config) -> None:
     others = any(entry.name not in own for entry in out.iterdir()) if out.is_dir() else out.exists()
     if path.exists() and others:
         if config_lib.load(path) != config:
-            raise UserError(f"{out} holds a run of another config; choose another --out, or resume it: resume {out}")
+            raise UserError(
+                f"{out} holds a run of another config; choose another --out, or resume it: fedrouter resume {out}"
+            )
         if (out / "report.md").exists():
             raise UserError(f"{out} holds this very run, finished; see its report.md, or choose another --out")
-        raise UserError(f"{out} holds this very run already; continue it with: resume {out}")
+        raise UserError(f"{out} holds this very run already; continue it with: fedrouter resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
 
@@ -102,7 +104,7 @@ def _proceed(out: Path, track: Track, shared: Shared) -> dict:
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
-        if not all((out / name).exists() for name in ("scores.json", "predictions.jsonl")):
+        if not scored(out):
             with timed(timings, "evaluate"):
                 known = _of_base(shared, loaded.prepared)
                 timings["taken_over"] += ["base answers"] if known else []
@@ -119,6 +121,12 @@ def _proceed(out: Path, track: Track, shared: Shared) -> dict:
         files.write(out / "timings.json", json.dumps(record, indent=2) + "\n")
     processes.meet("all is written")
     return formats.read_json(out / "scores.json", formats.Scores)
+
+
+def scored(out: Path) -> bool:
+    """Whether scores are there, with as many predictions."""
+    scores = formats.read_json(out / "scores.json", formats.Scores)
+    return bool(scores) and len(files.lines(out / "predictions.jsonl")) == sum(part["rows"] for part in scores.values())
 
 
 def answering(loaded: Loaded) -> Loaded:
@@ -170,7 +178,8 @@ def read_config(out: Path) -> Config:
     """The config of a run directory, checked."""
     config = config_lib.load(out / "config.json")
     config_lib.check(config)
-    clusters.check_config(out / "clusters.json", config)
+    begun = formats.read_json(out / "clusters.json", remedy="start a new run") or {}
+    config_lib.check_begun(out, begun.get("config", {}), config)
     return config
 
 

@@ -39,10 +39,8 @@ def guarded(action: Callable[[], None]) -> int:
     except OSError as error:  # a path that no check has looked at
         reason = " ".join(str(error.strerror or error).split())
         return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
-    except KeyboardInterrupt:
-        return failed(
-            130, "interrupted; `fedrouter resume RUN`, or the same command of an experiment, goes on from there"
-        )
+    except KeyboardInterrupt as stop:
+        return failed(130, f"interrupted; {stop if stop.args else 'the same command goes on from there'}")
     return 0
 
 

@@ -31,7 +31,8 @@ def test_the_page_trains_and_scores(page):
 
 def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    (tmp_path / "mymethods.py").write_text(code + "\n\nnothing = dict\n")
+    (tmp_path / "mymethods.py").write_text(code + "\n\nnothing, number = dict, 3\n")
+    (tmp_path / "broken.py").write_text("\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
     small = ["--rounds", "1", "--evaluate-at", "--mix-rows", "4", "--test-rows", "2", "--out", str(out)]
@@ -44,6 +45,10 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
         ("nowhere:personal_a", "No module named 'nowhere'"),
         ("mymethods:another", "has no attribute 'another'"),
         ("mymethods:nothing", "gives a dict; expected a"),
+        ("mymethods:number", "is a int; expected a function"),
+        ("json:loads", "could not be called without arguments (TypeError"),
+        ("broken:method", "ZeroDivisionError: division by zero, "),
+        ("broken:method", "broken.py:2)"),
     ):
         assert main(["run", "--preset", "smoke", "--strategy", name, "--out", str(tmp_path / "other")]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from fedrouter_jax import runs
 from fedrouter_jax.cli import main
 from fedrouter_jax.terminal import parse
 
@@ -74,7 +75,12 @@ def one_line(capsys, *arguments):
         (["--targets", "w_proj"], "'w_proj', which no block has"),
         (["--max-length", "30"], "--max-length to at least"),
         (["--model", "no/such-model"], "no/such-model"),
-        (["--columns", "question"], "--columns has 'question'"),
+        (
+            ["--columns", "question"],
+            "--columns has 'question'; expected instruction=NAME, output=NAME, task=NAME, client=",
+        ),
+        (["--columns", "instruction=output"], "--columns takes 'output' for both instruction and output"),
+        (["--columns", "task=a", "task=b"], "--columns gives task twice, 'a' and 'b'"),
         (["--scenario", "single", "--clients", "1"], "raise --clients to at least"),
         (["--train-rows", "4", "--local-clusters", "5"], "client 0 has 4 rows but 5 local clusters"),
         (["--max-clusters", "1", "--global-clusters", "0"], "--max-clusters is 1"),
@@ -92,6 +98,17 @@ def test_values_that_cannot_run(arguments, expected, data, tmp_path, capsys, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = ["run", *SMALL, "--data", str(data), "--out", str(tmp_path / "run"), *arguments]
     assert expected in one_line(capsys, *run)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(data, tmp_path, capsys, monkeypatch):
+    def stopped(config, out, track):
+        runs.claim(out, config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", stopped)
+    out = tmp_path / "run"
+    assert main(["run", *SMALL, "--data", str(data), "--out", str(out)]) == 130
+    assert f"interrupted; `fedrouter resume {out}` goes on from there" in capsys.readouterr().err
 
 
 def test_unknown_commands_and_options_are_refused(capsys):

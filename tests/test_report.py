@@ -322,6 +322,31 @@ def test_broken_files_are_named(tmp_path, name, text, expected):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"table": []}, "a table of 0 rows"),
+        ({"table": [[0, 9]] * CLIENTS}, "slots beyond 3"),
+        ({"clients": []}, "rows for 0 clients"),
+        ({"slot_tasks": []}, "0 slot_tasks for 3 clusters"),
+        ({"clusters": 0}, "3 slot_tasks for 0 clusters"),
+        ({"tasks": ["other"]}, "client 0 has rows of unknown tasks"),
+        ({"local": [7] * ROWS}, "the clusters of client 0 are not those of the table"),
+        ({"global": [0]}, "client 0 has lists of unequal lengths"),
+        ({"config": {"strategy": "fedit"}}, "strategy is 'fedrouter', but the run was begun with 'fedit'"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_named(tmp_path, change, expected):
+    path = make_run(tmp_path / "one", strategy="fedrouter")
+    clusters = json.loads((path / "clusters.json").read_text(encoding="utf-8"))
+    (key,) = change
+    (clusters if key in clusters or key == "config" else clusters["clients"][0]).update(change)
+    write_json(path / "clusters.json", clusters)
+    with pytest.raises(UserError, match=expected) as caught:
+        report.write([path], path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_directory_that_is_no_run(tmp_path):
     (tmp_path / "file.log").touch()
     for path in (tmp_path, tmp_path / "file.log"):

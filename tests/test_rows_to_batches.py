@@ -332,7 +332,12 @@ def test_scenarios_refuse_what_they_cannot_deal():
     with pytest.raises(UserError, match=f"--unseen leaves only {first!r}"):
         scenarios.partition(data, dealt_as("dual", 4, unseen=tuple(others)), 0)
     with pytest.raises(UserError, match="too few rows"):
-        scenarios.partition(data, dealt_as("single", 64), 0)
+        scenarios.partition(data, dealt_as("dirichlet", 32), 0)
+    with pytest.raises(UserError, match="--clients is 100000, but synthetic has 32 training rows; lower it"):
+        scenarios.partition(data, dealt_as("single", 100_000), 0)
+    some = data._replace(train=[row._replace(task="") if i % 8 == 0 else row for i, row in enumerate(data.train)])
+    with pytest.raises(UserError, match="4 of 32 training rows have no task; give all rows one, or none"):
+        scenarios.partition(some, dealt_as("all", 4), 0)
     bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare", False)
     with pytest.raises(UserError, match="--columns task=NAME"):
         scenarios.partition(bare, dealt_as("dual", 4), 0)

@@ -406,6 +406,15 @@ def test_rounds_past_the_checkpoint_are_done_and_logged_once(finished, tmp_path)
     assert result(run)["rounds"] == result(finished)["rounds"]
 
 
+def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = (run / "predictions.jsonl").read_text()
+    (run / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert main(["resume", str(run)]) == 0
+    assert (run / "predictions.jsonl").read_text() == whole
+
+
 @pytest.mark.parametrize(
     "kept, missing",
     [

@@ -207,7 +207,17 @@ BAD_FILES = [
     ("wide.jsonl", GOOD.encode("utf-16"), r"line 1: byte 0xff is not UTF-8"),
     ("number.jsonl", b'{"instruction": "a", "output": 4}', r"line 1: 'output' is 4 \(int\); expected text"),
     ("bool.jsonl", b'{"instruction": "a", "output": true}', r"line 1: 'output' is True \(bool\); expected text"),
-    ("null.jsonl", b'{"instruction": null, "output": "a"}', r"line 1: 'instruction' is None \(NoneType\)"),
+    (
+        "null.jsonl",
+        b'{"instruction": null, "output": "a"}',
+        r"line 1: 'instruction' is null; expected text: fill it in",
+    ),
+    ("later.jsonl", (GOOD + '{"instruction": "a"}').encode(), r"line 2: no column 'output' .*; fill it in or remove"),
+    (
+        "semi.csv",
+        b'"instruction";"output"\n"a";"b"\n',
+        r"semi\.csv line 1: no commas in the header .*; save the file with",
+    ),
     ("task.jsonl", b'{"instruction": "a", "output": "b", "task": 1}', r"line 1: 'task' is 1 \(int\); expected text"),
     ("half.jsonl", SURROGATE.encode(), r"line 1: 'instruction' has a lone surrogate at character 1"),
     ("quote.csv", b'instruction,output\na,b\n"c,d\ne,f\n', r"quote\.csv line 3: not valid CSV \(unexpected end"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -89,7 +90,7 @@ def deal(
     `balanced`: the rows of a task that is answered by labels label by label, as many of each, where a share holds one.
     """
     hands: list[list[int]] = [[] for _ in range(clients)]
-    held = {client: sum(client in of for of in holders.values()) for client in range(clients)}
+    held = Counter(client for of in holders.values() for client in of)
     for task, clients_of in holders.items():
         indices = [i for i, row in enumerate(rows) if row.task == task]
         found = sorted({rows[i].output for i in indices})
@@ -152,6 +153,14 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     unknown = sorted(set(config.unseen) - set(found))
     if unknown:
         raise UserError(f"--unseen names {unknown[0]!r}, which is no task of {dataset.name}; its tasks: {found}")
+    if "" in found and len(found) > 1:
+        bare = sum(row.task == "" for row in dataset.train)
+        raise UserError(
+            f"{dataset.name}: {bare} of {len(dataset.train)} training rows have no task; give all rows one, or none"
+        )
+    for split, rows in (("training", dataset.train), ("test", dataset.test)):
+        if clients > len(rows):
+            raise UserError(f"--clients is {clients}, but {dataset.name} has {len(rows)} {split} rows; lower it")
     tasks = [task for task in found if task not in config.unseen]
     if not tasks:
         raise UserError(f"--unseen names all tasks of {dataset.name}; leave at least one to train")
@@ -162,8 +171,9 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         )
     if config.scenario in ("single", "dual") and len(tasks) < 2:
         raise UserError(
-            f"scenario {config.scenario!r} deals tasks to clients, but {dataset.name} has {len(tasks)} task "
-            "label; map the task column with --columns task=NAME or use --scenario all"
+            f"scenario {config.scenario!r} deals tasks to clients, but the rows of {dataset.name} have "
+            f"{'no task' if tasks == [''] else 'one task only'}; map the task column with --columns task=NAME or use "
+            "--scenario all"
         )
     strange = sorted({row.task for row in dataset.test} - set(found))
     if strange:

@@ -66,7 +66,7 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     if path.is_file():
         train, test = split(read(path, columns), test_fraction, seed, str(path))
         return Dataset(train, test, path.stem, False)
-    if path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec):
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec):
         raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
     return _hugging_face(spec, columns, test_fraction, seed)
 
@@ -75,10 +75,10 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...
     """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
     wanted = [(columns or {}).get(field, field) for field in FIELDS]
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": partial(_read_parquet, wanted=wanted)}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise UserError(f"{path}: cannot read a '{path.suffix}' file; expected one of {_listed(SUFFIXES)}")
     try:
-        return _rows(readers[path.suffix](path), columns or {}, str(path))
+        return _rows(readers[path.suffix.lower()](path), columns or {}, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or _brief(error)})") from error
 
@@ -112,7 +112,7 @@ def _split_files(directory: Path) -> tuple[Path, Path]:
     """The train and the test file of a directory."""
     found: dict[str, Path] = {}
     for path in sorted(directory.iterdir()):
-        if path.suffix in SUFFIXES and path.stem in ("train", *TEST_NAMES) and path.is_file():
+        if path.suffix.lower() in SUFFIXES and path.stem in ("train", *TEST_NAMES) and path.is_file():
             if path.stem in found:
                 raise UserError(f"{directory}: both {found[path.stem].name} and {path.name}; keep one of them")
             found[path.stem] = path
@@ -135,9 +135,9 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
         for field, column in found.items():
             # An optional column that the user named has to be there; the default one may be absent.
             if column not in record and (field not in ("task", "client") or field in columns):
+                remedy = "fill it in or remove the row" if rows else f"name it with --columns {field}=YOUR_COLUMN"
                 raise UserError(
-                    f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; "
-                    f"name it with --columns {field}=YOUR_COLUMN"
+                    f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; {remedy}"
                 )
         task, client = record.get(found["task"]), record.get(found["client"])
         client = str(client) if type(client) is int else client
@@ -155,6 +155,8 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
 
 
 def _text(value: object, column: str, place: str, blank: bool) -> str:
+    if value is None:
+        raise UserError(f"{place}: '{column}' is null; expected text: fill it in or remove the row")
     if not isinstance(value, str):
         raise UserError(
             f"{place}: '{column}' is {_shown(value)} ({type(value).__name__}); expected text: write it as a string"
@@ -208,7 +210,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(2**30)  # the default refuses long texts
-    lines = csv.reader(io.StringIO(_decode(_file_bytes(path), path), newline=""), strict=True)
+    text = _decode(_file_bytes(path), path)
+    first = text.lstrip().partition("\n")[0].strip()
+    if "," not in first and (";" in first or "\t" in first):
+        raise UserError(f"{path} line 1: no commas in the header {_shown(first)}; save the file with commas")
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
         place = f"{path} line {lines.line_num + 1}"  # where this row starts; quoted text may run over several lines

@@ -1,6 +1,7 @@
 """One algorithm a file. `STRATEGIES` names those the command line offers; `find` takes others, too."""
 
 import importlib
+import traceback
 from collections.abc import Callable
 
 from fedrouter_jax.errors import UserError
@@ -57,13 +58,22 @@ def find(name: str) -> Callable[..., Strategy]:
         )
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # somebody's code: it may raise anything
         raise UserError(
-            f"--strategy {name}: not to be imported ({error}); `python -m fedrouter_jax` looks in this folder, too"
-        ) from None
+            f"--strategy {name}: not to be imported ({_told(error)}); `python -m fedrouter_jax` looks here, too"
+        ) from error
+    if not callable(make):
+        raise UserError(f"--strategy {name} is a {type(make).__name__}; expected a function that gives a Strategy")
 
     def made() -> Strategy:
-        strategy = make()
+        try:
+            strategy = make()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--strategy {name} could not be called without arguments ({_told(error)}); mend it there"
+            ) from error
         if not isinstance(strategy, Strategy):
             raise UserError(
                 f"--strategy {name} gives a {type(strategy).__name__}; expected a fedrouter_jax.types.Strategy"
@@ -71,3 +81,9 @@ def find(name: str) -> Callable[..., Strategy]:
         return strategy
 
     return made
+
+
+def _told(error: Exception) -> str:
+    """An error and where it was raised, in a line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}, {place.filename}:{place.lineno}"
