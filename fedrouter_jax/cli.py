@@ -152,7 +152,9 @@ def run(arguments: list[str]) -> None:
         prog="fedrouter run",
         args=arguments,
         default=Run(PRESETS[preset]() if preset else Config()),
-        description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it.",
+        description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it. "
+        "Words: a lane is one client's training of one of its clusters in a round; a slot holds an adapter; the mix is "
+        "test rows of all tasks, asked of every client; packs are rows laid side by side, which train together.",
     )
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
