@@ -60,12 +60,13 @@ def in_words(found: dict[str, dict]) -> list[str]:
 
 def losses(found: dict[str, dict]) -> list[str]:
     """The same table of the loss of the reference answers, of the runs that have it."""
-    table = cells(found, metric="loss")
+    table = beside(cells(found, metric="loss"))
     if not table:
         return []
     about = (
         "Cross-entropy of the reference answers in nats a token, mean over a client's rows, then over clients: the "
-        "lower the better. Runs of earlier versions do not have it."
+        "lower the better. Runs of earlier versions do not have it, and who has it for other seeds than fedrouter+ is "
+        "left out."
     )
     return ["## Loss of the reference answers", "", about, "", *scores(table, tuple(METHODS), "loss", min), ""]
 
@@ -92,6 +93,16 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
             lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
     return lines
+
+
+def beside(table: Cells, first: str = OURS[0]) -> Cells:
+    """The scores of the seeds that `first` has, column by column; all of a column that it has none in."""
+    kept: Cells = {}
+    for (*column, method), found in table.items():
+        seeds = table.get((*column, first), found)
+        if same := {seed: value for seed, value in found.items() if seed in seeds}:
+            kept[*column, method] = same
+    return kept
 
 
 def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
