@@ -71,9 +71,10 @@ def test_a_lane_without_rows_has_no_part_in_the_loss():
 
 def test_a_record_counts_what_comes_down():
     prepared, enrolment, state, _ = begun("ifca", cluster={"global_clusters": 3})
-    inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
-    _, record = experiment.train_round(prepared, state, *inputs)
-    assert record["bytes_down"] == 3 * record["bytes_up"] > 0
+    for t, slots in ((1, 1), (2, 3)):  # in the first round nobody chooses among the three
+        inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), t)
+        state, record = experiment.train_round(prepared, state, *inputs)
+        assert record["bytes_down"] == slots * record["bytes_up"] > 0
 
 
 def test_what_a_round_takes_by_hand():
