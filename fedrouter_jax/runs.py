@@ -60,7 +60,8 @@ def check_free(out: Path, config: Config) -> None:
     """
     path = out / "config.json"
     own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
-    others = any(entry.name not in own for entry in out.iterdir()) if out.is_dir() else out.exists()
+    # In this order: another process of the same run may be making the folder.
+    others = out.exists() and (not out.is_dir() or any(entry.name not in own for entry in out.iterdir()))
     if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(

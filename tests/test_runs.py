@@ -406,6 +406,19 @@ def test_rounds_past_the_checkpoint_are_done_and_logged_once(finished, tmp_path)
     assert result(run)["rounds"] == result(finished)["rounds"]
 
 
+def test_a_folder_that_another_process_makes_meanwhile_is_free(tmp_path, monkeypatch):
+    """Seen once in two processes of one run: it was no folder, and a moment later it was there."""
+    out, is_dir = tmp_path / "run", Path.is_dir
+
+    def and_then_made(path):
+        found = is_dir(path)
+        out.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", and_then_made)
+    runs.check_free(out, smoke())
+
+
 def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
