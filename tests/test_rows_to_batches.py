@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from fedrouter_jax import experiment
+from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, scenarios, schedule, synthetic, tokens
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
@@ -231,6 +233,8 @@ def test_natural_clients_keep_their_own_rows():
     )
     split = scenarios.partition(later, replace(dealt_as("natural", 2), newcomers=1), 0)
     assert own in split.tasks and (len(split.tasks), split.founding) == (4, 3)
+    config = Config(data=replace(dealt_as("natural", 2), newcomers=1))
+    assert experiment.cluster_counts(config, split) == (None, 3)
 
     silent = named._replace(test=tuple(row._replace(client="b") for row in test))
     for rows, clients, message in ((named, 4, "name 3"), (data, 2, "name none"), (silent, 2, "'c' has no test row")):

@@ -241,8 +241,8 @@ def test_newcomers_of_ifca_take_the_adapter_that_fits_them_best():
     )
     prepared = experiment.prepare(config)
     state = experiment.start(prepared, experiment.enroll(prepared, None))
-    for good in (0, 1):
-        spoilt = jax.tree.map(lambda leaf, bad=1 - good: leaf.at[bad].set(1.0), state.bank)
+    for good, value in ((0, 1.0), (1, 1.0), (0, jnp.nan), (1, jnp.nan)):
+        spoilt = jax.tree.map(lambda leaf, bad=1 - good, value=value: leaf.at[bad].set(value), state.bank)
         drawn = jnp.full_like(state.table, 1 - good)
         found = experiment.settle(prepared, state._replace(bank=spoilt, table=drawn, round=jnp.ones((), jnp.int32)))
         assert found.table[:, 0].tolist() == [1 - good] * 2 + [good] * 2  # of four clients the last two

@@ -213,6 +213,7 @@ BAD_FILES = [
         r"line 1: 'instruction' is null; expected text: fill it in",
     ),
     ("later.jsonl", (GOOD + '{"instruction": "a"}').encode(), r"line 2: no column 'output' .*; fill it in or remove"),
+    ("SHORT.CSV", b"instruction,output\na\n", r"SHORT\.CSV line 2: 1 fields; expected 2"),  # as Windows names it
     (
         "semi.csv",
         b'"instruction";"output"\n"a";"b"\n',
