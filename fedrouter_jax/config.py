@@ -86,7 +86,7 @@ class Config:
     """Seed of everything: who holds what, adapters, clusters, batches, dropout."""
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
     """Type of the frozen base and of what is computed; adapters are always float32. mixed: matrices, and what is
-    multiplied with them, in bfloat16, all else in float32: faster on CPUs that multiply bfloat16 fast, slower on others."""
+    multiplied with them, in bfloat16, all else in float32: faster where a CPU multiplies bfloat16 fast, else slower."""
     quantise: Quantise = "none"
     """How the frozen linear layers are stored: as they are, in 8 bits, or in 4 (NF4, as in QLoRA)."""
     data: DataConfig = field(default_factory=DataConfig)
