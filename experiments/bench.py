@@ -177,19 +177,23 @@ def whole(phases: dict, ours: str, rounds: int = 6) -> str:
 
 
 def figure(found: dict) -> Figure:
-    """A panel a phase: useful work a second of each side."""
-    drawn = Figure((3.6 * len(found["phases"]), 3))
-    for axes, (name, phase) in zip(drawn.subplots(1, len(found["phases"])), found["phases"].items(), strict=True):
+    """A panel a phase: useful work a second of each side; dots are the turns."""
+    phases = found["phases"]
+    drawn = Figure((12, 2.4 * -(-len(phases) // 3)))
+    panels = drawn.subplots(-(-len(phases) // 3), 3, squeeze=False).ravel()
+    for axes, (name, phase) in zip(panels, phases.items(), strict=False):
         rate = rates(phase)
-        axes.bar(
-            list(rate),
-            list(rate.values()),
-            color=["#d55e00" if side.startswith("ours") else "#0072b2" for side in rate],
-        )
+        colours = ["#d55e00" if side.startswith("ours") else "#0072b2" for side in rate]
+        bars = axes.barh(list(rate), list(rate.values()), color=colours)
+        axes.bar_label(bars, [f"{value:,.0f}" for value in rate.values()], padding=8, fontsize="small")
         for place, (side, spent) in enumerate(phase["seconds"].items()):
-            axes.plot([place] * len(spent), [useful(phase, side) / s for s in spent], "k.", markersize=4)
-        axes.set(title=name, ylabel=f"{phase['unit']} a second")
-        axes.tick_params(axis="x", labelrotation=40)
+            axes.plot([useful(phase, side) / s for s in spent], [place] * len(spent), "k.", markersize=4)
+        axes.set(title=f"{name}: {phase['unit']} a second", xticks=[])
+        axes.margins(x=0.18)
+        axes.invert_yaxis()
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    for axes in panels[len(phases) :]:
+        axes.remove()
     drawn.tight_layout()
     return drawn
 

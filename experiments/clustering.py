@@ -67,7 +67,7 @@ class Clustering:
     model: str = DEFAULT
     """The base model, as for `fedrouter run`."""
     recipes: tuple[Literal[tuple(RECIPES)], ...] = tuple(RECIPES)
-    """Recipes, "shallow" among them, which the figures are of; to choose a depth on five drawn tasks takes all."""
+    """Recipes, "refined" among them, which the figures are of; to choose a depth on five drawn tasks takes all."""
     rows: int = 96
     """Training rows of each task."""
     clients: int = 8
@@ -86,8 +86,8 @@ class Clustering:
 def main(options: Clustering) -> None:
     """Embed once by each recipe's layer, cluster for every seed, write results and draw them."""
     at_least_one(rows=options.rows, clients=options.clients, seeds=options.seeds)
-    if "shallow" not in options.recipes:
-        raise UserError("--recipes lacks 'shallow', which the figures are of; name it too")
+    if "refined" not in options.recipes:
+        raise UserError("--recipes lacks 'refined', which the figures are of; name it too")
     if options.smoke:
         options = replace(options, model="tiny", rows=24, clients=2, seeds=1)
     suffix = "" if options.model == DEFAULT else f"-{Path(options.model).name.removesuffix('.gguf')}"
@@ -214,7 +214,7 @@ def cluster(
             "silhouettes": found.silhouettes,
             "others": other_scores(given.router, points, given.labels),
         }
-        if seed == 0 and recipe == "shallow":
+        if seed == 0 and recipe == "refined":
             flat = np.concatenate(points)
             router = given.router._replace(centroids=given.router.centroids[:0])
             picture, method = plots.project(np.asarray(routing.prepare(router, flat)))

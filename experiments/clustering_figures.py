@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
 from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
 from fedrouter_jax import formats, plots
@@ -38,7 +39,7 @@ def draw(out: Path) -> None:
     """clustering.md, silhouette.png and embedding.png from clustering.json."""
     found = read(out / "clustering.json")
     if not any("picture" in record for record in found["records"]):
-        raise UserError(f"{out / 'clustering.json'} holds no records of 'shallow' yet; run without --redraw")
+        raise UserError(f"{out / 'clustering.json'} holds no picture of 'refined' yet; run without --redraw")
     (out / "clustering.md").write_text(table(found), encoding="utf-8")
     silhouettes(found).savefig(out / "silhouette.png", dpi=100, bbox_inches="tight")
     others(found).savefig(out / "other_scores.png", dpi=100, bbox_inches="tight")
@@ -137,15 +138,16 @@ def silhouettes(found: dict) -> Figure:
                 axes.plot(ks[best], means[best], "o", markersize=10, fillstyle="none", color=line.get_color())
                 axes.axvline(len(records[0]["tasks"]), color="0.7", linestyle=":", zorder=0)
                 axes.set(title=f"{name}, {part}", xlabel="k", ylabel="silhouette" if column == 0 else "")
-        panels[0, 0].legend(frameon=False)
     figure.suptitle("Mean silhouette; ring: its maximum; dotted: the number of tasks")
     figure.tight_layout()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(labels))
     return figure
 
 
 def others(found: dict) -> Figure:
-    """The two other scores against k (mean over seeds, share of the maximum), of the shallow recipe."""
-    records = [r for r in found["records"] if "others" in r and r["recipe"] == "shallow"]
+    """The two other scores against k (mean over seeds, share of the maximum), of the refined recipe."""
+    records = [r for r in found["records"] if "others" in r and r["recipe"] == "refined"]
     figure = Figure((10, 6.5))
     panels = figure.subplots(2, 2)
     for row, (score, best) in enumerate((("Calinski-Harabasz", np.argmax), ("Davies-Bouldin", np.argmin))):
@@ -169,17 +171,32 @@ def others(found: dict) -> Figure:
 
 
 def pictures(found: dict) -> Figure:
-    """Embeddings in two dimensions by true task, by one client's local clusters, by global cluster."""
+    """Embeddings in two dimensions by true task, by one client's local clusters, by global cluster.
+
+    A cluster has the colour of the task it matches best.
+    """
     records = [record for record in found["records"] if "picture" in record]
     figure = Figure((15, 5.2 * len(records)))
     for axes, record in zip(figure.subplots(len(records), 3, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
-        plots.scatter(axes[0], points, np.array([tasks[i] for i in record["picture"]["task"]]), tasks)
+        true = np.array(record["picture"]["task"])
+        plots.scatter(axes[0], points, np.array(tasks)[true], tasks)
         for panel, name in zip(axes[1:], ("first client", "slot"), strict=True):
             labels = np.array(record["picture"][name])
             panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
-            plots.scatter(panel, points[: len(labels)], labels, sorted(set(labels.tolist())))
-        for panel, what in zip(axes, ("true task", "local clusters of one client", "global cluster"), strict=True):
+            plots.scatter(panel, points[: len(labels)], labels, by_task(labels, true[: len(labels)], len(tasks)))
+        for panel, what in zip(axes, ("true task", "local clusters of one client", "global clusters"), strict=True):
             panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
-    figure.tight_layout()
+    figure.suptitle(
+        f"Training rows of seed 0 as the {records[0]['recipe']} recipe sees them, {records[0]['picture']['method']}"
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     return figure
+
+
+def by_task(labels: np.ndarray, true: np.ndarray, tasks: int) -> list[int]:
+    """The clusters that occur, in the order of the tasks they match best; those without a task come last."""
+    clusters = np.unique(labels)
+    shared = np.array([[np.sum((true == task) & (labels == cluster)) for cluster in clusters] for task in range(tasks)])
+    best = linear_sum_assignment(shared, maximize=True)[1].tolist()
+    return clusters[[*best, *sorted(set(range(len(clusters))) - set(best))]].tolist()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -217,23 +218,31 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     table = cells(study, found)
     parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
     shown = [value for value in dict.fromkeys((*study.values, *study.smoke)) if any(value == key[1] for key in table)]
-    drawn = Figure((4.2 * len(parts), 3.4))
+    kinds = all(isinstance(value, str) for value in shown)  # no line leads from one kind to another
+    several = max(map(len, table.values())) > 1
+    drawn = Figure((4.6 * len(parts), 3.6))
     for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for method, colour in zip(study.methods, ("#d55e00", "#0072b2", "#009e73"), strict=False):
+        for number, (method, colour) in enumerate(zip(study.methods, ("#d55e00", "#0072b2", "#009e73"), strict=False)):
+            aside = 0.12 * (number - (len(study.methods) - 1) / 2) if kinds else 0
             points = [
-                (shown.index(value), [summaries.score(s, part) for s in same if part in s["scores"]])
+                (shown.index(value) + aside, [summaries.score(s, part) for s in same if part in s["scores"]])
                 for (who, value), same in table.items()
                 if who == method
             ]
             points = [(place, scores) for place, scores in points if scores]
-            axes.plot([p for p, _ in points], [np.mean(v) for _, v in points], "-o", color=colour, label=method)
+            means = [np.mean(scores) for _, scores in points]
+            axes.plot([p for p, _ in points], means, "o" if kinds else "-o", color=colour, label=method)
             for place, scores in points:
                 axes.plot([place] * len(scores), scores, ".", color=colour, alpha=0.5)
-        axes.set(xticks=range(len(shown)), xticklabels=map(label, shown), xlabel=study.what, title=part)
+        axes.set(xticks=range(len(shown)), xticklabels=[fill(label(value), 12) for value in shown], title=part)
+        axes.margins(x=0.1)
         axes.grid(axis="y", color="0.9")
     drawn.axes[0].set(ylabel="ROUGE-1")
-    drawn.axes[0].legend(frameon=False)
+    drawn.supxlabel(study.what, fontsize="medium")
+    drawn.suptitle("large dots: means over seeds, small ones: the seeds" if several else "one seed", fontsize="small")
     drawn.tight_layout()
+    handles, methods = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, methods, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(methods))
     return drawn
 
 

@@ -248,19 +248,24 @@ def figure(found: dict[str, dict]) -> Figure:
     """A panel a scenario and part; bars are means over seeds, dots the seeds."""
     table = cells(found)
     columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
-    drawn = Figure((5 * ((len(columns) + 1) // 2), 7))
-    panels = drawn.subplots(2, (len(columns) + 1) // 2, squeeze=False).ravel()
+    scores = {column: comparable(table, column) for column in columns}
+    most, wide = max(map(len, scores.values())), (len(columns) + 1) // 2
+    drawn = Figure((5 * wide, 2 * (1 + 0.24 * most)))
+    panels = drawn.subplots(2, wide, squeeze=False, sharex=True).ravel()
     for axes, column in zip(panels, columns, strict=False):
-        scores = comparable(table, column)
-        methods = sorted(scores, key=lambda m, of=scores: np.mean(of[m]))
+        methods = sorted(scores[column], key=lambda m, of=scores[column]: -np.mean(of[m]))
+        several = max(map(len, scores[column].values())) > 1
         for place, method in enumerate(methods):
-            values = scores[method]
+            values = scores[column][method]
             rest = "0.85" if method in BOUNDS else "#0072b2"
             colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", UNTRAINED: "0.6"}.get(method, rest)
-            axes.barh(place, np.mean(values), color=colour)
-            axes.plot(values, [place] * len(values), "k.", markersize=5)
+            axes.barh(place, np.mean(values), color=colour, alpha=0.4 if several and len(values) == 1 else 1)
+            axes.plot(values, [place] * len(values), "k.", markersize=4)
         axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")
+        axes.set_ylim(most - 0.4, -0.6)  # bars of all panels are as thick, however many methods ran
+        axes.tick_params(labelbottom=True)
     for axes in panels[len(columns) :]:
         axes.remove()
-    drawn.tight_layout()
+    drawn.suptitle("Bars: means over seeds, pale where a method has one; dots: the seeds; light grey: bounds")
+    drawn.tight_layout(rect=(0, 0, 1, 0.99))
     return drawn

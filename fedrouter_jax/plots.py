@@ -21,7 +21,9 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.files import guarded
 from fedrouter_jax.records import PARTS, Row, Run, latest, names, scores, tasks_of
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")
+PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000", "#8B4513", "#9ACD32",
+)  # fmt: skip
 GREY, MARKERS, DASHES = "#8C8C8C", "osD^vPX*", ("-", "--", ":", "-.")
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 10,

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.stats import ttest_1samp
 
 from experiments import (
@@ -379,8 +380,39 @@ def test_a_measurement_of_clusters_that_was_stopped_is_drawn_as_far_as_it_got(tm
     last = next(i for i, r in enumerate(found["records"]) if (r["set"], r["seed"]) == ("the other five", 1))
     assert clustering_figures.left_out(found | {"records": found["records"][: last + 2]}) == whole[:6]
     (tmp_path / "clustering.json").write_text(json.dumps(found | {"records": found["records"][:1]}))
-    with pytest.raises(UserError, match="holds no records of 'shallow' yet"):
+    with pytest.raises(UserError, match="holds no picture of 'refined' yet"):
         clustering_figures.draw(tmp_path)
+
+
+def test_a_cluster_has_the_colour_of_its_task():
+    true = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    clusters = np.array([7, 7, 5, 5, 5, 3, 3, 9])
+    assert clustering_figures.by_task(clusters, true, 3) == [7, 5, 3, 9]
+    assert clustering_figures.by_task(clusters[:5], true[:5], 3) == [7, 5]  # fewer clusters than tasks
+
+
+def test_no_name_in_a_figure_lies_over_another():
+    results = ROOT / "docs" / "results"
+    clusters = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
+    tables = (results / f"table1{end}" / "runs" for end in ("", "-long", "-full"))
+    benches = (ROOT / "docs" / "bench").glob("*cores/bench.json")
+    figures = [
+        clustering_figures.silhouettes(clusters),
+        clustering_figures.others(clusters),
+        *(table1_tables.figure(summaries.load(path)) for path in tables),
+        *(studies.figure(path.name, summaries.load(path)) for path in (results / "studies").iterdir() if path.is_dir()),
+        *(bench.figure(json.loads(path.read_text(encoding="utf-8"))) for path in benches),
+    ]
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        boxes = {}
+        for axes in figure.axes:
+            ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+            for text in (*ticks, axes.xaxis.label, axes.yaxis.label, axes.title):
+                if any(map(str.isalpha, text.get_text())):  # numbers are placed by matplotlib itself
+                    boxes[text] = text.get_window_extent()
+        for one, other in itertools.combinations(boxes, 2):
+            assert not boxes[one].overlaps(boxes[other]), (one, other)
 
 
 def test_no_committed_run_would_run_again():
@@ -398,7 +430,7 @@ def test_no_committed_run_would_run_again():
 
 
 def test_recipes_without_the_one_that_is_drawn_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--recipes lacks 'shallow'"):
+    with pytest.raises(UserError, match="--recipes lacks 'refined'"):
         clustering.main(clustering.Clustering(recipes=("paper",), smoke=True, out=tmp_path))
 
 
