@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.optimize import linear_sum_assignment
 from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
 from fedrouter_jax import formats, plots
@@ -179,12 +178,12 @@ def pictures(found: dict) -> Figure:
     figure = Figure((15, 5.2 * len(records)))
     for axes, record in zip(figure.subplots(len(records), 3, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
-        true = np.array(record["picture"]["task"])
-        plots.scatter(axes[0], points, np.array(tasks)[true], tasks)
+        true = np.array(tasks)[record["picture"]["task"]]
+        plots.scatter(axes[0], points, true, tasks)
         for panel, name in zip(axes[1:], ("first client", "slot"), strict=True):
             labels = np.array(record["picture"][name])
             panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
-            plots.scatter(panel, points[: len(labels)], labels, by_task(labels, true[: len(labels)], len(tasks)))
+            plots.scatter(panel, points[: len(labels)], labels, plots.by_task(labels, true[: len(labels)], tasks))
         for panel, what in zip(axes, ("true task", "local clusters of one client", "global clusters"), strict=True):
             panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
     figure.suptitle(
@@ -192,11 +191,3 @@ def pictures(found: dict) -> Figure:
     )
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     return figure
-
-
-def by_task(labels: np.ndarray, true: np.ndarray, tasks: int) -> list[int]:
-    """The clusters that occur, in the order of the tasks they match best; those without a task come last."""
-    clusters = np.unique(labels)
-    shared = np.array([[np.sum((true == task) & (labels == cluster)) for cluster in clusters] for task in range(tasks)])
-    best = linear_sum_assignment(shared, maximize=True)[1].tolist()
-    return clusters[[*best, *sorted(set(range(len(clusters))) - set(best))]].tolist()

@@ -384,13 +384,6 @@ def test_a_measurement_of_clusters_that_was_stopped_is_drawn_as_far_as_it_got(tm
         clustering_figures.draw(tmp_path)
 
 
-def test_a_cluster_has_the_colour_of_its_task():
-    true = np.array([0, 0, 0, 1, 1, 2, 2, 2])
-    clusters = np.array([7, 7, 5, 5, 5, 3, 3, 9])
-    assert clustering_figures.by_task(clusters, true, 3) == [7, 5, 3, 9]
-    assert clustering_figures.by_task(clusters[:5], true[:5], 3) == [7, 5]  # fewer clusters than tasks
-
-
 def test_no_name_in_a_figure_lies_over_another():
     results = ROOT / "docs" / "results"
     clusters = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))

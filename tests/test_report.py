@@ -452,6 +452,13 @@ def test_embeddings_are_drawn_as_they_were_clustered(newcomers, tmp_path):
     )
 
 
+def test_a_cluster_has_the_colour_of_its_task():
+    true = np.array(["a", "a", "a", "b", "b", "c", "c", "c"])
+    clusters = np.array([7, 7, 5, 5, 5, 3, 3, 9])
+    assert plots.by_task(clusters, true, ["a", "b", "c"]) == [7, 5, 3, 9]
+    assert plots.by_task(clusters[:5], true[:5], ["a", "b", "c"]) == [7, 5]  # fewer clusters than tasks
+
+
 @pytest.mark.filterwarnings("error")
 def test_rows_without_a_task_have_a_name_in_the_legend():
     axes = Figure().subplots()
