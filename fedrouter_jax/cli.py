@@ -250,6 +250,7 @@ def finish(out: Path) -> None:
         lanes = sum(len(record["lanes"]) for record in run.rounds)
         console.print(
             f"note: {rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate"
+            + f", or see whether the weights of {run.config.model} are whole" * (rejected == lanes)
         )
     console.print(f"run {escape(str(out))}: report.md, plots/, adapters/, scores.json, predictions.jsonl")
 
@@ -276,18 +277,25 @@ def report(arguments: list[str]) -> None:
 
 def route(arguments: list[str]) -> None:
     """`fedrouter route`."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fedrouter_jax import serve
 
     parsed = parse(Route, prog="fedrouter route", args=arguments)
     answers = serve.route(parsed.run, parsed.texts, parsed.client)
     note_unfinished(parsed.run)
+    for number, answer in enumerate(answers, start=1):
+        if answer["cut"]:
+            length = config_lib.load(parsed.run / "config.json").data.max_length
+            print(
+                f"note: text {number} lost its end, for it is longer than --max-length {length} allows", file=sys.stderr
+            )
     if parsed.json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
         return
-    table = Table("text", "adapter", "task", "distances", "answer")
+    names = ("text", "adapter", "task", "distances", "answer")
+    table = Table(*(Column(name, overflow="fold") for name in names))  # nothing is left out where no spaces are
     for answer in answers:
         distances = " ".join(f"{value:.3f}" for value in answer["distances"])
         table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))

@@ -79,17 +79,22 @@ def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
 
 
 def traffic(prepared: Prepared, enrolment: Enrolment) -> tuple[int, int]:
-    """Bytes (up, down) of all clients' clustering: statistics, centres, and the sums of Lloyd steps, in float32."""
+    """Bytes (up, down) of all clients' clustering: statistics, centres, and the sums of Lloyd steps, in float32.
+
+    Statistics are taken about the mean of one client, which goes up and comes down to all that train.
+    """
     data, width, size = prepared.config.data, prepared.model.config.width, 4
     training = data.clients - data.newcomers  # newcomers only receive
     recipe = routing.RECIPES[prepared.config.cluster.recipe]
     scored = sum(map(int, enrolment.silhouettes.get("global", []))) if recipe.lloyd else 0
     # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step ...
     tried = recipe.lloyd * (scored + enrolment.clusters)
-    statistics = training * (2 * width + 1) * recipe.standardise
+    statistics = (training * (2 * width + 1) + width) * recipe.standardise
     sums = training * (tried + scored) * (width + 2)  # ... and once more what a silhouette is made of
-    vectors = data.clients * (enrolment.clusters + 2 * recipe.standardise) + training * (tried + 2 * scored)
-    return (statistics + sums + _centres_sent(prepared, enrolment) * width) * size, vectors * width * size
+    vectors = data.clients * (enrolment.clusters + 2 * recipe.standardise)
+    vectors += training * (recipe.standardise + tried + 2 * scored)
+    centres = _centres_sent(prepared, enrolment) * (width + bool(recipe.lloyd))  # which count by their rows there
+    return (statistics + sums + centres) * size, vectors * width * size
 
 
 def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:

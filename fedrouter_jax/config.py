@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import jax
 from pydantic import ValidationError
 
 from fedrouter_jax import formats, strategies
@@ -22,11 +23,11 @@ from fedrouter_jax.data.scenarios import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.models import MODULES, Blocks
+from fedrouter_jax.models import MODULES, Blocks, DecoderConfig
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.types import Strategy
+from fedrouter_jax.types import Owner, Strategy
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
 
@@ -207,10 +208,38 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
             f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "
             "averages; use --server average"
         )
-    phases = len(strategy.phases(1, config.rounds.rounds))
-    if config.local.steps < phases:
+    names, clusters, clients = set(strategy.owners), {"cluster", "copied"}, {"client", "public"}
+    for name, parts in strategy.owners.items():
+        found = set(jax.tree.leaves(parts))
+        strange = sorted(found - set(get_args(Owner)))
+        if strange:
+            raise UserError(
+                f"{strategy.name}: the owner of {name!r} is {strange[0]!r}; choose among {', '.join(get_args(Owner))}"
+            )
+        if found & clusters and found & clients:
+            raise UserError(
+                f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
+                "pair; give one part to all (shared), or both to the same"
+            )
+    phases = strategy.phases(1, config.rounds.rounds)
+    for part in (part for phase in phases for part in phase):
+        if set(part) != names:
+            raise UserError(
+                f"{strategy.name}: a phase tells of {', '.join(sorted(part))}, but the adapters are "
+                f"{', '.join(sorted(names))}; name all of them, in both parts (without `phases` there is one, main)"
+            )
+    if config.local.steps < len(phases):
         raise UserError(
-            f"--steps is {config.local.steps}; {strategy.name} shares them among {phases} phases of a round"
+            f"--steps is {config.local.steps}; {strategy.name} shares them among {len(phases)} phases of a round"
+        )
+
+
+def check_length(config: Config, decoder: DecoderConfig) -> None:
+    """Raise `UserError` where rows may be longer than the model has positions."""
+    if config.data.max_length > decoder.max_positions:
+        raise UserError(
+            f"--max-length is {config.data.max_length}, but {config.model} knows {decoder.max_positions} positions; "
+            "lower it to that"
         )
 
 
@@ -239,6 +268,14 @@ def idle(config: Config) -> list[str]:
         f"--turns {no_rows}": changed("rounds", "turns") and not clusters and name != "oracle",
         f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
         f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,
+        f"--clusters-per-round {no_rows}": changed("rounds", "clusters_per_round")
+        and not clusters
+        and name != "oracle",
+        f"--weighting ({name} weighs nothing)": changed("rounds", "weighting") and not server_lib.moves(method.owners),
+        f"--weighting client {no_rows}": config.rounds.weighting == "client"
+        and server_lib.moves(method.owners)
+        and not clusters
+        and name != "oracle",
         "--instance-weight (of feddpa-t and feddpa-f)": changed("evaluation", "instance_weight")
         and not name.startswith("feddpa"),
     }

@@ -14,9 +14,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from fedrouter_jax import answers, routing
 from fedrouter_jax import bank as bank_lib
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared, test_rows
 from fedrouter_jax.sharing import Track, silent
-from fedrouter_jax.types import FederationState, View
+from fedrouter_jax.types import Array, FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")
 _UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # Thai to Chinese
@@ -45,7 +46,7 @@ def score(reference: str, answer: str) -> dict[str, float]:
     Words are those of the rouge-score package, a to z and digits, but for references that are mostly in another script
     than Latin: there they are runs of letters and digits, and single characters where no spaces are written.
     """
-    letters = [letter for letter in reference if letter.isalpha()]
+    letters = [sign for sign in reference if sign.isalpha() or (sign.isdecimal() and not sign.isascii())]
     others = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
     tokenizer = _Words() if 2 * others > len(letters) else None
     found = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer).score(reference, answer)
@@ -149,7 +150,7 @@ def questions(
         points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
         prompts = [prepared.test[row].prompt for _, row in pairs]
         seen = view(prepared, state, points, jnp.asarray(slots), prompts)
-        weights = np.asarray(prepared.strategy.route(state, clients, seen, mode))
+        weights = opened(prepared, state, clients, seen, mode)
         return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
 
     own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
@@ -168,6 +169,19 @@ def questions(
             name = "base" if part == "personalised" else f"base_{part}"
             found += [Question(name, c, row, nobody) for c, row in pairs]
     return found
+
+
+def opened(prepared: Prepared, state: FederationState, clients: Array, seen: View, mode: routing.Mode) -> np.ndarray:
+    """The weights [row, slot] that the strategy's router gives adapters; raises `UserError` for another shape."""
+    strategy = prepared.strategy
+    weights = np.asarray(strategy.route(state, clients, seen, mode))
+    names = bank_lib.serving_names(strategy.owners, state.bank)
+    if weights.shape != (len(clients), len(names)):
+        raise UserError(
+            f"{strategy.name} routes {len(clients)} texts by weights of shape {weights.shape}; expected a row for each "
+            f"text and a column for each of {', '.join(names)}; `bank.weights` puts those of several adapters together"
+        )
+    return weights
 
 
 def view(

@@ -74,11 +74,7 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     config_lib.check_strategy(config, strategy)
     if split.tasks == [""]:
         check_unlabelled(config, strategy, dataset.name)
-    if data.max_length > model.config.max_positions:
-        raise UserError(
-            f"--max-length is {data.max_length}, but {config.model} knows {model.config.max_positions} positions; "
-            "lower it to that"
-        )
+    config_lib.check_length(config, model.config)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)

@@ -164,7 +164,7 @@ def generate(
 
         live = np.flatnonzero(held >= 0)
         half = not waiting and _FEWEST <= rows // 2 >= len(live)
-        enough = _pages(needs[held[live]].sum() + sum(needs[waiting[-1:]]) * (rows - len(live)), 32)
+        enough = _pages(needs[held[live]].sum(), 32)
         if shrinks and (half or enough <= len(owner) // 2):
             kept = np.argsort(held < 0, kind="stable")[: rows // 2 if half else rows]
             pages = np.argsort(~np.isin(owner, live), kind="stable")[:enough]

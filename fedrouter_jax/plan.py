@@ -35,13 +35,17 @@ from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strateg
 
 # Shapes of models that may not be at hand, from their published configurations.
 SHAPES = {
-    "smollm2-135m": DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5),
-    "smollm2-360m": DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, rope_theta=1e5),
-    "smollm2-1.7b": DecoderConfig(49152, 2048, 24, 32, 32, 64, 8192, rope_theta=1.3e5),
-    "llama-3.2-1b": DecoderConfig(128256, 2048, 16, 32, 8, 64, 8192, rope_theta=5e5),
-    "llama-3.2-3b": DecoderConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_theta=5e5),
-    "llama-3.1-8b": DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, rope_theta=5e5, tied=False),
-    "llama-3.1-70b": DecoderConfig(128256, 8192, 80, 64, 8, 128, 28672, rope_theta=5e5, tied=False),
+    "smollm2-135m": DecoderConfig(49152, 576, 30, 9, 3, 64, 1536, rope_theta=1e5, max_positions=8192),
+    "smollm2-360m": DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, rope_theta=1e5, max_positions=8192),
+    "smollm2-1.7b": DecoderConfig(49152, 2048, 24, 32, 32, 64, 8192, rope_theta=1.3e5, max_positions=8192),
+    "llama-3.2-1b": DecoderConfig(128256, 2048, 16, 32, 8, 64, 8192, rope_theta=5e5, max_positions=131072),
+    "llama-3.2-3b": DecoderConfig(128256, 3072, 28, 24, 8, 128, 8192, rope_theta=5e5, max_positions=131072),
+    "llama-3.1-8b": DecoderConfig(
+        128256, 4096, 32, 32, 8, 128, 14336, rope_theta=5e5, max_positions=131072, tied=False
+    ),
+    "llama-3.1-70b": DecoderConfig(
+        128256, 8192, 80, 64, 8, 128, 28672, rope_theta=5e5, max_positions=131072, tied=False
+    ),
 }
 
 
@@ -224,6 +228,16 @@ def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: floa
     return even_chunk(groups, int(max(1, 1 + (limit - one) // (two - one))))
 
 
+def known_shape(name: str) -> DecoderConfig:
+    """The shape of a model by its name; raises `UserError` for one that is neither known nor at hand."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        return model_config(name)
+    except UserError as error:
+        raise UserError(f"{error}; shapes known without their files: {', '.join(SHAPES)}") from None
+
+
 def plan(
     config: Config,
     row_tokens: int,
@@ -239,7 +253,8 @@ def plan(
     takes four floating-point operations a parameter and token: forward, and backward through frozen weights.
     """
     config_lib.check(config)
-    decoder = SHAPES[config.model] if config.model in SHAPES else model_config(config.model)
+    decoder = known_shape(config.model)
+    config_lib.check_length(config, decoder)
     clusters = config.cluster.global_clusters or 4
     strategy = config_lib.strategy(config, clusters)
     config_lib.check_strategy(config, strategy)

@@ -110,8 +110,9 @@ def candidates(table: Array, clients: Array, clusters: int, mode: Mode) -> Array
 def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [width] over all clients' rows, from each client's count, sums and squared sums.
 
-    The sums are taken about a common origin (the first client's mean) in float64: a few dimensions of a language
-    model's states are thousands of times larger than their spread. A constant dimension gets deviation 1.
+    The sums are taken about a common origin (the first client's mean, which all clients thus see) in float64: a few
+    dimensions of a language model's states are thousands of times larger than their spread. A constant dimension gets
+    deviation 1.
     """
     origin = embeddings[0].astype(np.float64).mean(axis=0)
     reports = [

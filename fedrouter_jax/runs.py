@@ -147,7 +147,7 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 def load(out: Path, track: Track = silent, timings: dict | None = None, shared: Shared = ALONE) -> Loaded:
     """Read what is there of a run, and make what is missing up to round 0."""
     timings = {"taken_over": []} if timings is None else timings
-    prepared = experiment.prepare(read_config(out), shared.model)
+    prepared = _prepared(out, read_config(out), shared)
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
     embedded = (out / "embeddings.npy").exists()
@@ -166,13 +166,24 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     return Loaded(prepared, enrolment, state, embeddings)
 
 
+def _prepared(out: Path, config: Config, shared: Shared) -> experiment.Prepared:
+    """The run's rows and model again, from where they were."""
+    try:
+        return experiment.prepare(config, shared.model)
+    except UserError as error:
+        if (out / "clusters.json").exists():  # it could be prepared once
+            here = f"{out / 'config.json'} names the rows and the model of this run, from the folder {Path.cwd()} on"
+            raise UserError(f"{error} ({here})") from error
+        raise
+
+
 def read(out: Path) -> Loaded:
     """A run as it stands, ready to answer; nothing is made or written, and embeddings are left out."""
     config = read_config(out)
     done = checkpoint.latest(out / "checkpoints")
     if done is None:
         raise UserError(f"{out} holds no checkpoint, so no adapters; train it first: fedrouter resume {out}")
-    return answering(_restored(out, experiment.prepare(config), done))
+    return answering(_restored(out, _prepared(out, config, ALONE), done))
 
 
 def read_config(out: Path) -> Config:

@@ -17,11 +17,11 @@ from fedrouter_jax.errors import UserError
 
 
 def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
-    """For each text `{"text", "adapter", "slot", "task", "distances", "answer"}`.
+    """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer"}`.
 
-    `client` routes among that client's own clusters (or to its own adapter); None among all. `adapter` names all that
-    count, with a weight where that is not 1; `slot` is the first of most weight. `distances` are to all centroids,
-    empty for strategies without a router.
+    `cut`: the text is too long for the run and lost its end. `client` routes among that client's own clusters (or to
+    its own adapter); None among all. `adapter` names all that count, with a weight where that is not 1; `slot` is the
+    first of most weight. `distances` are to all centroids, empty for strategies without a router.
     """
     if not texts:
         raise UserError(f'no text to route; give one or more in quotes: fedrouter route {run} "Summarise: ..."')
@@ -55,7 +55,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     mode = "global" if client is None else "local"
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
-    weights = np.asarray(prepared.strategy.route(state, clients, view, mode))
+    weights = evaluate.opened(prepared, state, clients, view, mode)
     said = answers.answer(prepared, state, prompts, weights)
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
     shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
@@ -64,6 +64,7 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     return [
         {
             "text": text,
+            "cut": encoded[i].truncated,
             "adapter": " + ".join(_named(names[shown[place]], opened[place]) for place in np.flatnonzero(opened)),
             "slot": slot,
             "task": tasks[slot] if routed else "",

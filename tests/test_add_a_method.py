@@ -23,6 +23,33 @@ def page():
     return names
 
 
+WRONG = """
+
+nothing, number = dict, 3
+
+
+def made_of(owners):
+    return Strategy("made-of", owners, *owned(owners), own_slot)
+
+
+def stranger():
+    return made_of({"main": "clients"})
+
+
+def crossed():
+    return made_of({"main": LoRA(a="cluster", b="client")})
+
+
+def other_name():
+    return made_of({"own": "client"})
+
+
+def narrow():
+    both = Phase(train={"a": True, "b": True}, weights={"a": 1.0, "b": 1.0})
+    return made_of({"a": "client", "b": "client"})._replace(phases=lambda round, rounds: (both,))
+"""
+
+
 def test_the_page_trains_and_scores(page):
     assert page["record"]["round"] == 3 and 0 <= page["scores"]["personalised"]["rouge1"]["mean"] <= 1
     first, last = (page["state"].bank["main"].a["q_proj"][i] for i in (0, 1))
@@ -31,7 +58,7 @@ def test_the_page_trains_and_scores(page):
 
 def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    (tmp_path / "mymethods.py").write_text(code + "\n\nnothing, number = dict, 3\n")
+    (tmp_path / "mymethods.py").write_text(code + WRONG)
     (tmp_path / "broken.py").write_text("\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
@@ -46,12 +73,16 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
         ("mymethods:another", "has no attribute 'another'"),
         ("mymethods:nothing", "gives a dict; expected a"),
         ("mymethods:number", "is a int; expected a function"),
+        ("mymethods:stranger", "the owner of 'main' is 'clients'; choose among shared, cluster, "),
+        ("mymethods:crossed", "client and cluster own the parts of 'main'"),
+        ("mymethods:other_name", "a phase tells of main, but the adapters are own; name all"),
         ("json:loads", "could not be called without arguments (TypeError"),
         ("broken:method", "ZeroDivisionError: division by zero, "),
         ("broken:method", "broken.py:2)"),
+        ("mymethods:narrow", "weights of shape (8, 4); expected a row for each text and a column for each of a_0, a_1"),
     ):
-        assert main(["run", "--preset", "smoke", "--strategy", name, "--out", str(tmp_path / "other")]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        assert main(["run", "--preset", "smoke", "--strategy", name, *small[:-1], str(tmp_path / "other")]) == 2
+        *_, line = capsys.readouterr().err.splitlines()  # behind a line for each part of a run
         assert message in line
 
 

@@ -83,5 +83,7 @@ def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
         ("カ・テ", "カ", 2 / 3),  # signs between words are none
         ("បាទ។", "ទេ។", 0.0),  # nothing but the full stop in common
         ("世界v2です", "v2", 1 / 3),
+        ("١٢٣", "١٢٣", 1.0),  # digits have scripts, too
+        ("12 m²", "12", 2 / 3),
     ]:
         assert evaluate.score(reference, answer)["rouge1"] == pytest.approx(rouge1)

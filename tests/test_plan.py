@@ -116,6 +116,11 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
     assert "--memory is 0.0; it must be above 0" in capsys.readouterr().err
     assert main(["plan", "--preset", "smoke", "--row-tokens", "5000"]) == 2
     assert "--row-tokens is 5000, but rows are cut at --max-length" in capsys.readouterr().err
+    assert main(["plan", "--model", "tiny", "--max-length", "4096"]) == 2
+    assert "tiny knows 2048 positions" in capsys.readouterr().err
+    assert main(["plan", "--model", "llama-3.1-8b", "--max-length", "4096"]) == 0
+    assert main(["plan", "--model", "no such/model"]) == 2
+    assert "shapes known without their files: smollm2-135m, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", ["centralised", "fedit"])

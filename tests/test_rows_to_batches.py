@@ -206,6 +206,19 @@ def test_mixtures_deal_without_overlap_and_follow_alpha(alpha, most):
         assert {data.test[i].task for i in client.test} <= set(tasks)
 
 
+def test_tasks_that_a_mixture_gives_to_newcomers_alone_or_to_nobody_are_no_founders():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    seen = set()
+    for seed in range(12):
+        config = replace(dealt_as("dirichlet", 4), newcomers=2, mixture_alpha=0.1, train_rows=20)
+        split = scenarios.partition(data, config, seed)
+        first, every = ({data.train[i].task for c in split.clients[:n] for i in c.train} for n in (2, 4))
+        assert (set(split.tasks), split.founding) == (every, len(first))
+        assert {data.test[i].task for i in split.mix} == {row.task for row in data.train}
+        seen.add((len(every), len(first)))
+    assert min(seen)[0] < 4 and any(first < every for every, first in seen)
+
+
 def test_natural_clients_keep_their_own_rows():
     """Clients in the order of the rows, no more than asked for, caps by chance; without unseen tasks."""
     data = synthetic.make(train_per_task=40, test_per_task=20)

@@ -70,6 +70,13 @@ def test_options_that_change_nothing_are_named():
     alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
     assert config_lib.idle(alone)[0] == "--server (local averages nothing there)"
     assert config_lib.idle(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []
+    turns = dataclasses.replace(smoke().rounds, clusters_per_round=0, weighting="client")
+    for strategy, count in (("fedrouter", 0), ("oracle", 0), ("fedit", 2), ("fedalt", 2)):
+        named = config_lib.idle(dataclasses.replace(smoke(), strategy=strategy, rounds=turns))
+        assert [option.split()[0] for option in named] == ["--clusters-per-round", "--weighting"][:count]
+    evenly = dataclasses.replace(smoke().rounds, weighting="uniform")
+    assert config_lib.idle(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
+    assert len(config_lib.idle(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1
 
 
 def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path):
@@ -138,8 +145,8 @@ def test_what_finding_the_counts_costs_is_counted():
     ks = sum(silhouettes.pop("global"))
     centres = sum(max(scores, key=scores.get) for scores in silhouettes.values())
     slots = 10 * (ks + enrolment.clusters) + ks
-    assert found["bytes_up"] == 4 * (centres * 64 + 4 * (2 * 64 + 1) + 4 * slots * (64 + 2))
-    assert found["bytes_down"] == 4 * 64 * 4 * (enrolment.clusters + 2 + slots + ks)
+    assert found["bytes_up"] == 4 * (centres * (64 + 1) + 4 * (2 * 64 + 1) + 64 + 4 * slots * (64 + 2))
+    assert found["bytes_down"] == 4 * 64 * 4 * (enrolment.clusters + 3 + slots + ks)
 
 
 def test_a_lane_that_is_not_finite_leaves_a_record_that_is_json():

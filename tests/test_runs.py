@@ -226,6 +226,15 @@ def test_route_answers_with_the_nearest_adapter(finished, capsys):
         assert len(answer["distances"]) == 4
         assert answer["slot"] == int(np.argmin(answer["distances"]))
         assert answer["adapter"] == f"cluster_{answer['slot']}" and isinstance(answer["answer"], str)
+        assert not answer["cut"]
+
+
+def test_route_shows_all_of_texts_without_spaces_and_says_which_were_cut(finished, capsys):
+    text = "".join(chr(0x4E00 + i) for i in range(40))
+    assert main(["route", str(finished), text, 999 * "long "]) == 0
+    shown = capsys.readouterr()
+    assert set(text) <= set(shown.out) and "…" not in shown.out
+    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["note: text 2 lost its end"]
 
 
 @pytest.mark.parametrize("texts, expected", [((), "no text to route"), (("a", " "), "text 2"), (("a\udcff",), "UTF-8")])
@@ -367,6 +376,11 @@ def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["resume", str(out)]) == 2
     assert f"the rows of {data} were others then" in capsys.readouterr().err
+    data.rename(tmp_path / "moved")
+    for arguments in (["resume", str(out)], ["route", str(out), "text"]):
+        assert main(arguments) == 2
+        message = f"config.json names the rows and the model of this run, from the folder {Path.cwd()} on"
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):

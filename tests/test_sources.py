@@ -282,7 +282,10 @@ def test_missing_path(tmp_path, monkeypatch, spec):
 
 
 def test_directory_without_files_or_test_rows(tmp_path):
-    assert "no train file; expected train and test" in error_of(tmp_path)
+    assert error_of(tmp_path).endswith("no train file; expected train and test as .jsonl, .csv or .parquet")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").touch()  # by datasets' save_to_disk
+    assert "to_parquet writes what is expected" in error_of(tmp_path / "saved")
     write(tmp_path / "train.jsonl", ROWS)
     assert "no test rows beside train.jsonl" in error_of(tmp_path)
     (tmp_path / "test.jsonl").touch()

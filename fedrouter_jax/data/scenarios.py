@@ -193,10 +193,6 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         names = clients_named(dataset, clients)
         train = own_rows(dataset.train, names, tasks, config.train_rows, rng)
         test = own_rows(dataset.test, names, tasks, config.test_rows, rng)
-        first, later = (
-            {dataset.train[i].task for hand in hands for i in hand} for hands in (train[:founders], train[founders:])
-        )
-        tasks = [task for task in tasks if task in first | later]
     else:
         held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
         for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
@@ -234,5 +230,8 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
             "them on the tasks they hold themselves; choose another"
         )
     test = [test[other] for other in turn]
-    founding = len(first) if config.scenario == "natural" else len(tasks)
-    return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks, founding)
+    first, later = (
+        {dataset.train[i].task for hand in hands for i in hand} for hands in (train[:founders], train[founders:])
+    )
+    tasks = [task for task in tasks if task in first | later]
+    return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks, len(first))

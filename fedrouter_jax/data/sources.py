@@ -117,7 +117,9 @@ def _split_files(directory: Path) -> tuple[Path, Path]:
                 raise UserError(f"{directory}: both {found[path.stem].name} and {path.name}; keep one of them")
             found[path.stem] = path
     if "train" not in found:
-        raise UserError(f"{directory}: no train file; expected train and test as .jsonl, .csv or .parquet")
+        saved = any((directory / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+        remedy = "; datasets.load_from_disk reads it, and to_parquet writes what is expected" if saved else ""
+        raise UserError(f"{directory}: no train file; expected train and test as .jsonl, .csv or .parquet{remedy}")
     test_name = next((name for name in TEST_NAMES if name in found), None)
     if test_name is None:
         raise UserError(

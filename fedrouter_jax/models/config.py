@@ -161,12 +161,12 @@ def _rope(found: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     if kind == "default":
         return theta, None
     try:
-        original = rope.get("original_max_position_embeddings", found.get("original_max_position_embeddings"))
+        name = "original_max_position_embeddings"
         scaling = Llama3Scaling(
             factor=float(rope["factor"]),
             low_freq_factor=float(rope["low_freq_factor"]),
             high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(original),
+            original_max_positions=int(rope[name] if name in rope else found[name]),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"config.json asks for rope type 'llama3' without its parameter {error}") from error
@@ -182,7 +182,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
     for flag in ("attention_bias", "mlp_bias"):
         if found.get(flag):
             raise UserError(f"config.json sets {flag} true; expected false: this decoder has no such biases")
-    if found.get("hidden_act", "silu") != "silu":
+    if found.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise UserError(f"config.json names the activation {found['hidden_act']!r}; expected 'silu'")
     if found.get("quantization_config"):
         raise UserError("config.json describes quantised weights; expected plain float32, float16 or bfloat16 weights")

@@ -166,6 +166,6 @@ def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
         what = {HFValidationError: "is no valid hub id", LocalEntryNotFoundError: "is not cached, nor the hub reached"}
         found = next((text for kind, text in what.items() if isinstance(error, kind)), "was refused by the hub")
         raise UserError(
-            f"the model {name!r} is no folder, no .gguf file and {found}; expected 'smollm2-135m', "
+            f"the model {name!r} is no folder in {Path.cwd()}, no .gguf file and {found}; expected 'smollm2-135m', "
             f"'tiny', a path or a hub id ({type(error).__name__}: {reason})"
         ) from error

@@ -100,7 +100,7 @@ def model_config(name: str) -> DecoderConfig:
     """The configuration of a model named as for `load_model`, without its weights."""
     if name == "tiny":
         return tiny.CONFIG
-    if name == DEFAULT or name.endswith(".gguf"):
+    if name == DEFAULT or name.lower().endswith(".gguf"):
         return gguf.gguf_config(smollm2_path() if name == DEFAULT else Path(name))
     return hf.folder_config(Path(name) if Path(name).is_dir() else hf.download(name, ["config.json"]))
 
@@ -129,7 +129,7 @@ def _load(name: str, dtype: str) -> Model:
     if name == "tiny":
         fingerprint = hashlib.sha256(repr((tiny.CONFIG, tiny.SEED)).encode()).hexdigest()
         return Model(name, fingerprint, tiny.CONFIG, tiny.tiny_params(dtype), tiny.tiny_tokenizer(), "tiny")
-    if name == DEFAULT or name.endswith(".gguf"):
+    if name == DEFAULT or name.lower().endswith(".gguf"):
         path = smollm2_path() if name == DEFAULT else Path(name)
         config, params = gguf.load_gguf(path, dtype)
         fingerprint = _sha256([path])

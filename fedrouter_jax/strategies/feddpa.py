@@ -38,7 +38,10 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
 
 
 def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
-    """The last `private` share of the rounds is private: one or more, never all. Averaged: global. Private: local."""
+    """The last `private` share of the rounds is private: one or more, never all. Averaged: global. Private: local.
+
+    A client that no private round draws (`--participation` below 1) answers with its copy of the global adapter.
+    """
 
     def shared_of(rounds):
         return max(1, rounds - max(1, int(private * rounds)))

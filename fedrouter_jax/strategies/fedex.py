@@ -7,7 +7,8 @@ ACL 2025, arXiv 2410.09432.
              W0  <- W0 + (alpha / r) (mean (A_k B_k) - A B)              what those two means lose
 
 What was added to W0 is kept in the memory of the state. Every client can compute it from the adapters of the round, so
-it costs as many adapters on the way down as there are lanes.
+it costs as many adapters on the way down as there are lanes. (Where clients miss rounds, those of the missed ones would
+come on top, which is not counted.)
 """
 
 import jax

@@ -3,11 +3,12 @@
 Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", NeurIPS 2024,
 arXiv 2409.05976.
 
-    client   A, B <- a fresh adapter (B zero); trains it
+    client   A, B <- a fresh adapter of its own (A drawn, B zero); trains it
     server   W0  <- W0 + (alpha / r) sum_k p_k A_k B_k      the product of the stacked A_k and the stacked p_k B_k
 
 Nothing is lost, as in FedEx-LoRA, but no adapter outlives its round. A client receives the stack of all and adds it to
-its own W0; the sum is kept in the memory of the state. Ranks are the same for all clients here.
+its own W0; the sum is kept in the memory of the state. (Where clients miss rounds, the stacks of those would come on
+top, which is not counted.) Ranks are the same for all clients here.
 """
 
 import jax
@@ -30,13 +31,17 @@ def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
         return create(adapters, enrolment)._replace(memory=shift.none(adapters["main"]))
 
     def ask(state, work):
-        """The first round's adapter is that of other methods, in the bank; its A is drawn anew for every later one."""
-        key, lanes, first = jax.random.fold_in(drawn, state.round), len(work.client), state.bank["main"]
-        a = {
-            m: jnp.where(state.round == 0, kept, draw(jax.random.fold_in(key, number), kept.shape))
-            for number, (m, kept) in enumerate(sorted(first.a.items()))
-        }
-        return {"main": jax.tree.map(lambda leaf: jnp.repeat(leaf, lanes, axis=0), first._replace(a=a))}
+        """Every lane draws an A of its own, or the stack of all would hardly have more directions than one of them."""
+        empty = state.bank["main"]  # as in the beginning
+
+        def fresh(client):
+            key = jax.random.fold_in(jax.random.fold_in(drawn, state.round), client)
+            return {
+                m: draw(jax.random.fold_in(key, n), a.shape[1:]) for n, (m, a) in enumerate(sorted(empty.a.items()))
+            }
+
+        b = {m: jnp.repeat(leaf, len(work.client), axis=0) for m, leaf in empty.b.items()}
+        return {"main": empty._replace(a=jax.vmap(fresh)(work.client), b=b)}
 
     def collect(state, work):
         nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)

@@ -223,6 +223,10 @@ CONFIG_ERRORS = {
     "family": ({"model_type": "gpt2"}, "'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
     "rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
     "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3"}}, "without its parameter 'factor'"),
+    "llama3 without positions": (
+        {"rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+        "without its parameter 'original_max_position_embeddings'",
+    ),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "bias": ({"attention_bias": True}, "attention_bias true"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias true"),
@@ -419,8 +423,9 @@ def test_gguf_errors(tmp_path, monkeypatch):
     path.write_bytes(b"not a model")
     with pytest.raises(UserError, match="truncated or no GGUF file"):
         gguf.load_gguf(path, "float32")
-    with pytest.raises(UserError, match="absent.gguf does not exist"):
-        models.load_model(str(tmp_path / "absent.gguf"))
+    for name in ("absent.gguf", "ABSENT.GGUF"):
+        with pytest.raises(UserError, match=f"{name} does not exist"):
+            models.load_model(str(tmp_path / name))
     write_gguf(path, model, llama__rope__scaling__type="yarn")
     with pytest.raises(UserError, match="scales the llama rope frequencies"):
         gguf.load_gguf(path, "float32")
