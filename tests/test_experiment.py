@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from fedrouter_jax import answers, at_once, embed, evaluate, experiment, peft_io, plan, runs
+from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, peft_io, plan, routing, runs
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, tokens
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.types import RoundInfo
 
 
 def begun(strategy, **changes):
@@ -59,14 +60,25 @@ def test_prompts_to_answer_leave_room_for_the_longest_answer():
     assert max(len(row.prompt) for row in prepared.test.values()) == 96 - smoke().data.max_response
 
 
-def test_a_lane_without_rows_has_no_part_in_the_loss():
+def test_a_lane_without_rows_has_no_part_in_loss_and_traffic():
     prepared, enrolment, state, _ = begun("oracle", rounds={"clusters_per_round": 2})
     rows = experiment.members(prepared, enrolment)
     rows[0][1] = []  # one cluster of two
     work, batch = experiment.round_inputs(prepared, rows, 1)
     assert (work.weight == 0).sum() == 1
+    adapter = sum(leaf[0].nbytes for leaf in jax.tree.leaves(state.bank))
     _, record = experiment.train_round(prepared, state, work, batch)
     assert record["loss"] == pytest.approx(np.mean([lane["loss"] for lane in record["lanes"]]), rel=1e-5)
+    assert record["bytes_up"] == record["bytes_down"] == 7 * adapter  # of four clients with two lanes each
+
+
+def test_rows_in_one_place_send_nothing():
+    prepared, enrolment, state, _ = begun("centralised")
+    work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    info = RoundInfo(jnp.zeros((1, 8)), jnp.zeros(()), jnp.zeros(1, bool))
+    still = prepared._replace(round=lambda state, *others: (state, info))  # it need not train
+    _, record = experiment.train_round(still, state, work, batch)
+    assert record["bytes_up"] == record["bytes_down"] == 0
 
 
 def test_a_record_counts_what_comes_down():
@@ -91,10 +103,24 @@ def test_what_a_round_takes_by_hand():
     assert one.bytes_down == 3 * one.bytes_up > 0
 
 
-def test_newcomers_rows_do_not_name_a_slot():
+def test_newcomers_rows_do_not_name_a_slot_and_are_not_missed_in_training():
+    """Four clusters a client, and three rounds: one of each is never trained."""
     prepared, enrolment, _, _ = begun("fedrouter", data={"scenario": "all", "clients": 5, "newcomers": 2})
     rows = sum(len(held.train) for held in prepared.partition.clients[:3])
     assert evaluate.slot_tasks(prepared, enrolment).sum() == rows
+    assert [client for client, _ in clusters.describe(prepared, enrolment)["never_trained"]] == [0, 1, 2]
+
+
+def test_a_client_of_few_rows_counts_little_in_the_accuracy_of_local_clusters():
+    """Everybody's rows as one cluster: right for four rows of one task, half right for 24 of two."""
+    prepared = experiment.prepare(smoke())
+    first, *others = prepared.partition.clients
+    task = prepared.partition.tasks[0]
+    alike = [row for row in first.train if prepared.dataset.train[row].task == task][:4]
+    few = prepared.partition._replace(clients=[first._replace(train=alike), *others])
+    enrolment = routing.one_cluster_each([4, 24, 24, 24], 4)
+    found = clusters.describe(prepared._replace(partition=few), enrolment)
+    assert found["accuracy"]["local"] == pytest.approx((4 + 3 * 12) / (4 + 3 * 24))
 
 
 def test_each_part_is_routed_as_its_option_says():

@@ -16,16 +16,22 @@ EXPERTS = 3
 
 @pytest.fixture(scope="module")
 def grouped(federation):
-    """FedLEASE after its first round: updates of clients 0 and 2 alike, of 1 and 3 another way."""
+    """FedLEASE after its first round: updates of clients 0 and 2 alike, of 1 and 3 another way.
+
+    That is of B, which says who is alike; A of 0 and 1, and of 2 and 3.
+    """
     strategy = fedlease(EXPERTS)
     state, work = begin(federation, strategy), inputs(federation, 1)[0]
     asked = strategy.ask(state, work)
 
-    def ways(leaf):
-        noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-        return leaf + noise[np.array([0, 1, 0, 1])] + 0.01 * jax.random.normal(jax.random.key(3), leaf.shape)
+    def ways(leaves, groups):
+        def way(leaf):
+            noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+            return leaf + noise[np.array(groups)] + 0.01 * jax.random.normal(jax.random.key(3), leaf.shape)
 
-    own = asked["own"]._replace(a=jax.tree.map(ways, asked["own"].a), b=jax.tree.map(ways, asked["own"].b))
+        return jax.tree.map(way, leaves)
+
+    own = asked["own"]._replace(a=ways(asked["own"].a, [0, 0, 1, 1]), b=ways(asked["own"].b, [0, 1, 0, 1]))
     sent = asked | {"own": own}
     return strategy, strategy.regroup(told(strategy, state, work, sent)), sent, work
 
@@ -49,6 +55,15 @@ def test_alike_clients_share_an_expert_which_is_their_mean(grouped):
         mean = jax.tree.map(lambda leaf, lanes=lanes: leaf[np.array(lanes)].mean(axis=0), sent["own"])
         expert = jax.tree.map(lambda leaf, at=table[lanes[0]]: leaf[at], state.bank["own"])
         assert_close((expert.a, expert.b), (mean.a, mean.b))
+
+
+def test_who_missed_the_first_round_has_no_part_in_its_expert(federation, grouped):
+    strategy, _, sent, work = grouped
+    met = work._replace(weight=work.weight * (work.client < 3))
+    state = strategy.regroup(told(strategy, begin(federation, strategy), met, sent))
+    assert state.table[:, 0].tolist() == [0, 1, 0, 0]  # the last one joins the largest cluster
+    own, mean = state.bank["own"], jax.tree.map(lambda leaf: leaf[np.array([0, 2])].mean(axis=0), sent["own"])
+    assert_close(jax.tree.map(lambda leaf: leaf[0], (own.a, own.b)), (mean.a, mean.b))
 
 
 def test_every_cluster_has_a_copy_of_the_other_expert_and_never_sends_it(grouped):
@@ -138,6 +153,15 @@ def test_competing_adapters_share_a_token_as_a_plain_loop_says(seats):
             share = sum(np.exp(scores[seat]) for seat in best if seat[0] == slot) / total if best else 0
             if is_open[row, slot]:
                 np.testing.assert_allclose(found[row, slot * rank : (slot + 1) * rank], share, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_and_modules_count_alike_whatever_their_lengths():
+    """One of three groups clients otherwise than the others, by updates a hundred times as long."""
+    ways = np.eye(2)[:, :, None]
+    parts = [100 * ways[[0, 0, 1, 1]], ways[[0, 1, 0, 1]], ways[[0, 1, 0, 1]]]
+    assert alike({"q_proj": np.stack(parts, axis=1)}, 2).tolist() == [0, 1, 0, 1]
+    modules = dict(zip(("k_proj", "q_proj", "v_proj"), (part[:, None] for part in parts), strict=True))
+    assert alike(modules, 2).tolist() == [0, 1, 0, 1]
 
 
 def test_experts_are_found_by_average_linkage():

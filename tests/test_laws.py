@@ -63,6 +63,15 @@ def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
         assert_close(other, info)
 
 
+def test_a_lane_that_fills_the_last_group_up_counts_once(federation):
+    """Eight lanes in three groups of three: the last one comes again, without rows."""
+    plain, grouped = (
+        play(federation, BY_NAME["fedrouter"], nudge, rounds=1, clusters_per_round=0, together=together)[0]
+        for together in (1, 3)
+    )
+    assert_close(grouped, plain)
+
+
 def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
     expected, info = play(federation, BY_NAME["fedrouter"], federation.update, None)
     assert np.isfinite(info.loss).all() and info.loss.shape == (CLIENTS, LOCAL.steps)
@@ -340,17 +349,26 @@ def test_fedalt_mixes_its_own_with_the_mean_of_the_others(federation):
 
 
 def test_the_rest_of_the_world_is_those_who_have_trained(federation):
-    """Of four clients two train, the others come later: who has trained sees the other, the others both."""
+    """Of four clients two train, the others come later: who has trained sees the other, the others both.
+
+    When they have come, the first two are of the world as before.
+    """
+    strategy = BY_NAME["fedalt"]
 
     def absent(work, batch):
         return work._replace(weight=work.weight * (work.client < 2)), batch
 
-    state, _ = play(federation, BY_NAME["fedalt"], nudge, rounds=1, change=absent)
+    state, _ = play(federation, strategy, nudge, rounds=1, change=absent)
     for side in ("a", "b"):
         for leaf, rest in zip(*(getattr(state.bank[name], side).values() for name in ("own", "rest")), strict=True):
             mean = (leaf[0] + leaf[1]) / 2
             for who, expected in enumerate((leaf[1], leaf[0], mean, mean)):
                 np.testing.assert_allclose(rest[who], expected, rtol=1e-5, atol=1e-6)
+    work = inputs(federation, 2)[0]
+    late = work._replace(weight=work.weight * (work.client >= 2))
+    after = told(strategy, state, late, strategy.ask(state, late)).bank
+    for leaf, rest in zip(after["own"].a.values(), after["rest"].a.values(), strict=True):
+        np.testing.assert_allclose(rest[0], leaf[1:].mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["feddpa-f", "fedlease"])
@@ -439,6 +457,7 @@ def test_flora_puts_the_mean_of_the_products_into_the_weights_and_begins_anew(fe
         exact = sum(share[k] * lora.a["q_proj"][k] @ lora.b["q_proj"][k] for k in range(CLIENTS))
         assert_close(state.memory["q_proj"] - before, exact, 1e-4)
     assert_close(state.bank, start.bank)
+    assert (asked["main"].a["q_proj"] != asked["main"].a["v_proj"]).mean() > 0.99  # each module its own
     bound = drawn[0].shape[-2] ** -0.5
     assert all(0.9 * bound < float(jnp.abs(a).max()) <= bound for a in drawn)
     for one, other in itertools.combinations(drawn, 2):  # of every client and round
@@ -480,15 +499,18 @@ def test_ifca_with_one_cluster_is_fedit_and_with_more_takes_the_slot_of_least_lo
 
 
 def test_the_loss_of_a_round_is_what_training_at_rate_zero_reports(federation):
-    """One step, no dropout: the mean over response tokens, from one function and from the other."""
+    """No dropout, and half of the second step's labels: the mean over the response tokens of both."""
     decoder, params = federation.model.config, federation.model.params
     plain = dataclasses.replace(LORA, dropout=0.0)
     work, batch = inputs(federation, 1, together=2)
-    group = jax.tree.map(lambda leaf: leaf[0, :1], batch)
+    group = jax.tree.map(lambda leaf: leaf[0], batch)
+    group.rows.labels[1, :, ::2] = -1
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), work))
     update, loss = client.make_client_update(decoder, plain, LOCAL), client.make_client_loss(decoder, plain)
-    reported = update(params, adapters, group, 0.0, jax.random.split(KEY, 2), fedit().phases(1, 5))[1].loss[:, 0]
-    assert_close(loss(params, adapters, group), reported)
+    reported = update(params, adapters, group, 0.0, jax.random.split(KEY, 2), fedit().phases(1, 5))[1].loss
+    tokens = jax.vmap(client.responses, (0, None))(group.rows, 2).T
+    assert (tokens[:, 1] != tokens[:, 0]).all()
+    assert_close(loss(params, adapters, group), (reported * tokens).sum(axis=1) / tokens.sum(axis=1))
 
 
 def test_ffa_lora_never_moves_a(federation):

@@ -96,6 +96,14 @@ def test_duplicate_rows_leave_local_clusters_empty_and_out_of_the_table():
     assert (np.asarray(found.table[0]) >= 0).sum() == 1 and set(found.labels[0].tolist()) == {0}
 
 
+def test_centres_of_the_papers_recipe_count_alike_however_many_rows_they_stand_for():
+    """Of five rows at 0, six at 1 and one at 2.5, which by its rows would have no centroid of its own."""
+    places = [0, 0, 0, 0, 0, 2.5], [1] * 6
+    clients = [np.outer(at, np.eye(4)[0]).astype(np.float32) for at in places]  # the shapes of the test above
+    found = routing.enroll(KEY, clients, routing.RECIPES["paper"], 2, 2)
+    np.testing.assert_allclose(np.sort(found.router.centroids[:, 0]), [0.5, 2.5])
+
+
 @pytest.mark.parametrize(("depth", "skip"), [(None, 0), (0.5, 0), (0.5, 1)])
 def test_packed_embeddings_are_those_of_single_texts(tiny, depth, skip):
     texts = [row.instruction for row in synthetic.make(train_per_task=1, test_per_task=1).train]

@@ -16,6 +16,7 @@ from fedrouter_jax.data import packing, scenarios, schedule, synthetic, tokens
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import tiny_tokenizer
+from fedrouter_jax.types import Work
 
 TOKENIZER = tiny_tokenizer()
 ROW = Row("Say yes.\n### Response: no", "yes", "t")  # the marker stands inside the user's text
@@ -219,6 +220,12 @@ def test_tasks_that_a_mixture_gives_to_newcomers_alone_or_to_nobody_are_no_found
     assert min(seen)[0] < 4 and any(first < every for every, first in seen)
 
 
+def test_the_largest_remainders_of_a_mixture_are_rounded_up():
+    rows = [Row("", "", task) for task in "ab" for _ in range(10)]
+    (hand,) = scenarios.deal_shares(rows, ["a", "b"], np.array([[0.89, 0.11]]), 10, np.random.default_rng(0))
+    assert Counter(rows[i].task for i in hand) == {"a": 9, "b": 1}
+
+
 def test_natural_clients_keep_their_own_rows():
     """Clients in the order of the rows, no more than asked for, caps by chance; without unseen tasks."""
     data = synthetic.make(train_per_task=40, test_per_task=20)
@@ -233,6 +240,7 @@ def test_natural_clients_keep_their_own_rows():
         assert client.train == [i for i, row in enumerate(train) if row.client == name and row.task != unseen]
         assert {(test[i].client, test[i].task == unseen) for i in client.test} == {(name, False)}
         assert len(client.test) == 5
+    assert split.clients[0].test != scenarios.partition(named, config, 1).clients[0].test
     assert unseen not in split.tasks and {test[i].task for i in split.mix} == {*split.tasks, unseen}
     assert split.founding == 3
 
@@ -398,6 +406,19 @@ def test_partial_participation_draws_other_clients_each_round_and_reaches_all():
 def test_rows_come_once_each_before_any_comes_twice():
     order = schedule.draw(5, 12, np.random.default_rng(0))
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4] and len(order) == 12
+    order = schedule.draw(20, 40, np.random.default_rng(0))
+    assert (order[:20] != order[20:]).any()  # another order in every pass
+
+
+def test_lanes_draw_their_rows_by_seed_round_client_and_cluster():
+    rows = [tokens.Tokens([number], [0], False) for number in range(20)]
+
+    def drawn(seed=0, round=1, client=0, cluster=0):
+        work = Work(*np.array([[client], [cluster], [1]]))
+        return schedule.batches(work, [[rows] * 2] * 2, round, 1, 10, 64, 32, seed).rows.packs.tokens.tolist()
+
+    assert drawn() == drawn()
+    assert drawn() not in [drawn(seed=1), drawn(round=2), drawn(client=1), drawn(cluster=1)]
 
 
 def test_a_lane_of_weight_zero_gets_no_rows_and_shapes_do_not_depend_on_rows():

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import clusters, evaluate, experiment, plan, report, runs, serve
+from fedrouter_jax import clusters, evaluate, experiment, plan, report, routing, runs, serve
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import synthetic
@@ -133,6 +134,18 @@ def test_newcomers_send_nothing_to_be_enrolled():
         found.append(clusters.describe(prepared, experiment.enroll(prepared, points)))
     assert found[0]["bytes_up"] == found[1]["bytes_up"]
     assert found[1]["bytes_down"] - found[0]["bytes_down"] == (4 + 2) * 64 * 4  # centroids, mean and deviation
+
+
+def test_the_papers_clusters_cost_their_centres_alone():
+    """Three of two founders go up, and nothing of the newcomer; both centroids come down to all three."""
+    config = dataclasses.replace(
+        smoke(),
+        data=dataclasses.replace(smoke().data, clients=3, newcomers=1),
+        cluster=dataclasses.replace(smoke().cluster, recipe="paper"),
+    )
+    prepared = SimpleNamespace(config=config, model=SimpleNamespace(config=SimpleNamespace(width=8)))
+    enrolment = routing.one_cluster_each([2, 2, 2], 2)._replace(table=np.array([[0, 1], [1, -1], [0, 1]]))
+    assert clusters.traffic(prepared, enrolment) == (4 * 8 * 3, 4 * 8 * 2 * 3)
 
 
 def test_what_finding_the_counts_costs_is_counted():

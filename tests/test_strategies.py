@@ -3,9 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, play, rate
+import pytest
+from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, play, rate, told
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score
 
-from fedrouter_jax import client, routing
+from fedrouter_jax import client, lora, routing
+from fedrouter_jax import config as config_lib
+from fedrouter_jax.config import Config, EvaluationConfig
+from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
@@ -17,7 +23,9 @@ from fedrouter_jax.strategies import (
     ffalora,
     ifca,
 )
-from fedrouter_jax.types import FederationState, LoRA, Phase, View
+from fedrouter_jax.types import FederationState, LoRA, Phase, View, Work
+
+SMALL = LoRA({"q": jnp.zeros((1, 2, 1))}, {"q": jnp.zeros((1, 1, 2))})
 
 
 def test_ffa_loras_clients_train_b_under_the_a_that_was_drawn(federation):
@@ -41,6 +49,16 @@ def test_clusters_of_clients_start_from_what_the_first_round_made():
     assert leaves == [[value, value] for value in (5, 6, 7, 7)]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_clients_are_clustered_by_wards_linkage_of_their_directions(seed):
+    ways = np.random.default_rng(seed).normal(size=(40, 3))
+    ways /= np.linalg.norm(ways, axis=1, keepdims=True)
+    bank = {"main": LoRA({"q": jnp.zeros((4, 1))}, {"q": jnp.zeros((4, 1))})}
+    state = FederationState(jnp.ones((), int), bank, jnp.zeros((40, 1), int), (ways @ ways.T, np.ones(40)))
+    found, expected = clustered().regroup(state).table[:, 0], AgglomerativeClustering(4).fit_predict(ways)
+    assert adjusted_rand_score(found, expected) == 1
+
+
 def test_in_ifcas_first_round_clients_train_the_slot_they_were_dealt(federation):
     state, (work, _) = begin(federation, ifca()), inputs(federation, 1)
     table = ifca().choose(state, work, lambda adapters: jnp.zeros(CLIENTS)).table
@@ -49,18 +67,19 @@ def test_in_ifcas_first_round_clients_train_the_slot_they_were_dealt(federation)
 
 def test_feddpa_compares_a_text_with_its_clients_own_prompts():
     strategy = feddpa_t(scale=0.5)
-    adapter = LoRA({"q": jnp.zeros((1, 2, 1))}, {"q": jnp.zeros((1, 1, 2))})
-    state = strategy.init(dict.fromkeys(strategy.owners, adapter), routing.one_cluster_each([3, 3]))
+    state = strategy.init(dict.fromkeys(strategy.owners, SMALL), routing.one_cluster_each([3, 3]))
     asked = []
 
     def references(weights):
         asked.append(weights.tolist())
-        return jnp.repeat(jnp.eye(2)[:, None], 5, axis=1)
+        prompts = jnp.array([[0.0, 5.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 0.0]])
+        return jnp.stack([prompts, prompts[:, ::-1]])
 
     view = View(hidden=lambda weights: jnp.array([[2.0, 0.0], [2.0, 0.0]]), references=references)
     weights = strategy.route(state, jnp.array([0, 1]), view, "local")
     assert asked == [[[0, 1, 0], [0, 0, 1]]]  # each client's under its own local adapter
-    np.testing.assert_allclose(weights, [[0.5, 0.5, 0], [1, 0, 0]], atol=1e-6)
+    # Of five prompts two point the text's way, or three: the mean of cosines, whatever the lengths.
+    np.testing.assert_allclose(weights, [[0.8, 0.2, 0], [0.7, 0, 0.3]], atol=1e-6)
 
 
 def test_feddpa_f_has_a_private_round_however_few_there_are():
@@ -123,3 +142,40 @@ def test_what_comes_down_is_counted(federation):
     after = begin(federation, ifca())._replace(round=jnp.asarray(2))
     assert ifca().traffic(after, 5, 100) == (100, SLOTS * 100)
     assert ifca().traffic(after._replace(round=jnp.asarray(1)), 5, 100) == (100, 100)  # slots are dealt, nobody chooses
+
+
+@pytest.mark.parametrize("name", ["fedex", "flora"])
+def test_what_is_added_to_the_weights_is_scaled_as_the_config_says(name):
+    strategy = config_lib.strategy(Config(name, lora=lora.LoRAConfig(rank=4, alpha=12.0)), None)
+    state = strategy.init({"main": SMALL}, routing.one_cluster_each([3]))._replace(memory={"q": jnp.ones((1, 2, 2))})
+    kernel = strategy.base(state, {"blocks": {"q": {"kernel": jnp.ones((1, 2, 2))}}})["blocks"]["q"]["kernel"]
+    np.testing.assert_array_equal(kernel, jnp.full((1, 2, 2), 1 + 12.0 / 4))
+
+
+def test_floras_fresh_adapters_are_drawn_by_the_configs_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        strategy = config_lib.strategy(Config("flora", seed=seed), None)
+        state = strategy.init({"main": SMALL}, routing.one_cluster_each([3]))._replace(round=jnp.ones((), int))
+        drawn.append(strategy.ask(state, Work(*np.zeros((3, 1), int)))["main"].a["q"].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name", ["feddpa-t", "feddpa-f"])
+@pytest.mark.parametrize("weight_on, expected", [("local", [1, 0]), ("global", [0, 1])])
+def test_instance_weights_are_on_the_adapter_that_the_config_says(name, weight_on, expected):
+    """A text at right angles to its client's prompts: a weight of zero, and the other adapter has all."""
+    strategy = config_lib.strategy(Config(name, evaluation=EvaluationConfig(instance_weight=weight_on)), None)
+    state = strategy.init(dict.fromkeys(strategy.owners, SMALL), routing.one_cluster_each([3]))
+    view = View(hidden=lambda weights: jnp.array([[1.0, 0.0]]), references=lambda weights: jnp.array([[[0.0, 1.0]]]))
+    assert strategy.route(state, jnp.array([0]), view, "local").tolist() == [expected]
+
+
+def test_a_warm_start_takes_a_third_of_the_configs_rounds():
+    strategy = config_lib.strategy(Config("fedrouter-warm", rounds=RoundConfig(rounds=9)), 2)
+    enrolment = routing.one_cluster_each([3, 3], 2)._replace(table=jnp.array([[0], [1]]))
+    lanes = {"main": jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), SMALL)}
+    state, work = strategy.init({"main": SMALL}, enrolment), Work(np.arange(2), np.zeros(2, int), np.ones(2))
+    for done, expected in ((2, [0.5, 0.5]), (3, [0, 1])):  # rounds: all together until the third is over
+        bank = told(strategy, state._replace(round=jnp.asarray(done)), work, lanes).bank
+        assert bank["main"].b["q"][:, 0, 0, 0].tolist() == expected
