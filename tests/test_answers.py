@@ -1,5 +1,7 @@
 """Texts under a federation's adapters: however few are concatenated at a time, the same is found. And their scores."""
 
+import unicodedata
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from rouge_score.rouge_scorer import RougeScorer
 from test_experiment import begun
 
-from fedrouter_jax import answers, evaluate
+from fedrouter_jax import answers, evaluate, generate
 
 SOME = st.sampled_from([0, 0.5])
 WEIGHTS = st.integers(1, 9).flatmap(
@@ -66,8 +68,17 @@ def test_a_few_adapters_at_a_time_are_as_good_as_all(strategy, monkeypatch):
     assert len(set(at_once[0].round(3).tolist())) > 3
 
 
+def test_an_answer_is_its_text_without_special_tokens_or_space_around(monkeypatch):
+    prepared, _, state, _ = begun("fedit")
+    tokenizer = prepared.model.tokenizer
+    ids = [*tokenizer(" yes")["input_ids"], tokenizer.eos_token_id]
+    monkeypatch.setattr(generate, "generate", lambda config, base, prompts, *rest, **options: [ids] * len(prompts))
+    assert answers.answer(prepared, state, [[1], [2]], np.ones((2, 1))) == ["yes"] * 2
+
+
 def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
     same = [("The cat, sat.", "a cat sat"), ("café 12", "caf 12"), ("", "x"), ("Łódź in 2024", "in 2024")]
+    same += [("β-carotene is café", "a carotene is cafe")]  # one Greek letter makes no Greek text
     plain = RougeScorer(["rouge1", "rougeL"])
     for reference, answer in same:
         expected = plain.score(reference, answer)
@@ -85,5 +96,7 @@ def test_scores_are_those_of_rouge_score_and_other_scripts_have_words_too():
         ("世界v2です", "v2", 1 / 3),
         ("١٢٣", "١٢٣", 1.0),  # digits have scripts, too
         ("12 m²", "12", 2 / 3),
+        ("мой", unicodedata.normalize("NFD", "мой"), 1.0),  # a letter and its sign, or both in one
     ]:
         assert evaluate.score(reference, answer)["rouge1"] == pytest.approx(rouge1)
+    assert [evaluate.score("Yes", answer)["exact"] for answer in (" yES\n", "yes.")] == [1, 0]

@@ -94,12 +94,15 @@ def test_what_a_round_takes_by_hand():
     config = dataclasses.replace(
         smoke(), strategy="ifca", cluster=dataclasses.replace(smoke().cluster, global_clusters=3)
     )
-    one, two = (plan.plan(config, 60, 12, devices=devices, rate=1e6) for devices in (1, 2))
+    halves = dataclasses.replace(config, compute=ComputeConfig(model_parallel=2))  # each device has half the weights
+    one, two, split = (
+        plan.plan(c, 60, 12, devices=devices, rate=1e6) for c, devices in ((config, 1), (config, 2), (halves, 2))
+    )
     shapes = plan.param_shapes(plan.model_config("tiny"))
     blocks = sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
     assert one.tokens == 4 * 2 * 4 * 60
     assert one.flops == pytest.approx(4 * (blocks + shapes["embedding"].size * 12 / 60) * one.tokens)
-    assert one.seconds == pytest.approx(one.flops / 1e6) == 2 * two.seconds
+    assert one.seconds == pytest.approx(one.flops / 1e6) == 2 * two.seconds == 2 * split.seconds
     assert one.bytes_down == 3 * one.bytes_up > 0
 
 
@@ -153,6 +156,21 @@ def test_feddpas_references_are_states_under_their_own_clients_adapter():
         assert np.abs(found[client] - alone[client - 1]).max() > 0.1
 
 
+def test_feddpas_references_are_drawn_for_each_client_apart(monkeypatch):
+    prepared, _, state, _ = begun("feddpa-t")
+    asked = []
+
+    def states(prepared, state, prompts, weights):
+        asked.extend(prompts)
+        return np.zeros((len(prompts), 64))
+
+    monkeypatch.setattr(answers, "states", states)
+    evaluate.view(prepared, state, None, None, []).references(jnp.eye(4, 5, k=1))
+    prompts, each = [[row.prompt for row in held] for held in prepared.train], evaluate.REFERENCES
+    drawn = {tuple(own.index(prompt) for prompt in asked[c * each :][:each]) for c, own in enumerate(prompts)}
+    assert len(drawn) == 4
+
+
 def test_the_base_model_of_a_fedex_run_is_the_model_as_it_came():
     prepared, _, state, _ = begun("fedex")
     shifted = state._replace(memory=jax.tree.map(lambda leaf: leaf + 0.3, state.memory))
@@ -168,10 +186,10 @@ def test_the_base_model_of_a_fedex_run_is_the_model_as_it_came():
 def test_clients_count_alike_however_many_rows_they_are_asked():
     asked = [evaluate.Question("personalised", client, row, (1.0,)) for client, row in ((0, 0), (1, 1), (1, 2), (1, 3))]
     scores = [dict.fromkeys(evaluate.METRICS, value) for value in (1.0, 0.0, 0.0, 0.3)]
-    found = evaluate.summary(asked, ["a", "a", "b", "b"], scores)["personalised"]
+    found = evaluate.summary(asked, ["a", "a", "b", "a"], scores)["personalised"]
     assert found["rows"] == 4 and found["rouge1"]["mean"] == pytest.approx(0.55)
     assert found["rouge1"]["per_client"] == pytest.approx({"0": 1.0, "1": 0.1})
-    assert found["rouge1"]["per_task"] == pytest.approx({"a": 0.5, "b": 0.15})
+    assert found["rouge1"]["per_task"] == pytest.approx({"a": 1.3 / 3, "b": 0.0})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -278,6 +278,17 @@ def test_very_many_rows_are_clustered_by_lloyd_alone():
     assert found.inertia < 1.05 * oracle.inertia_
 
 
+def test_of_very_many_rows_the_best_restart_counts(monkeypatch):
+    monkeypatch.setattr(kmeans, "_THOROUGH", 0)  # as if these were many
+    x = blobs(np.random.default_rng(0), 61, 2, 9, 3)[0]  # a shape of its own, for a compiled fit knows the limit it had
+    keys = jax.random.split(jax.random.key(0), 16)
+    one, ten = (
+        jax.vmap(lambda key, restarts=restarts: kmeans.fit(key, x, 9, restarts=restarts).inertia)(keys)
+        for restarts in (1, 10)
+    )
+    assert np.mean(ten) < 0.97 * np.mean(one)
+
+
 def test_an_empty_cluster_takes_the_row_that_weighs_most():
     x = jnp.array([[0.0], [1], [8], [10]])
     rows = weighted_rows.Rows(x, x[:, 0] ** 2, jnp.array([1.0, 1, 5, 0.1]))

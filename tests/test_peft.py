@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, tiny_llama, word_rows
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedrouter_jax import client, likelihood, lora, peft_io
 from fedrouter_jax.data import packing, schedule
@@ -231,6 +231,17 @@ def test_an_adapter_that_cannot_be_represented_is_refused(key, value, message, b
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=message):
+        peft_io.read_adapter(tmp_path, decoder)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    deeper = peft_io.tensor_name(99, "q_proj", "A")
+    save_file(tensors | {deeper: tensors[peft_io.tensor_name(0, "q_proj", "A")]}, path)
+    with pytest.raises(UserError, match=f"tensor {deeper} is unknown here"):
         peft_io.read_adapter(tmp_path, decoder)
 
 

@@ -134,6 +134,15 @@ def test_planned_batches_are_those_of_a_round(strategy):
     pack = plan.Pack(*prepared.pack, lanes * config.local.batch, lanes)
     found = plan.memory(plan.federation(prepared.model.config, config, prepared.strategy, 4), pack, made.groups, 1)
     assert found.batches == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(batch)), rel=0.01)
+    assert made.tokens == 60 * 4 * config.local.steps * config.local.batch  # four clients' rows, pooled or not
+
+
+def test_newcomers_have_no_lanes():
+    data = dataclasses.replace(smoke().data, scenario="all", clients=5, newcomers=2)
+    config = dataclasses.replace(smoke(), strategy="fedit", data=data)
+    prepared = experiment.prepare(config)
+    work, _ = experiment.round_inputs(prepared, experiment.members(prepared, experiment.enroll(prepared, None)), 1)
+    assert plan.lanes_of_a_round(config, prepared.strategy, 1) == len(work.client) == 3
 
 
 @pytest.mark.parametrize(

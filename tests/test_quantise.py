@@ -34,9 +34,16 @@ def plain(params):
     return {**params, "blocks": {name: module(leaf) for name, leaf in params["blocks"].items()}}
 
 
-@pytest.mark.parametrize("how, rule", [("int8", {}), ("nf4", {"tiled_axes": {0: 64}})])
-def test_codes_stand_for_what_qwix_dequantises(how, rule):
-    w = jax.random.normal(jax.random.key(0), (2, 192, 24)) * 0.1
+@pytest.mark.parametrize(
+    "how, rule, inputs, bits",
+    [
+        ("int8", {}, 192, 8 + 32 / 192),
+        ("nf4", {"tiled_axes": {0: 64}}, 192, 4.25),
+        ("nf4", {"tiled_axes": {0: 32}}, 96, 4.5),  # no multiple of 64: blocks that divide it
+    ],
+)
+def test_codes_stand_for_what_qwix_dequantises(how, rule, inputs, bits):
+    w = jax.random.normal(jax.random.key(0), (2, inputs, 24)) * 0.1
     stored = quantise({"blocks": {"q_proj": {"kernel": w}}}, how)["blocks"]["q_proj"]
     for layer in range(2):
         expected = qwix.dequantize(
@@ -45,8 +52,7 @@ def test_codes_stand_for_what_qwix_dequantises(how, rule):
         found = kernel(jax.tree.map(lambda leaf, at=layer: leaf[at], stored), jnp.float32)
         # Scales of nf4 are kept in bfloat16: eight bits of them.
         np.testing.assert_allclose(found, expected, rtol=1e-6 if how == "int8" else 2**-8, atol=1e-6)
-    bits = 8 * sum(leaf.on_device_size_in_bytes() for leaf in stored.values()) / w.size
-    assert bits == pytest.approx({"int8": 8 + 32 / 192, "nf4": 4.25}[how])
+    assert 8 * sum(leaf.on_device_size_in_bytes() for leaf in stored.values()) / w.size == pytest.approx(bits)
 
 
 def test_levels_of_nf4_are_quantiles_of_a_normal_distribution():

@@ -40,6 +40,7 @@ def test_federated_lloyd_is_lloyd_of_the_pooled_rows(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_federated_silhouette_is_that_of_the_pooled_rows(seed):
     points, present, pooled = uneven(seed)
+    points, pooled[0] = points.at[0, 0].set(-12), -12  # far from all others
     centres = KMeans(4, n_init=2, random_state=seed).fit(pooled).cluster_centers_.astype(np.float32)
     lonely = np.concatenate([centres, pooled[:1], np.full((1, 6), 500, np.float32)])  # a row alone, an empty cluster
     for centroids in (centres, lonely):
@@ -113,6 +114,15 @@ def test_a_slot_with_less_than_a_quarter_of_an_even_share_is_not_kept():
         points = jnp.asarray([[[0, 0]] * (40 - few) + [[9, 0]] * few], jnp.float32)
         table, labels = refine.follow(points, jnp.ones((1, 40), bool), centroids, None)
         assert table[0].tolist() == slots and labels[0].tolist() == [0] * (40 - few) + [len(slots) - 1] * few
+
+
+def test_padding_has_no_share_of_the_rows():
+    """Two of six rows are enough, as they would not be of forty."""
+    points = np.zeros((2, 40, 2), np.float32)
+    points[1, 4:6] = [9, 0]
+    present = np.arange(40) < np.array([[40], [6]])
+    table, _ = refine.follow(jnp.asarray(points), jnp.asarray(present), jnp.asarray([[0.0, 0], [10, 0]]), None)
+    assert table.tolist() == [[0, -1], [0, 1]]
 
 
 def test_the_score_of_a_number_of_clusters_is_that_of_just_so_many():

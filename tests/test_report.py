@@ -85,7 +85,7 @@ def make_round(t: int, rng) -> dict:
         "seconds": 1.25,
         "bytes_up": 40_000,
         "bytes_down": 50_000,
-        "optimiser_steps_per_client": 10.0,
+        "optimiser_steps_per_client": 4.0 if t == 3 else 10.0,
         "adapters_per_client": 1.0,
         "tokens": 100,
         "lanes": lanes,
@@ -151,7 +151,7 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path):
     cost = table_of([path], "Cost")["fedrouter"]
     assert cost["sent up"] == "121.0 kB"  # 3 x 40 kB of adapters and 1 kB of enrolment
     assert cost["sent down"] == "152.0 kB"
-    assert cost["steps per client and round"] == "10"
+    assert cost["steps per client and round"] == "8"  # 10, 10 and 4
     assert (cost["seconds total"], cost["seconds training"]) == ("9.5", "3.8")
 
     for part in records.PARTS:
@@ -234,6 +234,15 @@ def test_markdown_of_one_run(tmp_path):
     assert "](../my%20run/scores.json)" in elsewhere
 
 
+def test_answers_shown_are_those_to_clients_own_tasks(tmp_path):
+    run = records.read(make_run(tmp_path / "one"))
+    path = run.path / "predictions.jsonl"
+    others = [line for line in path.read_text("utf-8").splitlines(keepends=True) if '"personalised"' not in line]
+    assert report.samples(run) and others
+    path.write_text("".join(others), "utf-8")
+    assert report.samples(run) == []
+
+
 def test_csv_is_tidy(tmp_path):
     path = make_run(tmp_path / "one")
     lines = list(csv.DictReader(io.StringIO(report.to_csv(records.read_all([path])))))
@@ -252,17 +261,21 @@ def test_csv_is_tidy(tmp_path):
 
 
 def test_unfinished_runs_are_reported_as_far_as_they_got(tmp_path):
-    path = make_run(tmp_path / "part", done=2, taken_at=(1,))
+    config = replace(CONFIG, rounds=RoundConfig(rounds=4))
+    path = make_run(tmp_path / "part", config, done=3, taken_at=(1, 2))
     with (path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"round": 3, "lo')  # killed in the middle of a line
+        file.write('{"round": 4, "lo')  # killed in the middle of a line
     table = table_of([path], "Scores")
-    assert list(table) == ["fedrouter (unfinished: 2 of 3 rounds)"]
-    record = json.loads((path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert list(table) == ["fedrouter (unfinished: 3 of 4 rounds)"]
+    record = json.loads((path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[1])
     expected = record["scores"]["personalised"]["rouge1"]["mean"]
-    assert table["fedrouter (unfinished: 2 of 3 rounds)"]["pers. ROUGE-1"] == f"{expected:.3f}"
-    assert "unfinished, the scores are of round 1" in report.setups(records.rows_of(records.read_all([path])))[0]
+    assert table["fedrouter (unfinished: 3 of 4 rounds)"]["pers. ROUGE-1"] == f"{expected:.3f}"
+    read = records.read_all([path])
+    assert "unfinished, the scores are of round 2" in report.setups(records.rows_of(read))[0]
+    lines = list(csv.DictReader(io.StringIO(report.to_csv(read))))
+    assert {(line["round"], line["finished"]) for line in lines} == {("2", "False")}
 
-    finished = make_run(tmp_path / "whole")
+    finished = make_run(tmp_path / "whole", config, done=4)
     assert len(table_of([path, finished], "Scores")) == 3  # never a mean of scores of different rounds
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -273,13 +286,16 @@ def test_unfinished_runs_are_reported_as_far_as_they_got(tmp_path):
 
 
 def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
-    path = make_run(tmp_path / "one", strategy="fedit")
-    record = make_round(3, np.random.default_rng(0)) | {"loss": float("nan")}
-    record["lanes"][0] |= {"loss": [float("nan")] * 2, "rejected": "not finite"}
-    lines = (path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[:2]
-    (path / "rounds.jsonl").write_text("\n".join([*lines, json.dumps(record), ""]), encoding="utf-8")
-    report.write([path], path)
-    assert "lanes rejected as not finite: 1" in (path / "report.md").read_text(encoding="utf-8")
+    paths = [make_run(tmp_path / str(seed), strategy="fedit", seed=seed) for seed in range(2)]
+    for path in paths:
+        record = make_round(3, np.random.default_rng(0)) | {"loss": float("nan")}
+        for lane in record["lanes"][:2]:
+            lane |= {"loss": [float("nan")] * 2, "rejected": "not finite"}
+        lines = (path / "rounds.jsonl").read_text(encoding="utf-8").split("\n")[:2]
+        (path / "rounds.jsonl").write_text("\n".join([*lines, json.dumps(record), ""]), encoding="utf-8")
+    report.write(paths[:1], paths[0])
+    assert "lanes rejected as not finite: 2" in (paths[0] / "report.md").read_text(encoding="utf-8")
+    assert "lanes rejected as not finite: 4" in report.setups(records.rows_of(records.read_all(paths)))[0]
 
 
 def test_the_plot_of_losses_shows_them_and_a_gap_where_one_is_missing(tmp_path):

@@ -23,12 +23,12 @@ ROW = Row("Say yes.\n### Response: no", "yes", "t")  # the marker stands inside 
 
 
 def test_prompt_and_response_meet_where_generation_starts():
-    (row,) = tokens.encode(TOKENIZER, [ROW], "alpaca", 400, 16)
+    row, spaced = tokens.encode(TOKENIZER, [ROW, ROW._replace(output=" yes\n")], "alpaca", 400, 16)
     text = TOKENIZER.decode(row.prompt)
     assert text.endswith("### Instruction:\nSay yes.\n### Response: no\n\n### Response:")
     assert TOKENIZER.decode(row.response[:-1]) == " yes"
     assert row.response[-1] == TOKENIZER.eos_token_id
-    assert not row.truncated
+    assert not row.truncated and spaced == row
 
 
 def test_a_long_row_loses_the_end_of_its_instruction_never_its_answer():

@@ -73,6 +73,8 @@ def test_a_run_directory_holds_what_it_promises(finished):
     assert 0 < clusters["accuracy"]["global"] <= 1 and len(clusters["clients"]) == 4
     router, description = read_router(finished / "router")
     assert router.centroids.shape[0] == 4 and description["adapters"] == adapters
+    assert description["layers"] == 1 and description["pooling"].endswith("but the first 1")
+    assert description["tasks"] == clusters["slot_tasks"]
     assert (finished / "predictions.jsonl").read_text().count("\n") == sum(scores[part]["rows"] for part in scores)
 
 
@@ -476,9 +478,10 @@ def test_the_last_round_is_saved_whatever_the_interval(tmp_path):
         strategy="local",
         rounds=dataclasses.replace(config.rounds, rounds=1),
         compute=dataclasses.replace(config.compute, checkpoint_every=2),
-        evaluation=dataclasses.replace(config.evaluation, evaluate_at=()),
+        evaluation=dataclasses.replace(config.evaluation, evaluate_at=(1,)),
     )
     runs.claim(tmp_path / "run", config)
     loaded = runs.load(tmp_path / "run")
     runs.train(tmp_path / "run", loaded, sharing.silent)
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == 1
+    assert "scores" not in json.loads((tmp_path / "run" / "rounds.jsonl").read_text())  # the run's own scores follow

@@ -61,6 +61,11 @@ def test_test_split_wins_over_validation_and_formats_may_differ(tmp_path):
     write(tmp_path / "validation.jsonl", ROWS[3:4])
     write(tmp_path / "test.jsonl", ROWS[4:])
     assert sources.load(str(tmp_path)).test == (ROWS[4],)
+    for name in ("test", "validation"):
+        next(tmp_path.glob(f"{name}.*")).unlink()
+    write(tmp_path / "val.csv", ROWS[3:4])
+    write(tmp_path / "valid.csv", ROWS[4:])
+    assert sources.load(str(tmp_path)).test == (ROWS[4],)
 
 
 @pytest.mark.parametrize("suffix", sources.SUFFIXES)
@@ -166,6 +171,7 @@ def test_hugging_face_train_only_is_split(hub):
     hub["train"] = [row._asdict() for row in ROWS]
     loaded = sources.load("owner/chat")
     assert set(loaded.train + loaded.test) == set(ROWS) and len(loaded.test) == 1
+    assert sources.load("owner/chat", seed=1).test != loaded.test
 
 
 def test_hugging_face_errors(hub):

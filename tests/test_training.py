@@ -23,12 +23,13 @@ def test_the_learning_rate_ends_at_its_least_and_is_halfway_in_the_middle():
 
 
 def test_a_fresh_adapter_is_drawn_as_pefts(tiny):
-    """Uniform within 1 / sqrt(in), each module its own; B zero."""
+    """Uniform within 1 / sqrt(in), each module and layer its own; B zero."""
     fresh = lora.init(jax.random.key(0), tiny.config, LORA)
     bound = tiny.config.width**-0.5
     for a in fresh.a.values():
         assert 0.98 * bound < float(jnp.abs(a).max()) <= bound
     assert (fresh.a["q_proj"] != fresh.a["v_proj"]).mean() > 0.99
+    assert (fresh.a["q_proj"][0] != fresh.a["q_proj"][1]).mean() > 0.99
     assert not any(b.any() for b in fresh.b.values())
 
 
@@ -45,6 +46,17 @@ def test_every_lane_row_token_and_step_drops_other_inputs(federation):
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), inputs(federation, 1)[0]))
     loss = federation.update(federation.model.params, adapters, twice, 0.0, lanes, one_phase(1, 1))[1].loss
     assert (loss[:, 0] != loss[:, 1]).all()
+
+
+def test_every_step_of_every_phase_drops_other_inputs(federation, monkeypatch):
+    """Three steps on the same rows, one of the first phase and two of the second; a draw from its key for a loss."""
+    monkeypatch.setattr(client, "response_losses", lambda *given: jax.vmap(jax.random.uniform)(given[6]))
+    update = jax.jit(client.make_client_update(federation.model.config, LORA, LOCAL))
+    work, batch = inputs(federation, 1, together=2)
+    adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), work))
+    thrice = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 3, axis=0), batch)
+    loss = update(federation.model.params, adapters, thrice, 0.0, jax.random.split(KEY, 2), 2 * one_phase(1, 1))[1].loss
+    assert len(set(loss.ravel().tolist())) == 6
 
 
 def test_every_layer_drops_other_inputs(tiny, monkeypatch):

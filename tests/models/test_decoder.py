@@ -228,6 +228,17 @@ def test_prompts_of_several_pages_are_read_where_they_lie():
     close(hidden, full[jnp.arange(2), lengths])
 
 
+def test_what_a_free_page_held_is_not_seen():
+    params, tokens = make_params(BASE), make_tokens(2, 5)
+    _, cache = filled(BASE, params, tokens, [5, 3], 6)
+    free = np.flatnonzero(cache.owner == 2)
+    step = jax.jit(models.decode_step, static_argnums=0)
+    hidden, _ = step(BASE, params, tokens[:, 0], cache)
+    for key in (1e4, -1e4):
+        stale = cache._replace(k=cache.k.at[:, free].set(key))
+        np.testing.assert_array_equal(step(BASE, params, tokens[:, 0], stale)[0], hidden)
+
+
 def test_what_has_no_room_is_not_stored():
     size = models.PAGE
     params, tokens = make_params(BASE), make_tokens(2, size + 1)
@@ -379,6 +390,34 @@ def test_bfloat16_is_close_and_stays_bfloat16():
     _, cache = jax.eval_shape(lambda: filled(BASE, half, tokens, [9, 4], 12))
     step, cache = jax.eval_shape(lambda cache: models.decode_step(BASE, half, tokens[:, 0], cache), cache)
     assert step.dtype == cache.k.dtype == cache.v.dtype == jnp.bfloat16
+
+
+def test_far_positions_are_not_rounded_to_bfloat16():
+    """Of whole numbers it holds every one up to 256 only."""
+    params, tokens = make_params(BASE), make_tokens(2, 9)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    positions = jnp.broadcast_to(jnp.arange(9) + 1001, tokens.shape)
+    found, exact = (run(BASE, weights, tokens, positions) for weights in (half, widened))
+    assert float(jnp.mean(jnp.abs(found - exact)) / jnp.mean(jnp.abs(exact))) < 0.01
+
+
+def test_sums_over_many_bfloat16_numbers_are_float32():
+    """Of scores and values in attention, and of squares in the norm: what is left is the rounding of results."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    def error(function, *rounded):
+        function = jax.jit(function)
+        exact = function(*(part.astype(jnp.float32) for part in rounded))
+        return float(jnp.max(jnp.abs(function(*rounded).astype(jnp.float32) - exact)))
+
+    mask = attention.attention_mask(BASE, jnp.ones((1, 300), jnp.int32))
+    q, k, v = 3 * draw(1, 300, 4, 8), draw(1, 300, 2, 8), draw(1, 300, 2, 8)
+    assert error(lambda *qkv: attention.attend(*qkv, mask), q, k, v) < 0.015
+    assert error(lambda x, scale: decoder._rms_norm(x, scale, 1e-6), draw(64, 512), jnp.ones(512, jnp.bfloat16)) < 0.012
 
 
 def rounded(params):
