@@ -223,7 +223,7 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
             )
     phases = strategy.phases(1, config.rounds.rounds)
     for part in (part for phase in phases for part in phase):
-        if set(part) != names:
+        if isinstance(part, dict) and set(part) != names:
             raise UserError(
                 f"{strategy.name}: a phase tells of {', '.join(sorted(part))}, but the adapters are "
                 f"{', '.join(sorted(names))}; name all of them, in both parts (without `phases` there is one, main)"

@@ -79,7 +79,7 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
         ("json:loads", "could not be called without arguments (TypeError"),
         ("broken:method", "ZeroDivisionError: division by zero, "),
         ("broken:method", "broken.py:2)"),
-        ("mymethods:narrow", "weights of shape (8, 4); expected a row for each text and a column for each of a_0, a_1"),
+        ("mymethods:narrow", "a row for each text and a column for each of 8 slots, a_0 to b_3"),
     ):
         assert main(["run", "--preset", "smoke", "--strategy", name, *small[:-1], str(tmp_path / "other")]) == 2
         *_, line = capsys.readouterr().err.splitlines()  # behind a line for each part of a run
