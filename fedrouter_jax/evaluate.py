@@ -179,8 +179,8 @@ def opened(prepared: Prepared, state: FederationState, clients: Array, seen: Vie
     if weights.shape != (len(clients), len(names)):
         raise UserError(
             f"{strategy.name} routes {len(clients)} texts by weights of shape {weights.shape}; expected a row for each "
-            f"text and a column for each of {len(names)} slots, {names[0]} to {names[-1]}; `bank.weights` puts those of "
-            "several adapters together"
+            f"text and a column for each of {len(names)} slots, {names[0]} to {names[-1]}; `bank.weights` puts "
+            "those of several adapters together"
         )
     return weights
 
