@@ -62,7 +62,7 @@ def guarded(path: Path) -> Iterator[None]:
         remedy = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see what is there"
         raise UserError(
             f"{path} could not be written ({error.strerror}); {remedy} or choose another folder, then try again (a "
-            "run: resume it)"
+            "run: resume it, a report: --to DIR)"
         ) from error
 
 
