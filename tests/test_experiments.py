@@ -208,7 +208,14 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         gain = gains[column].strip()
         assert re.sub(r" over \w+ \(\+0(.*) ± 0(.*); .*\)", r" (\1 ± \2)", gain) in said and gain.split()[0] in readme
     found = table1_tables.cells(runs)
-    for method, seeds in (("clustered", 20), ("fedlease", 20), ("feddpa-f", 5), ("fedex", 5), ("ifca", 5)):
+    for method, seeds in (
+        ("clustered", 20),
+        ("fedlease", 20),
+        ("feddpa-f", 5),
+        ("fedex", 5),
+        ("ifca", 5),
+        ("flora", 5),
+    ):
         cells = [f"| `{method}`"]
         for part in ("personalised", "generalisation"):
             ours, theirs = (found["dual", part, name] for name in ("fedrouter+", method))
