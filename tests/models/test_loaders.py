@@ -269,6 +269,11 @@ CONFIG_ERRORS = {
 }
 
 
+def test_swish_is_another_name_of_silu(broken):
+    edit_config(broken, hidden_act="swish")
+    models.load_model(str(broken))
+
+
 @pytest.mark.parametrize("kind", CONFIG_ERRORS)
 def test_a_configuration_that_does_not_fit(kind, broken):
     changes, message = CONFIG_ERRORS[kind]
