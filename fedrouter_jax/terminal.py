@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
 import time as clock
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,8 +65,11 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
-def parse(options: type[T], **others: Any) -> T:
-    """`tyro.cli`, in whose help a docstring of several lines is one paragraph, and not broken as in the source."""
+def parse(options: type[T], prog: str, **others: Any) -> T:
+    """`tyro.cli`, in whose help a docstring of several lines is one paragraph, and not broken as in the source.
+
+    What it refuses it says in one line, and exits with 2.
+    """
     registry, inside = ConstructorRegistry(), []
 
     def joined(text: str | Callable[[], str | None] | None) -> str | None:
@@ -82,7 +87,23 @@ def parse(options: type[T], **others: Any) -> T:
             return spec
         return replace(spec, fields=tuple(replace(f, helptext=partial(joined, f.helptext)) for f in spec.fields))
 
-    return tyro.cli(options, registry=registry, **others)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(options, prog=prog, registry=registry, **others)
+    except SystemExit as stop:
+        if stop.code == 2:
+            sys.exit(failed(2, f"{in_a_line(said.getvalue())}; see {prog} --help"))
+        raise
+
+
+def in_a_line(box: str) -> str:
+    """What is wrong and which options are like the one given, of the box that tyro draws around that."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    inside = "\n".join(line.strip("│╰╯ ") for line in plain.splitlines()[1:])  # below its title
+    wrong, *others = filter(None, map(str.strip, re.split(r"[─-]{5,}", inside)))
+    like = re.findall(r"^--.*", "\n".join(others), flags=re.MULTILINE)
+    return " ".join(wrong.split()).rstrip(".") + (f"; there is {', '.join(like)}" if like else "")
 
 
 def show_markdown(path: Path) -> None:
