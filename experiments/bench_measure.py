@@ -53,7 +53,8 @@ def measure(
         peers = [Peer("published", flow.PUBLISHED, theirs)]
         if best_effort:
             # On a GPU as many rows at once as we take; on two cores larger batches gain nothing.
-            rows = at_once.rows(config, model, prepared.test.values()) if device == "cuda" else flow.BEST_EFFORT.rows
+            prompts = [prepared.test[row].prompt for row in phases.asked(prepared, load)]
+            rows = at_once.rows(config, model, prompts) if device == "cuda" else flow.BEST_EFFORT.rows
             best = replace(flow.BEST_EFFORT, rows=rows, compiled=compiled)
             peers.append(Peer("best effort", best, theirs))
             if dtype == "float32":
@@ -140,8 +141,8 @@ def useful_share(prepared: Prepared, load: Load) -> dict[str, float]:
         prepared.model.tokenizer, phases.texts_of(prepared, load), prepared.config.data.max_length
     )
     texts, most = [len(text) for text in ids], embed.TEXTS_PER_PACK
-    prompts = sorted((len(prepared.test[row].prompt) for row in phases.asked(prepared, load)), reverse=True)
-    rows = at_once.rows(prepared.config, prepared.model, prepared.test.values())
+    asked = [prepared.test[row].prompt for row in phases.asked(prepared, load)]
+    rows, prompts = at_once.rows(prepared.config, prepared.model, asked), sorted(map(len, asked), reverse=True)
     # As `generate` reads them where all answers end alike: as many as there are rows, then a quarter at a time.
     turns = [prompts[:rows], *(prompts[i : i + rows // 4] for i in range(rows, len(prompts), rows // 4))]
     time = packing.pack_length(prompts[0])

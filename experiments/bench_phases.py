@@ -219,7 +219,7 @@ def generation(mine: dict[str, Prepared], adapters: LoRA, peers: list[Peer], loa
         return generate.generate(
             prepared.model.config, params, prompts, lora.concatenate(adapters), gates,
             stop=tokenizer.eos_token_id, new_tokens=new,
-            rows_at_once=at_once.rows(config, prepared.model, prepared.test.values()),
+            rows_at_once=at_once.rows(config, prepared.model, prompts),
             packs_at_once=at_once.packs(config), shrinks=jax.default_backend() == "cpu",
         )  # fmt: skip
 

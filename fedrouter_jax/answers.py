@@ -41,7 +41,7 @@ def answer(
             gates,
             stop=model.tokenizer.eos_token_id,
             new_tokens=longest,
-            rows_at_once=at_once.rows(config, model, prepared.test.values()),
+            rows_at_once=at_once.rows(config, model, prompts),
             packs_at_once=at_once.packs(config),
             shrinks=jax.default_backend() == "cpu",
             advance=advance,

@@ -13,7 +13,6 @@ import numpy as np
 from fedrouter_jax import plan
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule
-from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.models import DecoderConfig, Model
 from fedrouter_jax.types import Strategy
 
@@ -76,16 +75,16 @@ def packs_with_head(config: Config) -> int:
     return config.compute.packs_at_once or (1 if jax.default_backend() == "cpu" else 8)
 
 
-def rows(config: Config, model: Model, asked: Iterable[Tokens]) -> int:
+def rows(config: Config, model: Model, prompts: Iterable[Sequence[int]]) -> int:
     """Rows that generate together: 64 on a CPU, up to 512 on an accelerator.
 
-    As many as have their keys and values in a quarter of its memory, for rows like those `asked`.
+    As many as have their keys and values in a quarter of its memory, for prompts like these.
     """
     limit, decoder = memory_limit(), model.config
     if config.compute.rows_at_once or jax.default_backend() == "cpu" or limit is None:
         return config.compute.rows_at_once or 64
     token = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * model.params["embedding"].dtype.itemsize
-    longest = sorted(len(row.prompt) for row in asked)[-512:]
+    longest = sorted(map(len, prompts))[-512:]
     row = (np.mean(longest) + config.data.max_response) * token
     return next((count for count in (512, 256, 128) if count * row <= 0.25 * limit), 64)
 

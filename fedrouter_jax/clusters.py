@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import evaluate, experiment, routing
+from fedrouter_jax import evaluate, experiment, formats, routing
+from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.rows import digest
+from fedrouter_jax.data.scenarios import Client, Partition
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.routing import Enrolment
@@ -66,8 +67,9 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
 
 
 def origin(prepared: Prepared) -> dict[str, str]:
-    """What all of a run is made from, by its sha256: the rows and the model's weights, whatever their names say."""
-    return {"data": digest(prepared.dataset), "model": prepared.model.fingerprint}
+    """What all of a run is made from, by its sha256: the rows, if read, and the weights, whatever their names say."""
+    rows = {} if prepared.dataset is None else {"data": digest(prepared.dataset)}
+    return {**rows, "model": prepared.model.fingerprint}
 
 
 def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
@@ -108,25 +110,34 @@ def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:
     return int((np.asarray(enrolment.table)[training] >= 0).sum())
 
 
-def read(path: Path, prepared: Prepared) -> Enrolment:
-    """The enrolment as `clusters.json` has it; the router's numbers are in the checkpoint."""
+def read(path: Path) -> formats.Clusters:
+    """`clusters.json` of a run that has begun; raises `UserError` for anything else."""
+    found = formats.read_clusters(path)
+    if found is None:
+        raise UserError(f"{path} is missing, though the run has begun; restore the file, or start a new run")
+    return found
+
+
+def partition(found: formats.Clusters, config: Config) -> Partition:
+    """Who holds which training rows, by a run's clusters; test rows are not said there."""
+    clients = found["clients"]
+    founders = clients[: len(clients) - config.data.newcomers]
+    founding = {task for client in founders for task in client["tasks"]}
+    return Partition([Client(client["rows"], []) for client in clients], [], found["tasks"], len(founding))
+
+
+def enrolment(path: Path, found: formats.Clusters, prepared: Prepared) -> Enrolment:
+    """The enrolment as a run's clusters have it; the router's numbers are in the checkpoint."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        check_origin(raw, prepared)
-        labels, silhouettes = [client["local"] for client in raw["clients"]], raw["silhouettes"]
-        table, clusters = np.asarray(raw["table"], np.int32), int(raw["clusters"])
-        for row, slots, held, client in zip(labels, table, prepared.partition.clients, raw["clients"], strict=True):
-            if client["rows"] != held.train:
-                raise ValueError("clients hold other rows now: by another config.json, or another version")
-            if len(row) != len(held.train) or not set(row) <= set(np.flatnonzero(slots >= 0).tolist()):
-                raise ValueError("the local clusters of a client are not those of its rows")
-        if table.max() >= clusters:
-            raise ValueError(f"slot {table.max()} of {clusters}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_origin(found, prepared)
+        if [client["rows"] for client in found["clients"]] != [held.train for held in prepared.partition.clients]:
+            raise ValueError("clients hold other rows now: by another config.json, or another version")
+    except ValueError as error:
         raise UserError(
             f"{path}: not the clusters of this run ({error}); restore the file, or start a new run"
         ) from None
-    table = jnp.asarray(table)
+    labels, silhouettes = [client["local"] for client in found["clients"]], found["silhouettes"]
+    table, clusters = jnp.asarray(found["table"], jnp.int32), found["clusters"]
     padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
     for number, row in enumerate(labels):
         padded[number, : len(row)] = row

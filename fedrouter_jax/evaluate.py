@@ -198,6 +198,11 @@ def view(
         return jnp.asarray(answers.states(prepared, state, prompts, weights))
 
     def references(weights) -> jnp.ndarray:
+        if not prepared.strategy.references:
+            raise UserError(
+                f"{prepared.strategy.name} routes by training prompts of clients, which its Strategy does not say; set "
+                "references=True"
+            )
         drawn = [
             held[i].prompt
             for client, held in enumerate(prepared.train)

@@ -9,8 +9,9 @@ evaluate
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -33,19 +34,22 @@ from fedrouter_jax.types import FederationState, Strategy, Work
 
 
 class Prepared(NamedTuple):
-    """What a config means on this machine: everything that does not change while training."""
+    """What a config means on this machine: everything that does not change while training.
+
+    Without its rows (`without_rows`) a run answers, but neither trains nor is scored.
+    """
 
     config: Config
     model: Model
-    dataset: Dataset
-    partition: Partition
-    train: list[list[tokens.Tokens]]  # [client][row]
-    test: dict[int, tokens.Tokens]  # by index into dataset.test
     strategy: Strategy
-    pack: tuple[int, int]  # tokens and response tokens of a training pack
-    packs: int  # of a group that train together
-    round: Callable  # the jitted round
+    partition: Partition
     mesh: Mesh | None  # where there are several devices
+    dataset: Dataset | None = None
+    train: Sequence[list[tokens.Tokens]] = ()  # [client][row]
+    test: Mapping[int, tokens.Tokens] = MappingProxyType({})  # by index into dataset.test
+    pack: tuple[int, int] = (0, 0)  # tokens and response tokens of a training pack
+    packs: int = 1  # of a group that train together
+    round: Callable | None = None  # the jitted round
 
 
 def prepare(config: Config, model: Model | None = None, strategy: Strategy | None = None) -> Prepared:
@@ -89,11 +93,25 @@ def prepare(config: Config, model: Model | None = None, strategy: Strategy | Non
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora, packs)
-    on = on if on.size > 1 else None
-    if on is not None:
-        model = model._replace(params=mesh.place_base(on, model.params))
+    model, on = spread(model, on)
     round = make_round(strategy, update, rate, rounds.rounds, groups or None, server, loss, on)
-    return Prepared(config, model, dataset, split, train, test, strategy, pack, packs, round, on)
+    return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
+
+
+def without_rows(config: Config, split: Partition) -> Prepared:
+    """The same of a run that only answers: whose rows were dealt so, but are not read."""
+    on = mesh.make(config.compute.model_parallel)
+    model, on = spread(load_model(config.model, config.dtype, config.quantise), on)
+    strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
+    config_lib.check_strategy(config, strategy)
+    return Prepared(config, model, strategy, split, on)
+
+
+def spread(model: Model, on: Mesh) -> tuple[Model, Mesh | None]:
+    """The model on a mesh; as it is, and None, where there is one device."""
+    if on.size == 1:
+        return model, None
+    return model._replace(params=mesh.place_base(on, model.params)), on
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:

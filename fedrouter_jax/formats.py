@@ -148,7 +148,7 @@ def read_clusters(path: Path) -> Clusters | None:
                 odd = f"client {number} has lists of unequal lengths"
             elif not {*tasks} <= {*found["tasks"]}:
                 odd = f"client {number} has rows of unknown tasks"
-            elif any(k not in range(len(row)) or row[k] != slot for k, slot in zip(local, own, strict=True)):
+            elif not all(k in range(len(row)) and row[k] == slot >= 0 for k, slot in zip(local, own, strict=True)):
                 odd = f"the clusters of client {number} are not those of the table"
             if odd:
                 break

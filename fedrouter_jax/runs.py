@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time as clock
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,7 @@ class Loaded(NamedTuple):
 
     prepared: Prepared
     enrolment: Enrolment
+    slot_tasks: list[str]  # of most rows of each slot, as `clusters.json` has them
     state: FederationState
     embeddings: np.ndarray | None
 
@@ -147,7 +148,8 @@ def timed(timings: dict[str, float], phase: str) -> Iterator[None]:
 def load(out: Path, track: Track = silent, timings: dict | None = None, shared: Shared = ALONE) -> Loaded:
     """Read what is there of a run, and make what is missing up to round 0."""
     timings = {"taken_over": []} if timings is None else timings
-    prepared = _prepared(out, read_config(out), shared)
+    config = read_config(out)
+    prepared = _prepared(out, lambda: experiment.prepare(config, shared.model))
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
     embedded = (out / "embeddings.npy").exists()
@@ -160,16 +162,17 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
         return begun._replace(embeddings=embeddings)
     with timed(timings, "cluster"):
         enrolment = experiment.enroll(prepared, embeddings)
-    files.write(out / "clusters.json", json.dumps(clusters.describe(prepared, enrolment)) + "\n")
+    described = clusters.describe(prepared, enrolment)
+    files.write(out / "clusters.json", json.dumps(described) + "\n")
     state = experiment.start(prepared, enrolment)
     checkpoint.save(out / "checkpoints", 0, state)
-    return Loaded(prepared, enrolment, state, embeddings)
+    return Loaded(prepared, enrolment, described["slot_tasks"], state, embeddings)
 
 
-def _prepared(out: Path, config: Config, shared: Shared) -> experiment.Prepared:
-    """The run's rows and model again, from where they were."""
+def _prepared(out: Path, prepare: Callable[[], Prepared]) -> Prepared:
+    """The run's model again, and its rows where they are needed, from where they were."""
     try:
-        return experiment.prepare(config, shared.model)
+        return prepare()
     except UserError as error:
         if (out / "clusters.json").exists():  # it could be prepared once
             here = f"{out / 'config.json'} names the rows and the model of this run, from the folder {Path.cwd()} on"
@@ -178,12 +181,19 @@ def _prepared(out: Path, config: Config, shared: Shared) -> experiment.Prepared:
 
 
 def read(out: Path) -> Loaded:
-    """A run as it stands, ready to answer; nothing is made or written, and embeddings are left out."""
+    """A run as it stands, ready to answer; nothing is made or written.
+
+    Embeddings are left out, and rows, but for methods that look at them: a run answers where its rows are not.
+    """
     config = read_config(out)
     done = checkpoint.latest(out / "checkpoints")
     if done is None:
         raise UserError(f"{out} holds no checkpoint, so no adapters; train it first: fedrouter resume {out}")
-    return answering(_restored(out, _prepared(out, config, ALONE), done))
+    dealt = clusters.partition(clusters.read(out / "clusters.json"), config)
+    prepared = _prepared(out, lambda: experiment.without_rows(config, dealt))
+    if prepared.strategy.references or prepared.strategy.choose is not None:
+        prepared = _prepared(out, lambda: experiment.prepare(config, prepared.model))
+    return answering(_restored(out, prepared, done))
 
 
 def read_config(out: Path) -> Config:
@@ -196,14 +206,16 @@ def read_config(out: Path) -> Config:
 
 
 def _restored(out: Path, prepared: Prepared, done: int) -> Loaded:
-    enrolment = clusters.read(out / "clusters.json", prepared)
+    path = out / "clusters.json"
+    found = clusters.read(path)
+    enrolment = clusters.enrolment(path, found, prepared)
     state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
-    return Loaded(prepared, enrolment, state, None)
+    return Loaded(prepared, enrolment, found["slot_tasks"], state, None)
 
 
 def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
     """The remaining rounds. The next round's batches are packed while this one trains."""
-    prepared, enrolment, state, _ = loaded
+    prepared, enrolment, state = loaded.prepared, loaded.enrolment, loaded.state
     config, done = prepared.config, int(state.round)
     rows = experiment.members(prepared, enrolment)
     log = out / "rounds.jsonl"
@@ -239,7 +251,7 @@ def score(
     loaded: Loaded, with_base: bool, track: Track, known: dict[int, tuple[str, float]] | None = None
 ) -> evaluate.Evaluation:
     """Evaluate; `known` are the base model's answers and losses."""
-    prepared, enrolment, state, embeddings = loaded
+    prepared, enrolment, _, state, embeddings = loaded
     asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
     return evaluate.evaluate_state(prepared, state, enrolment, asked, track, known)
 
@@ -251,7 +263,7 @@ def export(loaded: Loaded, to: Path) -> None:
 
 
 def _export(loaded: Loaded, to: Path) -> None:
-    prepared, enrolment, state, _ = loaded
+    prepared, state = loaded.prepared, loaded.state
     config, model = prepared.config, prepared.model
     bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(prepared.strategy.owners, state.bank)
     for slot, name in enumerate(names):
@@ -275,7 +287,7 @@ def _export(loaded: Loaded, to: Path) -> None:
             "max_length": config.data.max_length,
             "metric": "euclidean",
             "adapters": names,
-            "tasks": evaluate.slot_names(prepared, evaluate.slot_tasks(prepared, enrolment)),
+            "tasks": loaded.slot_tasks,
         }
         peft_io.write_router(to / "router", state.memory, description)
 

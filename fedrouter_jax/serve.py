@@ -60,14 +60,13 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
     shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
     names = bank_lib.serving_names(owners, state.bank)
-    tasks = evaluate.slot_names(prepared, evaluate.slot_tasks(prepared, loaded.enrolment))
     return [
         {
             "text": text,
             "cut": encoded[i].truncated,
             "adapter": " + ".join(_named(names[shown[place]], opened[place]) for place in np.flatnonzero(opened)),
             "slot": slot,
-            "task": tasks[slot] if routed else "",
+            "task": loaded.slot_tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": said[i],
         }

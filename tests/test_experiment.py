@@ -169,6 +169,9 @@ def test_feddpas_references_are_drawn_for_each_client_apart(monkeypatch):
     prompts, each = [[row.prompt for row in held] for held in prepared.train], evaluate.REFERENCES
     drawn = {tuple(own.index(prompt) for prompt in asked[c * each :][:each]) for c, own in enumerate(prompts)}
     assert len(drawn) == 4
+    silent = prepared._replace(strategy=prepared.strategy._replace(references=False))
+    with pytest.raises(UserError, match="which its Strategy does not say; set references=True"):
+        evaluate.view(silent, state, None, None, []).references(jnp.eye(4, 5, k=1))
 
 
 def test_the_base_model_of_a_fedex_run_is_the_model_as_it_came():
@@ -223,7 +226,7 @@ def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
 def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
     prepared, enrolment, state, points = begun("fedalt")
     bank = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), state.bank)
-    runs.export(runs.Loaded(prepared, enrolment, state._replace(bank=bank), None), tmp_path)
+    runs.export(runs.Loaded(prepared, enrolment, [], state._replace(bank=bank), None), tmp_path)
     for name in ("own", "rest"):
         for client in range(4):
             folder = tmp_path / "adapters" / f"{name}_{client}"
@@ -258,7 +261,7 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
 def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, packs, groups, rows):
     config = smoke()
     prepared = experiment.prepare(config)
-    read = prepared.model, prepared.test.values()
+    read = prepared.model, [row.prompt for row in prepared.test.values()]
     counts = [4, 5, 4]  # most steps have a pack less than that
     args = (prepared.model.config, prepared.strategy, (1, 4), prepared.pack, counts)
     assert at_once.training(config, *args) == (1, 1) and at_once.rows(config, *read) == 64

@@ -314,13 +314,15 @@ def shorten(name):
         (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
         (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
         (repeat, "resume", "line 2: round 1, expected 2"),
-        (relabel, "resume", "not the clusters of this run"),
-        (relabel, "route", "not the clusters of this run"),
+        (relabel, "resume", "the clusters of client 0 are not those of the table"),
+        (relabel, "route", "the clusters of client 0 are not those of the table"),
+        (lambda run: (run / "clusters.json").unlink(), "route", "clusters.json is missing, though the run has begun"),
+        (lambda run: (run / "clusters.json").unlink(), "resume", "clusters.json is missing, though the run has begun"),
         (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),
-        (edited('"train_rows": 24', '"train_rows": 20', older=True), "route", "clients hold other rows now"),
+        (edited('"train_rows": 24', '"train_rows": 20', older=True), "resume", "clients hold other rows now"),
         (edited('"learning_rate": 0.005', '"learning_rate": 0.5'), "resume", "local.learning_rate is 0.5, but the run"),
         (edited('"rounds": 3', '"rounds": 5'), "route", "rounds.rounds is 5, but the run was begun with 3; restore it"),
-        (lacking("silhouettes"), "resume", "not the clusters of this run ('silhouettes')"),
+        (lacking("silhouettes"), "resume", "clusters.json: silhouettes: Field required"),
         (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
         (shorten("config.json"), "export", "config.json: not readable as JSON"),
     ],
@@ -364,8 +366,8 @@ def test_an_unfinished_run_says_so_when_it_is_used(finished, tmp_path, capsys):
             assert errors.splitlines() == notes and "note" not in printed
 
 
-def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
-    data, out = tmp_path / "rows", tmp_path / "run"
+def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys):
+    data, out, compares = (tmp_path / name for name in ("rows", "run", "compares"))
     data.mkdir()
     rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
     for name in ("train", "test"):
@@ -373,16 +375,23 @@ def test_a_run_whose_rows_were_changed_is_not_resumed(tmp_path, capsys):
     config = smoke()
     small = dataclasses.replace(config.data, data=str(data), clients=2, test_rows=2, mix_rows=2)
     config = dataclasses.replace(config, data=small, rounds=dataclasses.replace(config.rounds, rounds=1))
-    runs.run(dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, evaluate_at=())), out)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, evaluate_at=()))
+    runs.run(config, out)
+    runs.run(dataclasses.replace(config, strategy="feddpa-t"), compares)
+    said = serve.route(out, ["q 3?", "another text"])
     rows[0]["instruction"] = "another"
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["resume", str(out)]) == 2
     assert f"the rows of {data} were others then" in capsys.readouterr().err
     data.rename(tmp_path / "moved")
-    for arguments in (["resume", str(out)], ["route", str(out), "text"]):
+    for arguments in (["resume", str(out)], ["route", str(compares), "text", "--client", "0"]):
         assert main(arguments) == 2
         message = f"config.json names the rows and the model of this run, from the folder {Path.cwd()} on"
         assert message in capsys.readouterr().err
+    assert serve.route(out, ["q 3?", "another text"]) == said
+    assert main(["export", str(out), "--to", str(tmp_path / "exported")]) == 0
+    for path in (path for part in ("adapters", "router") for path in (out / part).rglob("*.*")):
+        assert (tmp_path / "exported" / path.relative_to(out)).read_bytes() == path.read_bytes()
 
 
 def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):

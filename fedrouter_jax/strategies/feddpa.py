@@ -34,7 +34,8 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
             Phase(train={"global": True, "local": False}, weights={"global": 1.0, "local": 0.0}),
         )
 
-    return Strategy("feddpa-t", OWNERS, *owned(OWNERS), _instance_wise(scale, weight_on), phases=phases)
+    route = _instance_wise(scale, weight_on)
+    return Strategy("feddpa-t", OWNERS, *owned(OWNERS), route, phases=phases, references=True)
 
 
 def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
@@ -99,7 +100,7 @@ def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "lo
 
     return Strategy(
         "feddpa-f", OWNERS, init, ask, note, tell, _instance_wise(scale, weight_on),
-        phases=phases, pace=pace, derive=follow, traffic=traffic,
+        phases=phases, pace=pace, derive=follow, traffic=traffic, references=True,
     )  # fmt: skip
 
 
