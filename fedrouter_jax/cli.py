@@ -222,36 +222,8 @@ def finish(out: Path) -> None:
     report_lib.write([out], out)
     console = Console()
     report_lib.show([out], console)
-    run = records.read(out)
-    total, held = run.clusters["clusters"], {slot for row in run.clusters["table"] for slot in row}
-    nobody = total - len(held - {-1})
-    if nobody and run.clusters["clustered"]:
-        console.print(
-            f"note: {nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give "
-            "fewer --global-clusters, or more --local-clusters"
-        )
-    if run.config.model == "tiny":
-        console.print("note: the model is random, so the scores mean nothing; this run shows that all works")
-    for option in config_lib.idle(run.config):
-        console.print(f"note: without effect here: {option}")
-    cut = run.clusters.get("cut_rows", 0)
-    if cut:
-        rows = sum(len(client["rows"]) for client in run.clusters["clients"])
-        data = run.config.data
-        console.print(
-            f"note: {cut} of {rows} training rows lost their end, for they are longer than --max-length "
-            f"{data.max_length} or --max-response {data.max_response} tokens"
-        )
-    missed = len(run.clusters.get("never_trained", ()))
-    if missed:
-        console.print(f"note: too few rounds: {missed} local clusters were never trained; raise --rounds")
-    rejected = int(records.cost(run).get("rejected_lanes", 0))
-    if rejected:
-        lanes = sum(len(record["lanes"]) for record in run.rounds)
-        console.print(
-            f"note: {rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate"
-            + f", or see whether the weights of {run.config.model} are whole" * (rejected == lanes)
-        )
+    for line in records.notes(records.read(out)):
+        console.print(f"note: {line}", markup=False)
     console.print(f"run {escape(str(out))}: report.md, plots/, adapters/, scores.json, predictions.jsonl")
 
 
@@ -313,6 +285,7 @@ def note_unfinished(run: Path) -> None:
 
 def export(arguments: list[str]) -> None:
     """`fedrouter export`."""
+    from fedrouter_jax import export as export_lib
     from fedrouter_jax import runs
 
     parsed = parse(Export, prog="fedrouter export", args=arguments)
@@ -320,7 +293,7 @@ def export(arguments: list[str]) -> None:
     held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
     if held is not None:
         raise UserError(f"{held} is there already, and adapters of two runs would mix; give a new folder with --to")
-    runs.export(loaded, parsed.to)
+    export_lib.write(parsed.to, loaded.prepared, loaded.state, loaded.slot_tasks)
     note_unfinished(parsed.run)
     router = f" and {parsed.to}/router" if loaded.prepared.strategy.enrolling == "clustering" else ""
     print(f"written: {parsed.to}/adapters{router}")

@@ -150,6 +150,39 @@ def cost(run: Run) -> dict[str, float]:
     return found | ({"seconds_total": run.timings["total"]} if "total" in run.timings else {})
 
 
+def notes(run: Run) -> list[str]:
+    """What the user of a finished run should know, a sentence each."""
+    found, config = [], run.config
+    total, held = run.clusters["clusters"], {slot for row in run.clusters["table"] for slot in row}
+    nobody = total - len(held - {-1})
+    if nobody and run.clusters["clustered"]:
+        found.append(
+            f"{nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give fewer "
+            "--global-clusters, or more --local-clusters"
+        )
+    if config.model == "tiny":
+        found.append("the model is random, so the scores mean nothing; this run shows that all works")
+    found += [f"without effect here: {option}" for option in config_lib.idle(config)]
+    cut = run.clusters.get("cut_rows", 0)
+    if cut:
+        rows = sum(len(client["rows"]) for client in run.clusters["clients"])
+        found.append(
+            f"{cut} of {rows} training rows lost their end, for they are longer than --max-length "
+            f"{config.data.max_length} or --max-response {config.data.max_response} tokens"
+        )
+    missed = len(run.clusters.get("never_trained", ()))
+    if missed:
+        found.append(f"too few rounds: {missed} local clusters were never trained; raise --rounds")
+    rejected = int(cost(run).get("rejected_lanes", 0))
+    if rejected:
+        lanes = sum(len(record["lanes"]) for record in run.rounds)
+        found.append(
+            f"{rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate"
+            + f", or see whether the weights of {config.model} are whole" * (rejected == lanes)
+        )
+    return found
+
+
 def accuracy(run: Run) -> dict[str, float]:
     """Clustering accuracy of training rows, "local" and "global"; empty where nothing is clustered."""
     return (run.clusters or {}).get("accuracy") or {}

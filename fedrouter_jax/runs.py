@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import checkpoint, clusters, embed, evaluate, experiment, files, formats, peft_io, processes, routing
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, export, files, formats, processes
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
@@ -31,7 +30,7 @@ from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.sharing import Track, silent
-from fedrouter_jax.types import FederationState, LoRA
+from fedrouter_jax.types import FederationState
 
 
 class Shared(NamedTuple):
@@ -115,7 +114,7 @@ def _proceed(out: Path, track: Track, shared: Shared) -> dict:
             files.write(out / "predictions.jsonl", lines)
             files.write(out / "scores.json", json.dumps(result.scores, indent=2) + "\n")
         if processes.first():
-            export(loaded, out)
+            export.write(out, loaded.prepared, loaded.state, loaded.slot_tasks)
     if resumed:
         del timings["total"]  # nobody knows how long the processes before this one ran
     if not (out / "timings.json").exists():
@@ -254,42 +253,6 @@ def score(
     prepared, enrolment, _, state, embeddings = loaded
     asked = evaluate.questions(prepared, state, enrolment, embeddings, with_base)
     return evaluate.evaluate_state(prepared, state, enrolment, asked, track, known)
-
-
-def export(loaded: Loaded, to: Path) -> None:
-    """PEFT folders under `to/adapters`, and the router, if there is one, under `to/router`."""
-    with files.guarded(to):
-        _export(loaded, to)
-
-
-def _export(loaded: Loaded, to: Path) -> None:
-    prepared, state = loaded.prepared, loaded.state
-    config, model = prepared.config, prepared.model
-    bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(prepared.strategy.owners, state.bank)
-    for slot, name in enumerate(names):
-        one = LoRA(*({module: leaf[slot] for module, leaf in part.items()} for part in bank))
-        peft_io.write_adapter(to / "adapters" / name, one, config.lora, model.base_name)
-    if prepared.strategy.base is not None:
-        shifted = prepared.strategy.base(state, model.params)
-        peft_io.write_shift(to / "adapters", model.params, shifted, config.lora.targets)
-    if prepared.strategy.enrolling == "clustering":
-        recipe = routing.RECIPES[config.cluster.recipe]
-        description = {
-            "base_model": model.base_name,
-            "base_fingerprint": model.fingerprint,
-            "dtype": config.dtype,
-            "quantise": config.quantise,
-            "recipe": config.cluster.recipe,
-            "layers": embed.blocks(model.config, recipe.depth),
-            "final_norm": recipe.depth is None,
-            "pooling": "mean over tokens" + (f" but the first {recipe.skip}" if recipe.skip else ""),
-            "text": "the bare instruction, no template",
-            "max_length": config.data.max_length,
-            "metric": "euclidean",
-            "adapters": names,
-            "tasks": loaded.slot_tasks,
-        }
-        peft_io.write_router(to / "router", state.memory, description)
 
 
 def alike(shared: Shared, prepared: Prepared, recipe: bool) -> Iterator[Path]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, peft_io, plan, routing, runs
+from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, export, peft_io, plan, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, tokens
@@ -226,7 +226,7 @@ def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
 def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
     prepared, enrolment, state, points = begun("fedalt")
     bank = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(0), leaf.shape), state.bank)
-    runs.export(runs.Loaded(prepared, enrolment, [], state._replace(bank=bank), None), tmp_path)
+    export.write(tmp_path, prepared, state._replace(bank=bank), [])
     for name in ("own", "rest"):
         for client in range(4):
             folder = tmp_path / "adapters" / f"{name}_{client}"
