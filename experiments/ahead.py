@@ -33,7 +33,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 import importlib.util
 import json
 import time as clock
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 from unittest import mock
 
@@ -43,18 +43,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import hlo, programs
-from fedrouter_jax import config as config_lib
-from fedrouter_jax import files, mesh, plan
-from fedrouter_jax.config import Config
+from experiments.programs import CLUSTERS, GROUPS, Case
+from fedrouter_jax import files, memory, mesh
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import DecoderConfig, attention
+from fedrouter_jax.models import attention
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 GIB = 2**30
-CLUSTERS = 4
-GROUPS = 8  # of lanes, for each row of devices: 64 lanes
-ROW, RESPONSE = 80, 20  # tokens of flan4's rows, and of their answers
 
 
 class Target(NamedTuple):
@@ -93,24 +89,6 @@ TARGETS = {
 }
 
 
-class Case(NamedTuple):
-    """A federation on some devices."""
-
-    target: str
-    shape: str
-    devices: int = 1
-    model_parallel: int = 1
-    dtype: str = "bfloat16"
-    quantise: str = "none"
-    remat: bool = False
-
-    @property
-    def base(self) -> str:
-        """How the base is held, in words."""
-        stored = self.dtype if self.quantise == "none" else f"{self.quantise}, {self.dtype}"
-        return stored + ", remat" * self.remat
-
-
 CASES = [
     Case("TPU v5e", "smollm2-135m", dtype="float32"),
     Case("TPU v5e", "smollm2-135m", dtype="mixed"),
@@ -121,15 +99,18 @@ CASES = [
     Case("TPU v5e", "llama-3.1-8b", 4, quantise="nf4", remat=True),
     Case("TPU v5e", "llama-3.1-8b", 4, 4, remat=True),
     Case("TPU v6e", "llama-3.1-8b", 4, 2, remat=True),
+    Case("TPU v6e", "llama-3.2-1b", 4, 2),
+    Case("TPU v6e", "llama-3.1-8b", 4, 4),
     Case("H100", "smollm2-135m", dtype="mixed"),
     Case("H100", "smollm2-135m"),
     Case("H100", "llama-3.2-1b"),
+    Case("H100", "llama-3.2-3b"),
     Case("H100", "llama-3.1-8b"),
+    Case("H100", "llama-3.1-8b", 2, 2),
     Case("H100", "llama-3.1-8b", quantise="nf4"),
     Case("H100", "llama-3.1-8b", quantise="nf4", remat=True),
     Case("H100", "llama-3.1-70b", 8, 8, remat=True),
 ]
-SMALL = DecoderConfig(512, 128, 2, 8, 4, 16, 256)  # for --smoke
 
 
 @dataclass(frozen=True)
@@ -181,18 +162,10 @@ def compiled(case: Case) -> dict:
     """What the compiler says of a round, of embedding and of answering, and what was planned."""
     target = TARGETS[case.target]
     on = mesh.make(case.model_parallel, target.devices()[: case.devices])
-    rows = on.shape[mesh.CLIENTS]
-    decoder = SMALL if case.shape == "small" else plan.SHAPES[case.shape]
-    config = Config(dtype=case.dtype, quantise=case.quantise)
-    config = replace(
-        config,
-        data=replace(config.data, clients=rows * GROUPS * config.compute.lanes_together),
-        compute=replace(config.compute, model_parallel=case.model_parallel, remat=case.remat),
-    )
-    federation = plan.federation(decoder, config, config_lib.strategy(config, CLUSTERS), CLUSTERS)
-    pack = plan.pack_shape(config, ROW, RESPONSE)
-    at_once = plan.groups_that_fit(federation, pack, GROUPS, 0.85 * target.memory * GIB, rows > 1)
-    planned = plan.memory(federation, pack, GROUPS, at_once, rows > 1)
+    federation, pack, rows = programs.laid_out(case)
+    decoder, config = federation.decoder, federation.config
+    at_once = memory.groups_that_fit(federation, pack, GROUPS, 0.85 * target.memory * GIB, rows > 1)
+    planned = memory.needed(federation, pack, GROUPS, at_once, rows > 1)
 
     before = clock.perf_counter()
     program = programs.round_of(federation, pack, rows * GROUPS, at_once, on).compile()
@@ -205,7 +178,7 @@ def compiled(case: Case) -> dict:
         "seconds_to_compile": round(seconds, 1),
         "loops_of_steps": sum(" while(" in line and loops[-1] == steps for line, loops in hlo.instructions(text)),
         "sent": hlo.traffic(text),
-        "bank": plan.nbytes(federation.state.bank),
+        "bank": memory.nbytes(federation.state.bank),
     }
     if target.flops_a_cycle:
         packs = steps * -(-GROUPS // at_once) * at_once  # one of every group in a step

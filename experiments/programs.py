@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedrouter_jax import client, embed, generate, lora, mesh, models, plan, routing
+from fedrouter_jax import client, embed, generate, lora, memory, mesh, models, plan, routing
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
+from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Batch, Packs
 from fedrouter_jax.federation import make_round
+from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import as_bits
 from fedrouter_jax.models.quantise import stored_shapes
@@ -18,6 +24,44 @@ from fedrouter_jax.types import Array, PyTree, Work
 
 _PACKS, _ROWS = 16, 64  # of texts or prompts at once, the default on an accelerator; rows that are answered together
 _WHOLE = P()
+CLUSTERS = 4
+GROUPS = 8  # of lanes, for each row of devices: 64 lanes
+ROW, RESPONSE = 80, 20  # tokens of flan4's rows, and of their answers
+SMALL = DecoderConfig(512, 128, 2, 8, 4, 16, 256)  # for --smoke
+
+
+class Case(NamedTuple):
+    """A federation on some devices."""
+
+    target: str
+    shape: str
+    devices: int = 1
+    model_parallel: int = 1
+    dtype: str = "bfloat16"
+    quantise: str = "none"
+    remat: bool = False
+
+    @property
+    def base(self) -> str:
+        """How the base is held, in words."""
+        stored = self.dtype if self.quantise == "none" else f"{self.quantise}, {self.dtype}"
+        return stored + ", remat" * self.remat
+
+
+def laid_out(case: Case) -> tuple[memory.Federation, memory.Pack, int]:
+    """The federation of a case, its packs, and over how many rows of devices it is spread."""
+    rows = case.devices // case.model_parallel
+    decoder = SMALL if case.shape == "small" else plan.SHAPES[case.shape]
+    config = Config(dtype=case.dtype, quantise=case.quantise)
+    config = replace(
+        config,
+        data=replace(config.data, clients=rows * GROUPS * config.compute.lanes_together),
+        compute=replace(config.compute, model_parallel=case.model_parallel, remat=case.remat),
+    )
+    strategy = config_lib.strategy(config, CLUSTERS)
+    platform = "tpu" if case.target.startswith("TPU") else "gpu"
+    federation = memory.federation(decoder, config, strategy, CLUSTERS, platform)
+    return federation, plan.pack_shape(config, ROW, RESPONSE), rows
 
 
 def held(program: jax.stages.Compiled) -> int:
@@ -32,24 +76,24 @@ def ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def base_of(federation: plan.Federation, on: Mesh | None) -> PyTree:
+def base_of(federation: memory.Federation, on: Mesh | None) -> PyTree:
     """The base's abstract parameters, on a mesh or as they lie on a CPU."""
     base = stored_shapes(param_shapes(federation.decoder, federation.config.dtype), federation.config.quantise)
     return jax.eval_shape(as_bits, base) if on is None else mesh.place_base(on, base)
 
 
 def round_of(
-    federation: plan.Federation, pack: plan.Pack, groups: int, at_once: int, on: Mesh | None = None
+    federation: memory.Federation, pack: memory.Pack, groups: int, at_once: int, on: Mesh | None = None
 ) -> jax.stages.Lowered:
     """A round of so many groups of lanes, lowered for the devices of a mesh, by default for the one here."""
-    decoder, config, strategy, state = federation
+    decoder, config, strategy, state, _ = federation
     update = client.make_client_update(decoder, config.lora, config.local, config.compute.blocks, pack.at_once)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     loss = client.make_client_loss(decoder, config.lora, pack.at_once)
     several = on if on is not None and on.size > 1 else None
     run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, loss, several)
     lanes, lead = groups * pack.lanes, (groups, config.local.steps)
-    rows = jax.tree.map(lambda leaf: ints(*lead, *leaf.shape), plan.pack_rows(pack, pack.rows))
+    rows = jax.tree.map(lambda leaf: ints(*lead, *leaf.shape), memory.pack_rows(pack, pack.rows))
     work, batch = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32)), Batch(rows, ints(*lead))
     key = jax.eval_shape(lambda: jax.random.key(0))
     if on is not None:
@@ -59,13 +103,13 @@ def round_of(
     return run.lower(state, base_of(federation, on), work, batch, key)
 
 
-def phases(federation: plan.Federation, time: int, clusters: int, on: Mesh) -> dict[str, jax.stages.Lowered]:
+def phases(federation: memory.Federation, time: int, clusters: int, on: Mesh) -> dict[str, jax.stages.Lowered]:
     """Embedding texts, reading prompts and writing answers, lowered: packs of `time` tokens, an adapter a cluster."""
     decoder, config = federation.decoder, federation.config
     recipe = routing.RECIPES[config.cluster.recipe]
     base = base_of(federation, on)
     rows, pages = _ROWS, 2 * _ROWS
-    slots = jax.eval_shape(lora.concatenate, plan.asked(federation, clusters)["main"])
+    slots = jax.eval_shape(lora.concatenate, memory.asked(federation, clusters)["main"])
     gates = jax.ShapeDtypeStruct((rows, clusters * config.lora.rank), jnp.float32)
 
     def start() -> generate.Answering:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from fedrouter_jax import plan
+from fedrouter_jax import memory, plan
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.models import DecoderConfig, Model
@@ -51,12 +51,12 @@ def training(
     limit = memory_limit()
     if limit is None:
         return packs, config.compute.groups_at_once or 0
-    federation = plan.federation(decoder, config, strategy, config.cluster.max_clusters)
-    shape = plan.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
+    federation = memory.federation(decoder, config, strategy, config.cluster.max_clusters)
+    shape = memory.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
     limit = 0.85 * limit  # the rest is for what nobody plans
     if not config.compute.packs_at_once:
-        shape = plan.packs_that_fit(federation, shape, groups, limit, several)
-    fitting = plan.groups_that_fit(federation, shape, groups, limit, several)
+        shape = memory.packs_that_fit(federation, shape, groups, limit, several)
+    fitting = memory.groups_that_fit(federation, shape, groups, limit, several)
     return shape.at_once, config.compute.groups_at_once or fitting
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -111,6 +111,8 @@ class Plan:
     config: Annotated[Config, tyro.conf.OmitArgPrefixes]
     devices: int = 1
     """Devices that share the lanes of a round."""
+    platform: Literal["cpu", "gpu", "tpu"] | None = None
+    """Their kind; by default what is here."""
     memory: float | None = None
     """Memory of a device, GiB: as many groups of lanes run at once as fit."""
     rate: float | None = None
@@ -326,7 +328,8 @@ def plan(arguments: list[str]) -> None:
         if value > most:
             raise UserError(f"--{name}-tokens is {value}, but rows are cut at --max-{flag} {most}; raise that, too")
     limit, rate = (None if v is None else v * unit for v, unit in ((parsed.memory, 2**30), (parsed.rate, 1e12)))
-    found = plan_lib.plan(parsed.config, parsed.row_tokens, parsed.response_tokens, parsed.devices, limit, rate)
+    tokens = parsed.row_tokens, parsed.response_tokens
+    found = plan_lib.plan(parsed.config, *tokens, parsed.devices, limit, rate, parsed.platform)
     if parsed.json:
         record = found._asdict() | {"memory": found.memory._asdict() | {"total": found.memory.total}}
         print(json.dumps(record))

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedrouter_jax import at_once, client, embed, lora, mesh, plan, processes, routing
+from fedrouter_jax import at_once, client, embed, lora, memory, mesh, processes, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
@@ -284,7 +284,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    steps = plan.steps(config, prepared.strategy)  # pooled: as many rows as in a federation
+    steps = memory.steps(config, prepared.strategy)  # pooled: as many rows as in a federation
     over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch

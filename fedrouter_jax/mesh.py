@@ -21,7 +21,7 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array, FederationState, PyTree, Strategy
 
 CLIENTS, MODEL = "clients", "model"
-_INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
@@ -63,7 +63,7 @@ def place_base(mesh: Mesh, params: PyTree) -> PyTree:
         names = [entry.key for entry in path]
         if names[0] in ("embedding", "head"):
             axis = 0
-        elif names[-1] in ("kernel", "codes", "scales", "bias") and names[1] in _INTO:
+        elif names[-1] in ("kernel", "codes", "scales", "bias") and names[1] in INTO:
             axis = leaf.ndim - 1
         elif names[-1] in ("kernel", "codes", "scales"):
             axis = leaf.ndim - 2

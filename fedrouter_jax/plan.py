@@ -1,37 +1,27 @@
 """What a federation will take, from shapes alone: nothing is loaded, nothing is compiled.
 
-Memory is what one device needs for its share of the lanes. The activations that gradients keep are not a formula of
-ours: JAX is asked, by tracing the loss of one pack on abstract arrays (`jax.eval_shape` of `jax.vjp`), so the plan
-follows every change of the model and of a strategy by itself. `tests/test_plan.py` holds the sum against the memory of
-compiled rounds.
+Memory (`memory.py`) is what one device needs for its share of the lanes.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedrouter_jax import bank, client, lora
+from fedrouter_jax import bank, memory
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
-from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.models import DecoderConfig, model_config
 from fedrouter_jax.models.decoder import param_shapes
-from fedrouter_jax.models.matrices import computation
-from fedrouter_jax.models.quantise import stored_shapes
-from fedrouter_jax.routing import Enrolment, Router
-from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
+from fedrouter_jax.types import Strategy
 
 # Shapes of models that may not be at hand, from their published configurations.
 SHAPES = {
@@ -49,41 +39,6 @@ SHAPES = {
 }
 
 
-class Pack(NamedTuple):
-    """The static shape of what a group of lanes trains on."""
-
-    tokens: int  # of one pack
-    predicted: int  # response tokens of one pack that reach the output head
-    rows: int  # a step's, of all lanes of the group: as many packs are reserved
-    lanes: int  # that share packs
-    at_once: int = 1  # packs that go through the model together
-
-
-class Federation(NamedTuple):
-    """What memory depends on beside the lanes."""
-
-    decoder: DecoderConfig
-    config: Config
-    strategy: Strategy
-    state: FederationState  # before the first round, abstract
-
-
-class Memory(NamedTuple):
-    """Bytes on one device."""
-
-    base: int  # frozen weights
-    bank: int  # every adapter and what the method remembers, the same for the sums of a round, the server's moments
-    batches: int  # tokens of a round
-    lanes: int  # adapters in training, gradients, optimiser states: of the groups that run at once
-    activations: int  # what the backward pass keeps of the packs of a turn, of the groups that run at once
-    working: int  # the largest intermediate results beside those
-
-    @property
-    def total(self) -> int:
-        """All of it, bytes."""
-        return sum(self)
-
-
 class Plan(NamedTuple):
     """What a run takes."""
 
@@ -93,7 +48,7 @@ class Plan(NamedTuple):
     lanes: int  # a round
     groups: int  # of lanes that share packs, a round
     groups_at_once: int  # on each device
-    memory: Memory
+    memory: memory.Memory
     bytes_up: int  # a round, of all clients
     bytes_down: int
     tokens: int  # trained a round
@@ -101,81 +56,13 @@ class Plan(NamedTuple):
     seconds: float | None  # a round, at the rate given
 
 
-def nbytes(tree: PyTree) -> int:
-    """Bytes of all leaves."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def adapter_shapes(decoder: DecoderConfig, config: lora.LoRAConfig) -> LoRA:
-    """One adapter, abstract."""
-    return jax.eval_shape(lambda: lora.init(jax.random.key(0), decoder, config))
-
-
-def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> Pack:
+def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> memory.Pack:
     """What `packing.shape` comes to for rows of so many tokens on average, the longest as long as the config allows."""
     time = max(512, -(-min(config.data.max_length, 4 * row_tokens) // 64) * 64)
     share = 1.5 * response_tokens / row_tokens
     predicted = max(min(config.data.max_response, time), -(-int(share * time) // 16) * 16)
     lanes = config.compute.lanes_together
-    return Pack(time, predicted, lanes * config.local.batch, lanes)
-
-
-def pack_rows(pack: Pack, packs: int) -> Rows:
-    """So many packs, abstract."""
-
-    def ints(size):
-        return jax.ShapeDtypeStruct((packs, size), jnp.int32)
-
-    time = ints(pack.tokens)
-    return Rows(Packs(time, time, time), time, time, ints(pack.predicted), ints(pack.predicted))
-
-
-def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -> int:
-    """Bytes that the gradient of the packs of a turn keeps; `adapters` has leaves `[lane, ...]`, abstract."""
-    decoder, config = federation.decoder, federation.config
-
-    def residuals(adapters, base, rows, keys):
-        weights = dict.fromkeys(adapters, 1.0)
-
-        def loss(adapters):
-            return client.response_losses(
-                decoder, config.lora, base, adapters, weights, rows, keys, config.compute.blocks
-            ).sum()
-
-        return jax.vjp(loss, adapters)[1]
-
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pack.lanes))
-    found = jax.tree.leaves(jax.eval_shape(residuals, adapters, base, pack_rows(pack, pack.at_once), keys))
-    # Weights that the backward pass reads are among them, but are not kept twice.
-    given = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((base, adapters)))
-    extra = Counter((leaf.shape, leaf.dtype) for leaf in found) - given
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in extra.items())
-
-
-def federation(decoder: DecoderConfig, config: Config, strategy: Strategy, clusters: int) -> Federation:
-    """A federation of the config's clients before its first round."""
-    width = decoder.width
-
-    def start(adapter, table, router):
-        enrolment = Enrolment(table, clusters, router if strategy.enrolling == "clustering" else (), (), {})
-        return strategy.init(dict.fromkeys(strategy.owners, adapter), enrolment)
-
-    def floats(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    router = Router(floats(clusters, width), floats(width), floats(width), jax.ShapeDtypeStruct((), bool))
-    columns = clusters if strategy.enrolling == "clustering" else 1
-    table = jax.ShapeDtypeStruct((config.data.clients, columns), jnp.int32)
-    state = jax.eval_shape(start, adapter_shapes(decoder, config.lora), table, router)
-    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    own = jax.eval_shape(lambda bank: server_lib.init(server, strategy.owners, bank), state.bank)
-    return Federation(decoder, config, strategy, state._replace(server=own))
-
-
-def steps(config: Config, strategy: Strategy) -> int:
-    """Optimiser steps of a lane: those of all clients that take part where their rows are pooled."""
-    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
-    return config.local.steps * (clients if strategy.pooled else 1)
+    return memory.Pack(time, predicted, lanes * config.local.batch, lanes)
 
 
 def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
@@ -183,49 +70,6 @@ def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
     clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
     each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
     return 1 if strategy.pooled else clients * each
-
-
-def asked(federation: Federation, lanes: int) -> Adapters:
-    """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
-    ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)
-    work = Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32))
-    return jax.eval_shape(federation.strategy.ask, federation.state, work)
-
-
-def memory(federation: Federation, pack: Pack, groups: int, at_once: int, spread: bool = False) -> Memory:
-    """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `spread`: of several."""
-    decoder, config = federation.decoder, federation.config
-    base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
-    lanes = asked(federation, pack.lanes)
-    width = computation(config.dtype).itemsize
-    # Scores of the output head and their gradient, or an MLP's intermediates; beside codes a kernel,
-    # which all groups share.
-    head = pack.at_once * pack.predicted * decoder.vocab_size * 4 * 2
-    block = pack.at_once * pack.tokens * decoder.mlp_width * width * 4
-    kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
-    return Memory(
-        base=nbytes(base) // config.compute.model_parallel,  # norms apart, which are few
-        bank=2 * nbytes((federation.state.bank, federation.state.memory)) + nbytes(federation.state.server),
-        batches=4 * groups * steps(config, federation.strategy) * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
-        # Asked for and sent back; received, trained, two gradients (a pack's, their sum), two moments. On a mesh all
-        # lanes ask before the first trains.
-        lanes=nbytes(lanes) * (6 * at_once + (groups if spread else at_once)),
-        activations=kept(federation, base, lanes, pack) * at_once,
-        working=max(head, block) * at_once + kernel,
-    )
-
-
-def packs_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> Pack:
-    """The pack with `at_once` halved until one of `groups` groups fits in `limit` bytes, or one pack of it is left."""
-    while pack.at_once > 1 and memory(federation, pack, groups, 1, spread).total > limit:
-        pack = pack._replace(at_once=pack.at_once // 2)
-    return pack
-
-
-def groups_that_fit(federation: Federation, pack: Pack, groups: int, limit: float, spread: bool = False) -> int:
-    """How many of `groups` groups of lanes on a device run at once in `limit` bytes, in even chunks; 1 if none fits."""
-    one, two = (memory(federation, pack, groups, at_once, spread).total for at_once in (1, 2))
-    return even_chunk(groups, int(max(1, 1 + (limit - one) // (two - one))))
 
 
 def known_shape(name: str) -> DecoderConfig:
@@ -245,8 +89,9 @@ def plan(
     devices: int = 1,
     limit: float | None = None,
     rate: float | None = None,
+    platform: str | None = None,
 ) -> Plan:
-    """What one round of `config` takes on `devices` devices of `limit` bytes and `rate` FLOP/s each.
+    """What one round of `config` takes on `devices` devices of `limit` bytes and `rate` FLOP/s each, of a `platform`.
 
     Nobody has read the data: rows have so many tokens on average, and there are four tasks where the config does not
     say how many clusters. As many groups of lanes run at once as the limit allows (without one: one group). Training
@@ -258,7 +103,7 @@ def plan(
     clusters = config.cluster.global_clusters or 4
     strategy = config_lib.strategy(config, clusters)
     config_lib.check_strategy(config, strategy)
-    start = federation(decoder, config, strategy, clusters)
+    start = memory.federation(decoder, config, strategy, clusters, platform)
     data = config.data
     held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))
     parallel = config.compute.model_parallel
@@ -272,12 +117,12 @@ def plan(
     here = groups // rows_of_devices
     fullest = min(1.0, here * together / lanes)  # of the work: a lane is never divided, and all wait for the last
     most = config.compute.groups_at_once or (
-        groups_that_fit(start, pack, here, limit, rows_of_devices > 1) if limit else 1
+        memory.groups_that_fit(start, pack, here, limit, rows_of_devices > 1) if limit else 1
     )
     at_once = even_chunk(here, most)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
-    tokens = lanes * steps(config, strategy) * config.local.batch * row_tokens
+    tokens = lanes * memory.steps(config, strategy) * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
     size = 0 if strategy.pooled else bank.wire_bytes(strategy.owners, start.state.bank)
     # Of the last round, when as many clusters of clients are found as there may be.
@@ -286,12 +131,12 @@ def plan(
     flops = 4.0 * (blocks + head) * tokens
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
-        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(asked(start, 1))),
+        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(memory.asked(start, 1))),
         slots=max(leaf.shape[0] for leaf in jax.tree.leaves(start.state.bank)),
         lanes=lanes,
         groups=groups,
         groups_at_once=at_once,
-        memory=memory(start, pack, here, at_once, rows_of_devices > 1),
+        memory=memory.needed(start, pack, here, at_once, rows_of_devices > 1),
         bytes_up=lanes * up,
         bytes_down=lanes * down,
         tokens=tokens,

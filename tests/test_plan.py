@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import programs
-from fedrouter_jax import bank, experiment, plan
+from fedrouter_jax import bank, experiment, memory, plan
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
@@ -23,7 +24,7 @@ from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import STRATEGIES
 
 SMOLLM = plan.SHAPES["smollm2-135m"]
-
+AHEAD = json.loads((Path(__file__).parents[1] / "docs" / "bench" / "ahead.json").read_text())["rows"]
 
 WIDE = dataclasses.replace(SMOLLM, width=1024, heads=16, kv_heads=4, mlp_width=4096, layers=6)
 CASES = {
@@ -47,22 +48,29 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     clients = changes.pop("clients", groups * 8)
     config = Config(local=LocalConfig(steps=4, batch=2), **changes)
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
-    pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
+    pack = memory.Pack(tokens=512, predicted=128, rows=16, lanes=8)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
     strategy = config_lib.strategy(config, clusters)
-    federation = plan.federation(decoder, config, strategy, clusters)
-    found = plan.memory(federation, pack, groups, at_once)
+    federation = memory.federation(decoder, config, strategy, clusters)
+    found = memory.needed(federation, pack, groups, at_once)
     exact = programs.held(programs.round_of(federation, pack, groups, at_once).compile())
     assert found.total == pytest.approx(exact, rel=0.15)
 
 
+@pytest.mark.parametrize("row", AHEAD, ids=lambda row: f"{row['target']} {row['shape']} {row['base']} {row['devices']}")
+def test_planned_memory_is_that_of_rounds_compiled_for_other_devices(row):
+    federation, pack, rows = programs.laid_out(programs.Case(*(row[name] for name in programs.Case._fields)))
+    found = memory.needed(federation, pack, programs.GROUPS, row["groups_at_once"], rows > 1)
+    assert found.total == pytest.approx(row["round"], rel=0.15)
+
+
 def test_groups_at_once_share_the_matrix_that_codes_become():
-    pack = plan.Pack(tokens=512, predicted=128, rows=16, lanes=8)
+    pack = memory.Pack(tokens=512, predicted=128, rows=16, lanes=8)
 
     def working(quantise, at_once):
         config = Config(quantise=quantise)
-        federation = plan.federation(SMOLLM, config, config_lib.strategy(config, 4), 4)
-        return plan.memory(federation, pack, 4, at_once).working
+        federation = memory.federation(SMOLLM, config, config_lib.strategy(config, 4), 4)
+        return memory.needed(federation, pack, 4, at_once).working
 
     for at_once in (1, 4):
         assert working("nf4", at_once) - working("none", at_once) == SMOLLM.width * SMOLLM.mlp_width * 4
@@ -87,7 +95,7 @@ def test_every_strategy_is_planned_with_the_state_it_starts_from(name):
     rows = sum(len(held.train) for held in prepared.partition.clients)
     enrolment = experiment.enroll(prepared, np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32))
     state = experiment.start(prepared, enrolment)
-    found = plan.federation(prepared.model.config, config, prepared.strategy, 4).state
+    found = memory.federation(prepared.model.config, config, prepared.strategy, 4).state
     assert jax.tree.map(jnp.shape, found.bank) == jax.tree.map(jnp.shape, state.bank)
     work, _ = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
     made = plan.plan(config, 60, 12)
@@ -119,6 +127,11 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
     assert main(["plan", "--model", "tiny", "--max-length", "4096"]) == 2
     assert "tiny knows 2048 positions" in capsys.readouterr().err
     assert main(["plan", "--model", "llama-3.1-8b", "--max-length", "4096"]) == 0
+    totals = []
+    for platform in ("gpu", "tpu"):
+        assert main(f"plan --model llama-3.1-8b --platform {platform} --json".split()) == 0
+        totals.append(json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]["total"])
+    assert totals[0] < totals[1]  # a TPU holds more copies
     assert main(["plan", "--model", "no such/model"]) == 2
     assert "shapes known without their files: smollm2-135m, " in capsys.readouterr().err
 
@@ -131,8 +144,8 @@ def test_planned_batches_are_those_of_a_round(strategy):
     work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
     made = plan.plan(config, 60, 12)
     lanes = min(config.compute.lanes_together, len(work.client))
-    pack = plan.Pack(*prepared.pack, lanes * config.local.batch, lanes)
-    found = plan.memory(plan.federation(prepared.model.config, config, prepared.strategy, 4), pack, made.groups, 1)
+    pack = memory.Pack(*prepared.pack, lanes * config.local.batch, lanes)
+    found = memory.needed(memory.federation(prepared.model.config, config, prepared.strategy, 4), pack, made.groups, 1)
     assert found.batches == pytest.approx(sum(leaf.nbytes for leaf in jax.tree.leaves(batch)), rel=0.01)
     assert made.tokens == 60 * 4 * config.local.steps * config.local.batch  # four clients' rows, pooled or not
 
