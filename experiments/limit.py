@@ -35,11 +35,12 @@ from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import map_groups
+from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import Blocks, DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
-from fedrouter_jax.plan import SHAPES, nbytes
+from fedrouter_jax.plan import SHAPES
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 from fedrouter_jax.types import Array, Phase, PyTree
 

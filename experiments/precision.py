@@ -21,8 +21,8 @@ from rich.console import Console
 from experiments.sweep import at_least_one
 from fedrouter_jax import evaluate, experiment, files, generate, likelihood
 from fedrouter_jax.config import Config
+from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import load_model
-from fedrouter_jax.plan import nbytes
 from fedrouter_jax.presets import flan4_cpu, smoke
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 

@@ -162,6 +162,13 @@ def steps(config: Config, strategy: Strategy) -> int:
     return config.local.steps * (clients if strategy.pooled else 1)
 
 
+def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
+    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
+    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
+    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    return 1 if strategy.pooled else clients * each
+
+
 def asked(federation: Federation, lanes: int) -> Adapters:
     """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
     ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)

@@ -21,7 +21,6 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.models import DecoderConfig, model_config
 from fedrouter_jax.models.decoder import param_shapes
-from fedrouter_jax.types import Strategy
 
 # Shapes of models that may not be at hand, from their published configurations.
 SHAPES = {
@@ -65,13 +64,6 @@ def pack_shape(config: Config, row_tokens: int, response_tokens: int) -> memory.
     return memory.Pack(time, predicted, lanes * config.local.batch, lanes)
 
 
-def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
-    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
-    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
-    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
-    return 1 if strategy.pooled else clients * each
-
-
 def known_shape(name: str) -> DecoderConfig:
     """The shape of a model by its name; raises `UserError` for one that is neither known nor at hand."""
     if name in SHAPES:
@@ -110,7 +102,7 @@ def plan(
     if devices % parallel:
         raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
     rows_of_devices = devices // parallel
-    lanes = lanes_of_a_round(config, strategy, held)
+    lanes = memory.lanes_of_a_round(config, strategy, held)
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=together, rows=together * config.local.batch)

@@ -15,6 +15,8 @@ from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, tokens
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import model_config
+from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.types import RoundInfo
 
@@ -98,7 +100,7 @@ def test_what_a_round_takes_by_hand():
     one, two, split = (
         plan.plan(c, 60, 12, devices=devices, rate=1e6) for c, devices in ((config, 1), (config, 2), (halves, 2))
     )
-    shapes = plan.param_shapes(plan.model_config("tiny"))
+    shapes = param_shapes(model_config("tiny"))
     blocks = sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"]))
     assert one.tokens == 4 * 2 * 4 * 60
     assert one.flops == pytest.approx(4 * (blocks + shapes["embedding"].size * 12 / 60) * one.tokens)

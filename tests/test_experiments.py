@@ -215,6 +215,8 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         ("fedex", 5),
         ("ifca", 5),
         ("flora", 5),
+        ("ffalora", 5),
+        ("fedalt", 5),
     ):
         cells = [f"| `{method}`"]
         for part in ("personalised", "generalisation"):
