@@ -33,7 +33,7 @@ Federated fine-tuning of language models with one LoRA adapter per task.
   report   tables and plots of runs       fedrouter report runs/*
   route    which adapter answers a text   fedrouter route runs/smoke-fedrouter-0 "Summarise: ..."
   export   PEFT adapters and the router   fedrouter export runs/smoke-fedrouter-0 --to adapters/
-  plan     what a run would take          fedrouter plan --preset flan4-dual --model llama-3.1-8b --memory 80 --platform gpu
+  plan     what a run would take          fedrouter plan --model llama-3.1-8b --memory 80 --platform gpu
 
 fedrouter COMMAND --help shows what a command takes.
 """

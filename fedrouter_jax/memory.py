@@ -182,15 +182,17 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
     adapters = asked(federation, pack.lanes)
     lanes, width = on_a_device(adapters, parallel), computation(config.dtype).itemsize
-    # Scores of the output head and their gradient; or, once those are gone, a pack's gradient and what an MLP computes.
-    head = pack.at_once * pack.predicted * decoder.vocab_size * 4 * 2 // parallel
+    tpu = federation.platform == "tpu"
+    # Scores of the output head and their gradient, for TPUs once more, in another order; or, when those are gone, a
+    # pack's gradient and what an MLP computes.
+    head = pack.at_once * pack.predicted * decoder.vocab_size * 4 * (3 if tpu else 2) // parallel
     block = pack.at_once * pack.tokens * decoder.mlp_width * width * 4 // parallel
     # For all groups: beside codes a kernel; and the head's matrix again, for TPUs in another order, for CPUs widened.
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     stored = base["embedding"].dtype.itemsize
     again = {"tpu": stored, "cpu": 4 if stored < 4 else 0}.get(federation.platform, 0)
     # Trained, two moments, summed gradients; XLA for TPUs holds three more, with the ranks of lanes side by side.
-    copies = 7 if federation.platform == "tpu" else 4
+    copies = 7 if tpu else 4
     return Memory(
         base=nbytes(base) // parallel,  # norms apart, which are few
         bank=2 * nbytes((federation.state.bank, federation.state.memory)) + nbytes(federation.state.server),

@@ -45,9 +45,14 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         ) from error
 
 
+def joined() -> bool:
+    """Whether there are others."""
+    return jax.distributed.is_initialized()
+
+
 def leave(code: int) -> None:
     """End this process at once if there are others: at its exit JAX would wait minutes for them, and then abort."""
-    if jax.distributed.is_initialized():
+    if joined():
         os._exit(code)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time as clock
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -43,6 +44,13 @@ def guarded(action: Callable[[], None]) -> int:
         return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
     except KeyboardInterrupt as stop:
         return failed(130, f"interrupted; {stop if stop.args else 'the same command goes on from there'}")
+    except Exception:  # a fault of ours; where there are other processes they must not wait for this one
+        from fedrouter_jax import processes
+
+        if processes.joined():
+            traceback.print_exc()
+            processes.leave(1)
+        raise
     return 0
 
 

@@ -64,7 +64,8 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
     if load:
         state = checkpoint.load(Path(load), first - 1, state)
     update = client.make_client_update(prepared.model.config, LORA, LOCAL)
-    run = make_round(prepared.strategy, update, lambda t: 1e-2, 3, at_once, mesh=on)
+    loss = client.make_client_loss(prepared.model.config, LORA)
+    run = make_round(prepared.strategy, update, lambda t: 1e-2, 3, at_once, loss=loss, mesh=on)
     sizes = np.array([[len(cluster) for cluster in held] for held in members])
     for t in range(first, last + 1):
         work = schedule.lanes(sizes, t, prepared.config.rounds, 0)
@@ -100,7 +101,8 @@ def respond(strategy, shape, answer):
         numbers.append((experiment.embed_texts(of, texts), answers.losses(of, here, encoded, weights)))
     same = np.mean([a == b for a, b in zip(*said, strict=True)])
     gap = max(float(np.abs(alone - spread).max()) for alone, spread in zip(*numbers, strict=True))
-    return {"gap": gap, "same": float(same), "different": len(set(said[0]))}
+    bases = len(mesh.copies(model.params))
+    return {"gap": gap, "same": float(same), "different": len(set(said[0])), "bases": bases}
 
 
 for case in ASKED["cases"]:

@@ -176,7 +176,7 @@ def test_directories_that_are_no_run_of_this_config(data, tmp_path, capsys):
     (out / "thesis.txt").write_text("years of work")
     run = ["run", *SMALL, "--data", str(data), "--out", str(out)]
     assert "is no run directory" in one_line(capsys, *run)
-    assert (out / "thesis.txt").read_text() == "years of work"
+    assert (out / "thesis.txt").read_text() == "years of work" and len(list(out.iterdir())) == 1
     (out / "thesis.txt").unlink()
     # A run that is refused before it has done anything gives way to another; one that has begun does not.
     one_line(capsys, *run, "--global-clusters", "99")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, export, peft_io, plan, routing
+from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, export, mesh, peft_io, plan, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, tokens
@@ -81,6 +82,27 @@ def test_rows_in_one_place_send_nothing():
     still = prepared._replace(round=lambda state, *others: (state, info))  # it need not train
     _, record = experiment.train_round(still, state, work, batch)
     assert record["bytes_up"] == record["bytes_down"] == 0
+
+
+def test_a_round_has_groups_for_all_rows_of_devices():
+    prepared, enrolment, _, _ = begun("fedit")
+    rows = experiment.members(prepared, enrolment)
+    for count in (3, 5):
+        on = AbstractMesh((count, 1), (mesh.CLIENTS, mesh.MODEL))
+        assert len(experiment.round_inputs(prepared._replace(mesh=on), rows, 1)[1].count) == count
+
+
+def test_groups_lie_on_the_devices_that_train_them():
+    prepared, enrolment, state, _ = begun("fedit")
+    work, batch = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    places = set()
+
+    def look(state, base, work, batch, key):
+        places.update(leaf.sharding.spec for leaf in jax.tree.leaves(batch))
+        return state, RoundInfo(jnp.zeros((4, 2)), jnp.zeros(()), jnp.zeros(4, bool))
+
+    experiment.train_round(prepared._replace(mesh=mesh.make(), round=look), state, work, batch)
+    assert places == {PartitionSpec(mesh.CLIENTS)}
 
 
 def test_a_record_counts_what_comes_down():
@@ -237,6 +259,28 @@ def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):
             assert_close(found, one._replace(gate={}), 0)
             gates = peft_io.load_file(folder / "gate.safetensors")
             assert_close(gates, jax.tree.map(np.asarray, one.gate), 0)
+
+
+def test_an_exported_shift_is_what_is_added_to_the_base(tmp_path):
+    prepared, _, state, _ = begun("fedex")
+    shifted = state._replace(memory=jax.tree.map(lambda leaf: leaf + 0.3, state.memory))
+    export.write(tmp_path, prepared, shifted, [])
+    scale = prepared.config.lora.alpha / prepared.config.lora.rank
+    for tensor in peft_io.load_file(tmp_path / "adapters" / "base_shift.safetensors").values():
+        np.testing.assert_allclose(tensor, 0.3 * scale, atol=1e-6)
+
+
+def test_a_run_without_its_rows_is_of_the_same_shapes():
+    prepared, enrolment, state, _ = begun("fedlease")  # as many experts as there are tasks
+    dealt = clusters.partition(clusters.describe(prepared, enrolment), prepared.config)
+    again = experiment.start(experiment.without_rows(prepared.config, dealt), enrolment)
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, state)
+
+
+def test_clusters_that_cannot_be_filled_are_refused_before_texts_are_embedded():
+    counts = dataclasses.replace(smoke().cluster, local_clusters=99)
+    with pytest.raises(UserError, match="99 local clusters were asked for"):
+        experiment.prepare(dataclasses.replace(smoke(), cluster=counts))
 
 
 def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):

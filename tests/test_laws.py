@@ -72,6 +72,15 @@ def test_a_lane_that_fills_the_last_group_up_counts_once(federation):
     assert_close(grouped, plain)
 
 
+def test_groups_that_chunks_do_not_divide_all_come_back(federation):
+    """Eight lanes, three at once: two chunks of three, and one of two."""
+    all_at_once, in_chunks = (
+        play(federation, BY_NAME["fedrouter"], nudge, at_once, rounds=1, clusters_per_round=0) for at_once in (None, 3)
+    )
+    for one, other in zip(in_chunks, all_at_once, strict=True):
+        assert_close(one, other)
+
+
 def test_real_lanes_with_dropout_may_be_mapped_any_way(federation):
     expected, info = play(federation, BY_NAME["fedrouter"], federation.update, None)
     assert np.isfinite(info.loss).all() and info.loss.shape == (CLIENTS, LOCAL.steps)

@@ -1,6 +1,7 @@
 """Many devices change no result: fake ones of one process, and those of several processes joined on this machine."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -13,15 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOCAL, inputs
+from helpers import LOCAL, begin, inputs
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from fedrouter_jax import mesh, sharing
+from fedrouter_jax import files, mesh, plan, processes, sharing
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.strategies import fedrouter
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.quantise import stored_shapes
+from fedrouter_jax.strategies import fedrouter, fedsa
+from fedrouter_jax.terminal import guarded
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 
@@ -62,12 +69,16 @@ def joined(count: int, cases: list[dict]) -> list[dict]:
 
 
 def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
-    """Lanes over 8, 4 and 2 rows of devices that hold the base alone, in halves and in quarters; plain and as codes."""
+    """Lanes over 8, 4 and 2 rows of devices that hold the base alone, in halves and in quarters; plain and as codes.
+
+    Clients of IFCA look at their losses first.
+    """
     cases = [
         {"strategy": "fedrouter", "shape": [8, 1]},
         {"strategy": "fedrouter", "shape": [2, 4], "at_once": 2},
         {"strategy": "fedrouter", "shape": [4, 2]},
         {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
+        {"strategy": "ifca", "shape": [4, 1]},
     ]
     found = work_on(8, {"cases": cases})
     assert len(found) == len(cases)
@@ -92,6 +103,7 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device():
     assert len(found) == len(cases)
     for case in found:
         assert case["gap"] < 1e-4 and case["same"] == 1, case
+    assert [case["bases"] for case in found] == [4, 3]  # each works with its own
     assert found[0]["different"] > 3
 
 
@@ -135,9 +147,60 @@ def test_groups_fill_up_the_rows_of_devices(federation):
     np.testing.assert_array_equal(plain.rows.labels, spread.rows.labels[:2])
 
 
-def test_a_model_axis_divides_the_devices():
+def test_a_model_axis_divides_the_devices(monkeypatch):
     with pytest.raises(UserError, match="--model-parallel is 3, but there are 1 devices"):
         mesh.make(3)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # of two devices each: no base may lie in both
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    with pytest.raises(UserError, match="--model-parallel is 4, but there are 2 devices a process"):
+        mesh.make(4, [None] * 4)
+
+
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_devices_that_share_a_base_hold_half_of_every_matrix(quantise):
+    on = AbstractMesh((4, 2), (mesh.CLIENTS, mesh.MODEL))
+    base = stored_shapes(param_shapes(plan.SHAPES["llama-3.1-8b"]), quantise)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mesh.place_base(on, base)):
+        held, whole = math.prod(leaf.sharding.shard_shape(leaf.shape)), leaf.size
+        assert held == (whole if "norm" in jax.tree_util.keystr(path) else whole // 2), path
+
+
+@pytest.mark.parametrize(("rows", "apart"), [(2, True), (3, False)])
+def test_what_clients_own_lies_apart_where_they_divide_evenly(federation, rows, apart):
+    strategy, on = fedsa(), AbstractMesh((rows, 1), (mesh.CLIENTS, mesh.MODEL))
+    places = mesh.state_shardings(on, strategy, begin(federation, strategy))
+    assert places.bank["main"].a["q_proj"].spec == places.table.spec == P()
+    assert places.bank["main"].b["q_proj"].spec == (P(mesh.CLIENTS) if apart else P())
+
+
+def test_all_processes_stop_where_the_first_gets_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.zeros_like)  # it says no
+    with pytest.raises(UserError, match="another process works on"), files.reserved(tmp_path):
+        pass
+
+
+def test_a_fault_in_one_of_several_processes_ends_it_at_once(monkeypatch, capsys):
+    """At a usual exit JAX would wait for the others, which wait for this one."""
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"left with {code}"))
+    with pytest.raises(SystemExit, match="left with 1"):
+        guarded(lambda: {}["missing"])
+    assert "KeyError: 'missing'" in capsys.readouterr().err
+    monkeypatch.setattr(processes, "joined", lambda: False)
+    with pytest.raises(KeyError):
+        guarded(lambda: {}["missing"])
+
+
+def test_processes_join_as_they_are_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: asked.append(given))
+    for given in ((None, None, None), ("auto", None, None), ("10.0.0.1:1234", 2, 1)):
+        processes.join(*given)
+    assert asked == [(None, None, None), ("10.0.0.1:1234", 2, 1)]  # the first alone is one process
+    for given in (("10.0.0.1", 2, 1), ("10.0.0.1:65536", 2, 1), ("10.0.0.1:1234", None, 1), ("10.0.0.1:1234", 2, -1)):
+        with pytest.raises(UserError, match="--coordinator"):
+            processes.join(*given)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -298,6 +298,24 @@ def test_rejected_lanes_and_losses_that_are_not_finite(tmp_path):
     assert "lanes rejected as not finite: 4" in report.setups(records.rows_of(records.read_all(paths)))[0]
 
 
+def test_what_the_user_of_a_finished_run_should_know(tmp_path):
+    path = make_run(tmp_path / "run")
+    clusters = json.loads((path / "clusters.json").read_text())
+
+    def noted(**changed):
+        write_json(path / "clusters.json", clusters | changed)
+        return records.notes(records.read(path))
+
+    (random,) = noted()
+    assert random.startswith("the model is random")
+    more = {"clusters": 5, "slot_tasks": [*TASKS, "none", "none"]}
+    filled = [[*row, -1] for row in clusters["table"]]  # of three clusters that a client may hold, two
+    empty, _, missed = noted(**more, table=filled, never_trained=[[0, 1], [2, 0]])
+    assert empty.startswith("2 of 5 global clusters hold no rows of any client")
+    assert missed.startswith("too few rounds: 2 local clusters were never trained")
+    assert noted(**more, clustered=False) == [random]
+
+
 def test_the_plot_of_losses_shows_them_and_a_gap_where_one_is_missing(tmp_path):
     path = make_run(tmp_path / "one", strategy="fedit")
     rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]

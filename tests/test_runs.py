@@ -26,6 +26,7 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model, tiny
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.routing import ClusterConfig
 from fedrouter_jax.terminal import progress
 
 FINAL = ("scores.json", "predictions.jsonl", "clusters.json", "router/router.safetensors", "router/router.json")
@@ -75,6 +76,7 @@ def test_a_run_directory_holds_what_it_promises(finished):
     assert router.centroids.shape[0] == 4 and description["adapters"] == adapters
     assert description["layers"] == 1 and description["pooling"].endswith("but the first 1")
     assert description["tasks"] == clusters["slot_tasks"]
+    assert description["max_length"] == 320 and not description["final_norm"]
     assert (finished / "predictions.jsonl").read_text().count("\n") == sum(scores[part]["rows"] for part in scores)
 
 
@@ -154,6 +156,15 @@ def test_a_file_system_without_locks_does_without(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_that_may_not_be_had_is_another_process(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")  # how some systems say it
+
+    monkeypatch.setattr(fcntl, "flock", denied)
+    with pytest.raises(UserError, match="another process works on"), files.reserved(tmp_path):
+        pass
+
+
 def test_without_a_terminal_progress_is_a_line_for_every_tenth(capsys):
     with progress() as track, track("reading", 40) as advance:
         for _ in range(40):
@@ -213,6 +224,9 @@ def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, chan
     shared = runs.Shared(runs=(finished,))
     assert list(runs.alike(shared, prepared, recipe=True)) == [finished]
     assert list(runs.alike(shared, prepared._replace(config=dataclasses.replace(config, **nested)), recipe=False)) == []
+    recipe = prepared._replace(config=dataclasses.replace(config, cluster=ClusterConfig(recipe="paper")))
+    assert list(runs.alike(shared, recipe, recipe=True)) == []  # other embeddings, but the same answers of the base
+    assert list(runs.alike(shared, recipe, recipe=False)) == [finished]
     edited = prepared.dataset._replace(train=prepared.dataset.train[::-1])  # the same folder, other rows
     assert list(runs.alike(shared, prepared._replace(dataset=edited), recipe=False)) == []
     tuned = prepared.model._replace(fingerprint="0" * 64)  # the same name, other weights
@@ -456,6 +470,36 @@ def test_a_folder_that_another_process_makes_meanwhile_is_free(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "is_dir", and_then_made)
     runs.check_free(out, smoke())
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    files.write(path, "old")
+    with pytest.raises(KeyboardInterrupt), files.replaced(path) as beside:
+        beside.write_text("ne")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_ends_where_its_own_break_is(tmp_path):
+    """JSON of any script holds U+2028 and U+0085 as they are, which are no ends of lines in a file."""
+    log = tmp_path / "log"
+    log.write_text('"one \u2028 \x85 whole"\n"two"\n"cut sh', encoding="utf-8")
+    assert files.lines(log) == ['"one \u2028 \x85 whole"', '"two"']
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_whatever_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: \n no space left")  # TensorStore's kind of error
+
+    monkeypatch.setattr(checkpoint, "_open", full)
+    with pytest.raises(UserError, match="the checkpoint of round 2 could not be written .*: no space left"):
+        checkpoint.save(tmp_path, 2, {"x": jnp.zeros(2)})
+
+
+def test_asking_for_checkpoints_makes_no_folder(tmp_path):
+    assert checkpoint.latest(tmp_path / "checkpoints") is None and not list(tmp_path.iterdir())
 
 
 def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
