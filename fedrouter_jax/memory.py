@@ -114,9 +114,8 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
         *rows, last = shape or (1,)
         if last == decoder.vocab_size or (math.prod(shape), dtype) in ordered:  # scores are `working`
             continue
-        # What is as wide as the model lies on all devices that share a base; heads and hidden units are divided. (On
-        # TPUs, too, but there a round was seen to take as much as if they were not.)
-        over = 1 if last == decoder.width or federation.platform == "tpu" else config.compute.model_parallel
+        # What is as wide as the model lies on all devices that share a base; heads and hidden units are divided.
+        over = 1 if last == decoder.width else config.compute.model_parallel
         if federation.platform == "tpu" and last > TILE // 4:
             last = -(-last // TILE) * TILE
         total += math.prod(rows) * last * dtype.itemsize * count // over
@@ -191,8 +190,8 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     kernel = decoder.width * decoder.mlp_width * width if config.quantise != "none" else 0
     stored = base["embedding"].dtype.itemsize
     again = {"tpu": stored, "cpu": 4 if stored < 4 else 0}.get(federation.platform, 0)
-    # Trained, two moments, summed gradients; XLA for TPUs holds three more, with the ranks of lanes side by side.
-    copies = 7 if tpu else 4
+    # Trained, two moments, summed gradients; XLA for TPUs holds more, with the ranks of lanes side by side.
+    copies = 8 if tpu else 4
     return Memory(
         base=nbytes(base) // parallel,  # norms apart, which are few
         bank=2 * nbytes((federation.state.bank, federation.state.memory)) + nbytes(federation.state.server),
