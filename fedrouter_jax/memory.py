@@ -2,8 +2,9 @@
 
 The activations that gradients keep are not a formula of ours: JAX is asked, by tracing the loss of one pack on abstract
 arrays (`jax.eval_shape` of `jax.vjp`), so they follow every change of the model and of a strategy by themselves. What
-else a device holds at its fullest was read off what XLA's compilers say of their buffers. `tests/test_plan.py` holds
-the sum against compiled rounds on a CPU, `experiments/ahead.py` on others.
+else a device holds at its fullest was read off what XLA says of a GPU's buffers; for TPUs some of it is fitted to
+compiled rounds. `tests/test_plan.py` holds the sum against rounds compiled for a CPU, and against those that
+`experiments/ahead.py` compiled for others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.routing import Enrolment, Router
 from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
 
-TILE = 128  # the last dimension of what a TPU stores fills whole tiles of so many, where it is not a small one
+TILE = 128  # a TPU stores the last dimension in whole tiles of so many; a small one is laid elsewhere
 
 
 class Pack(NamedTuple):
