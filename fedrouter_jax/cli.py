@@ -291,7 +291,7 @@ def export(arguments: list[str]) -> None:
     from fedrouter_jax import runs
 
     parsed = parse(Export, prog="fedrouter export", args=arguments)
-    loaded = runs.read(parsed.run)
+    loaded = runs.read(parsed.run, routes=False)
     held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
     if held is not None:
         raise UserError(f"{held} is there already, and adapters of two runs would mix; give a new folder with --to")

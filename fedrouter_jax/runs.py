@@ -179,10 +179,10 @@ def _prepared(out: Path, prepare: Callable[[], Prepared]) -> Prepared:
         raise
 
 
-def read(out: Path) -> Loaded:
-    """A run as it stands, ready to answer; nothing is made or written.
+def read(out: Path, routes: bool = True) -> Loaded:
+    """A run as it stands, ready to route texts or only for its adapters; nothing is made or written.
 
-    Embeddings are left out, and rows, but for methods that look at them: a run answers where its rows are not.
+    Embeddings are left out, and rows, but for methods that route by them: a run answers where its rows are not.
     """
     config = read_config(out)
     done = checkpoint.latest(out / "checkpoints")
@@ -190,9 +190,10 @@ def read(out: Path) -> Loaded:
         raise UserError(f"{out} holds no checkpoint, so no adapters; train it first: fedrouter resume {out}")
     dealt = clusters.partition(clusters.read(out / "clusters.json"), config)
     prepared = _prepared(out, lambda: experiment.without_rows(config, dealt))
-    if prepared.strategy.references or prepared.strategy.choose is not None:
+    if routes and (prepared.strategy.references or prepared.strategy.choose is not None):
         prepared = _prepared(out, lambda: experiment.prepare(config, prepared.model))
-    return answering(_restored(out, prepared, done))
+    loaded = _restored(out, prepared, done)
+    return answering(loaded) if routes else loaded
 
 
 def read_config(out: Path) -> Config:

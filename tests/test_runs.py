@@ -403,9 +403,11 @@ def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(t
         message = f"config.json names the rows and the model of this run, from the folder {Path.cwd()} on"
         assert message in capsys.readouterr().err
     assert serve.route(out, ["q 3?", "another text"]) == said
-    assert main(["export", str(out), "--to", str(tmp_path / "exported")]) == 0
-    for path in (path for part in ("adapters", "router") for path in (out / part).rglob("*.*")):
-        assert (tmp_path / "exported" / path.relative_to(out)).read_bytes() == path.read_bytes()
+    for run in (out, compares):
+        to = tmp_path / f"{run.name}-exported"
+        assert main(["export", str(run), "--to", str(to)]) == 0
+        for path in (path for part in ("adapters", "router") for path in (run / part).rglob("*.*")):
+            assert (to / path.relative_to(run)).read_bytes() == path.read_bytes()
 
 
 def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
