@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import gguf, hf, tiny
@@ -121,8 +122,22 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
             f"the end token of {name} is number {model.tokenizer.eos_token_id}, but the model embeds "
             f"{model.config.vocab_size}; are model and tokenizer of one model?"
         )
+    _check_finite(model)
     params = quantise_params(model.params, quantise)
     return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
+
+
+@jax.jit
+def _finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+
+
+def _check_finite(model: Model) -> None:
+    """A number that is none would be noticed much later, as embeddings or lanes that are not finite."""
+    for path, finite in jax.tree_util.tree_leaves_with_path(_finite(model.params)):
+        if not finite:
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UserError(f"{model.name} has weights that are no finite numbers (in {where}); get its file again")
 
 
 def _load(name: str, dtype: str) -> Model:

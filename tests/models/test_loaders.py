@@ -301,6 +301,10 @@ def break_weights(broken, kind):
         save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
     elif kind == "integers":
         save_file({k: v.astype(np.int32) for k, v in load_file(weights).items()}, weights)
+    elif kind == "not finite":
+        tensors = load_file(weights)
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+        save_file(tensors, weights)
     elif kind == "another head":
         tensors = load_file(weights)
         edit_config(broken, tie_word_embeddings=True)
@@ -336,6 +340,7 @@ FILE_ERRORS = {
     "empty": "model.safetensors is truncated",
     "missing tensor": "lack the tensor model.norm.weight",
     "integers": "is of type I32; expected one of F32",
+    "not finite": r"has weights that are no finite numbers \(in blocks.down_proj.kernel\)",
     "another head": "ties the head to the embedding, but the weights hold two different ones",
     "missing shard": "model-00001-of-00002.safetensors does not exist, but",
     "empty index": "holds no weight_map",
