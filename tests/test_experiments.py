@@ -215,8 +215,9 @@ def test_the_committed_tables_are_those_of_the_committed_json(tmp_path):
         ("fedex", 5),
         ("ifca", 5),
         ("flora", 5),
-        ("ffalora", 5),
+        ("ffalora", 10),
         ("fedalt", 5),
+        ("fedavgm", 5),
     ):
         cells = [f"| `{method}`"]
         for part in ("personalised", "generalisation"):
