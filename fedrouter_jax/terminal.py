@@ -98,18 +98,20 @@ def parse(options: type[T], prog: str, **others: Any) -> T:
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(options, prog=prog, registry=registry, **others)
+            found = tyro.cli(options, prog=prog, registry=registry, **others)
     except SystemExit as stop:
         if stop.code == 2:
             sys.exit(failed(2, f"{in_a_line(said.getvalue())}; see {prog} --help"))
         raise
+    print(said.getvalue(), end="", file=sys.stderr)
+    return found
 
 
 def in_a_line(box: str) -> str:
     """What is wrong and which options are like the one given, of the box that tyro draws around that."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)
     inside = "\n".join(line.strip("│╰╯ ") for line in plain.splitlines()[1:])  # below its title
-    wrong, *others = filter(None, map(str.strip, re.split(r"[─-]{5,}", inside)))
+    wrong, *others = [*filter(None, map(str.strip, re.split(r"[─-]{5,}", inside)))] or [plain]
     like = re.findall(r"^--.*", "\n".join(others), flags=re.MULTILINE)
     return " ".join(wrong.split()).rstrip(".") + (f"; there is {', '.join(like)}" if like else "")
 

@@ -11,7 +11,7 @@ from tyro import _fmtlib
 
 from fedrouter_jax import runs
 from fedrouter_jax.cli import main
-from fedrouter_jax.terminal import parse
+from fedrouter_jax.terminal import in_a_line, parse
 
 ROWS = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
 SMALL = ["--preset", "smoke", "--clients", "2"]
@@ -127,6 +127,7 @@ def test_help_is_broken_by_the_terminal_alone(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(Options, "name", args=["--help"])
     assert "One line and another." in capsys.readouterr().out
+    assert in_a_line("Error: no box\n") == "Error: no box"
 
 
 @pytest.mark.parametrize(
