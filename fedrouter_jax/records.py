@@ -176,10 +176,7 @@ def notes(run: Run) -> list[str]:
     rejected = int(cost(run).get("rejected_lanes", 0))
     if rejected:
         lanes = sum(len(record["lanes"]) for record in run.rounds)
-        found.append(
-            f"{rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate"
-            + f", or see whether the weights of {config.model} are whole" * (rejected == lanes)
-        )
+        found.append(f"{rejected} of {lanes} lanes were left out, for they were not finite; lower --learning-rate")
     return found
 
 
