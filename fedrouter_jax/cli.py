@@ -86,8 +86,10 @@ class Route:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    texts: tyro.conf.Positional[tuple[str, ...]]
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Instructions."""
+    rows: Path | None = None
+    """A file of instructions, in their place: .jsonl, .csv or .parquet, in the column where the run had its own."""
     client: int | None = None
     """Route as this client: among its own clusters only (fedrouter), or its own adapter (local)."""
     json: bool = False
@@ -254,16 +256,18 @@ def route(arguments: list[str]) -> None:
     from rich.table import Column, Table
 
     from fedrouter_jax import serve
+    from fedrouter_jax.sharing import silent
 
     parsed = parse(Route, prog="fedrouter route", args=arguments)
-    answers = serve.route(parsed.run, parsed.texts, parsed.client)
+    texts = parsed.texts
+    if parsed.rows is not None:
+        if texts:
+            raise UserError(f"route has {len(texts)} texts and --rows {parsed.rows}; give one of them")
+        texts = serve.texts_of(parsed.rows, parsed.run)
+    with progress() as track:
+        answers = serve.route(parsed.run, texts, parsed.client, track if parsed.rows else silent)
     note_unfinished(parsed.run)
-    for number, answer in enumerate(answers, start=1):
-        if answer["cut"]:
-            length = config_lib.load(parsed.run / "config.json").data.max_length
-            print(
-                f"note: text {number} lost its end, for it is longer than --max-length {length} allows", file=sys.stderr
-            )
+    note_cut([number for number, answer in enumerate(answers, start=1) if answer["cut"]], parsed.run)
     if parsed.json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
@@ -274,6 +278,14 @@ def route(arguments: list[str]) -> None:
         distances = " ".join(f"{value:.3f}" for value in answer["distances"])
         table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))
     Console().print(table)
+
+
+def note_cut(texts: list[int], run: Path) -> None:
+    """Say on stderr which texts, counted from 1, were too long for a run."""
+    if texts:
+        length = config_lib.load(run / "config.json").data.max_length
+        shown = ", ".join(map(str, texts[:10])) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
+        print(f"note: longer than --max-length {length}, so cut at its end: text {shown}", file=sys.stderr)
 
 
 def note_unfinished(run: Path) -> None:

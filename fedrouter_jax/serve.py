@@ -11,12 +11,13 @@ import numpy as np
 
 from fedrouter_jax import answers, evaluate, experiment, routing, runs
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.data import tokens
+from fedrouter_jax.data import sources, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.sharing import Track, silent
 
 
-def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[dict]:
+def route(run: Path, texts: Sequence[str], client: int | None = None, track: Track = silent) -> list[dict]:
     """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer"}`.
 
     `cut`: the text is too long for the run and lost its end. `client` routes among that client's own clusters (or to
@@ -24,7 +25,9 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     first of most weight. `distances` are to all centroids, empty for strategies without a router.
     """
     if not texts:
-        raise UserError(f'no text to route; give one or more in quotes: fedrouter route {run} "Summarise: ..."')
+        raise UserError(
+            f'no text to route; give one or more in quotes, fedrouter route {run} "Summarise: ...", or a file by --rows'
+        )
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise UserError(f"text {number} to route is empty; give an instruction in quotes")
@@ -50,13 +53,15 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
     experiment.check_tokens(prepared.model, encoded)
     embeddings = distances = None
     if prepared.strategy.enrolling == "clustering":
-        embeddings = jnp.asarray(experiment.embed_texts(prepared, texts))
+        with track("embedding", len(texts)) as advance:
+            embeddings = jnp.asarray(experiment.embed_texts(prepared, texts, advance))
         distances = np.asarray(routing.nearest(state.memory, embeddings)[1])
     mode = "global" if client is None else "local"
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
     weights = evaluate.opened(prepared, state, clients, view, mode)
-    said = answers.answer(prepared, state, prompts, weights)
+    with track("answering", len(texts)) as advance:
+        said = answers.answer(prepared, state, prompts, weights, advance)
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
     shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
     names = bank_lib.serving_names(owners, state.bank)
@@ -73,6 +78,12 @@ def route(run: Path, texts: Sequence[str], client: int | None = None) -> list[di
         for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
         for slot in [int(opened.argmax())]
     ]
+
+
+def texts_of(path: Path, run: Path) -> tuple[str, ...]:
+    """The instructions in a file of rows, in the column where the run had them; raises `UserError` for others."""
+    columns = experiment.columns(runs.read_config(run).data.columns)
+    return sources.read_texts(path, columns.get("instruction", "instruction"))
 
 
 def _named(name: str, weight: float) -> str:

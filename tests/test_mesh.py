@@ -79,6 +79,7 @@ def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
         {"strategy": "fedrouter", "shape": [4, 2]},
         {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
         {"strategy": "ifca", "shape": [4, 1]},
+        {"strategy": "local", "shape": [8, 1]},
     ]
     found = work_on(8, {"cases": cases})
     assert len(found) == len(cases)
@@ -89,6 +90,9 @@ def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
     assert set(alone) <= {"all-reduce", "all-gather", "bank"}
     assert alone["bank"] <= alone["all-reduce"] < alone["bank"] + 1000
     assert alone.get("all-gather", 0) < 1000
+    private = found[5]["sent"]  # what clients own is gathered once before, and added up like all else
+    assert set(private) <= {"all-reduce", "all-gather", "bank"}
+    assert all(private["bank"] <= private[name] < private["bank"] + 1000 for name in ("all-reduce", "all-gather"))
     # Where the heads divide evenly, nothing but sums is sent in a block.
     assert {name for name in halves if name.endswith("in loops")} == {"all-reduce in loops"}
 

@@ -250,7 +250,36 @@ def test_route_shows_all_of_texts_without_spaces_and_says_which_were_cut(finishe
     assert main(["route", str(finished), text, 999 * "long "]) == 0
     shown = capsys.readouterr()
     assert set(text) <= set(shown.out) and "…" not in shown.out
-    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["note: text 2 lost its end"]
+    (note,) = shown.err.splitlines()
+    assert note == "note: longer than --max-length 320, so cut at its end: text 2"
+
+
+def test_route_answers_the_rows_of_a_file_as_the_same_texts(finished, tmp_path, capsys):
+    texts = ["Facts: Red Cafe, town, Oslo\nTurn the facts into one sentence.", *(12 * [999 * "long "])]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"instruction": text, "id": 1}) + "\n" for text in texts))  # no answers there
+    assert main(["route", str(finished), "--rows", str(file), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert [json.loads(line) for line in shown.out.splitlines()] == serve.route(finished, texts)
+    *progress, note = shown.err.splitlines()
+    assert [line.split(",")[0] for line in progress][-1] == "answering 13/13"
+    assert note.endswith("so cut at its end: text 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more")
+
+
+@pytest.mark.parametrize(
+    "rows, beside, expected",
+    [
+        ('{"instruction": "a"}\n', ["text"], "route has 1 texts and --rows"),
+        ('{"question": "a"}\n', [], "line 1: no column 'instruction'; the columns are 'question'"),
+        ('{"instruction": "a"}\n{"instruction": null}\n', [], "line 2: 'instruction' is null"),
+        ("\n", [], "no rows"),
+    ],
+)
+def test_files_that_cannot_be_routed(rows, beside, expected, finished, tmp_path, capsys):
+    (tmp_path / "asked.jsonl").write_text(rows)
+    assert main(["route", str(finished), *beside, "--rows", str(tmp_path / "asked.jsonl")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
 
 
 @pytest.mark.parametrize("texts, expected", [((), "no text to route"), (("a", " "), "text 2"), (("a\udcff",), "UTF-8")])

@@ -74,11 +74,28 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
     """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
     wanted = [(columns or {}).get(field, field) for field in FIELDS]
+    return _rows(_records(path, wanted), columns or {}, str(path))
+
+
+def read_texts(path: Path, column: str) -> tuple[str, ...]:
+    """One column of such a file, in file order; other columns may be missing or of any kind. Errors as in `load`."""
+    texts = []
+    for place, record in _records(path, [column]):
+        if column not in record:
+            raise UserError(f"{place}: no column '{column}'; the columns are {_listed(record)}; rename the one meant")
+        texts.append(_text(record[column], column, place, blank=False))
+    if not texts:
+        raise UserError(f"{path}: no rows; expected at least one row with '{column}'")
+    return tuple(texts)
+
+
+def _records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
+    """(place, record) of every row of a file; records hold the columns `wanted`, and may hold others."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": partial(_read_parquet, wanted=wanted)}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: cannot read a '{path.suffix}' file; expected one of {_listed(SUFFIXES)}")
     try:
-        return _rows(readers[path.suffix.lower()](path), columns or {}, str(path))
+        yield from readers[path.suffix.lower()](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or _brief(error)})") from error
 
