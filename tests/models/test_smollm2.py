@@ -36,11 +36,6 @@ PROMPTS = [
 NEW = 32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Overrides the one of the folder: here the programs run long enough to be worth optimising."""
-
-
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
