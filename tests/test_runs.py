@@ -266,6 +266,13 @@ def test_route_answers_the_rows_of_a_file_as_the_same_texts(finished, tmp_path, 
     assert note.endswith("so cut at its end: text 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more")
 
 
+def test_a_file_of_texts_has_them_where_the_rows_of_the_run_had_theirs(tmp_path):
+    data = dataclasses.replace(smoke().data, data="rows.csv", columns=("instruction=question", "output=answer"))
+    files.write(tmp_path / "config.json", config_lib.to_json(dataclasses.replace(smoke(), data=data)))
+    (tmp_path / "asked.csv").write_text('id,question\n1,"Is it so,\nor not?"\n2,Why?\n')
+    assert serve.texts_of(tmp_path / "asked.csv", tmp_path) == ("Is it so,\nor not?", "Why?")
+
+
 @pytest.mark.parametrize(
     "rows, beside, expected",
     [
