@@ -96,6 +96,11 @@ STUDIES = {
         lambda rate: {"local": {"learning_rate": rate, "min_learning_rate": rate / 10}},
         ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-1.5b")),
     ),
+    "rate-0.5b": Study(
+        "peak learning rate with the middle base model", (0.005, 0.001),
+        lambda rate: {"local": {"learning_rate": rate, "min_learning_rate": rate / 10}},
+        ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-0.5b")),
+    ),
 }  # fmt: skip
 
 
