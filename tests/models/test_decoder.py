@@ -228,6 +228,21 @@ def test_prompts_of_several_pages_are_read_where_they_lie():
     close(hidden, full[jnp.arange(2), lengths])
 
 
+def test_scores_far_above_their_own_do_not_overflow():
+    """A key of the prompt, and one of the answer, that a token scores hundreds above itself: exp would be infinite."""
+    params, tokens = make_params(BASE), make_tokens(2, 8)
+    loud = {"kernel": 600 * params["blocks"]["q_proj"]["kernel"]}
+    params = {**params, "blocks": {**params["blocks"], "q_proj": loud}}
+    full = run(BASE, params, tokens)
+    assert np.isfinite(full).all()
+    _, cache = filled(BASE, params, tokens[:, :5], [5, 3], 8, 6)
+    step = jax.jit(models.decode_step, static_argnums=0)
+    for number in range(3):
+        at = jnp.array([5, 3]) + number
+        hidden, cache = step(BASE, params, tokens[jnp.arange(2), at], cache)
+        close(hidden, full[jnp.arange(2), at], 1e-3)
+
+
 def test_what_a_free_page_held_is_not_seen():
     params, tokens = make_params(BASE), make_tokens(2, 5)
     _, cache = filled(BASE, params, tokens, [5, 3], 6)
@@ -509,10 +524,27 @@ def test_init_params_match_the_declared_shapes():
         assert params["blocks"][module]["kernel"].shape == (config.layers, *shape)
 
 
+def test_fresh_matrices_are_normal_and_each_its_own_biases_zero_and_norms_one():
+    params = models.init_params(KINDS["biased, normed, wide heads"], jax.random.key(0), "bfloat16")
+    firsts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key in matrices.MATRICES:
+            assert 0.018 < float(jnp.std(leaf.astype(jnp.float32))) < 0.022
+            firsts.append(float(leaf.ravel()[0]))
+        else:
+            assert (leaf == (0 if path[-1].key == "bias" else 1)).all()
+    assert len(set(firsts)) == len(firsts) == len(models.MODULES) + 2
+
+
 def test_bad_input_is_one_line():
     params, tokens = models.init_params(BASE, jax.random.key(0)), make_tokens(1, 4)
     stray = LoRA({"lm_head": jnp.zeros((3, 32, 2))}, {"lm_head": jnp.zeros((3, 2, 97))})
     with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], lora=stray)
+    cache, ones = empty(BASE, 1, 4, 1, jnp.float32), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
+        models.prefill(BASE, params, tokens, jnp.arange(4)[None], ones, ones - 1, cache, stray)
+    with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
+        models.decode_step(BASE, params, tokens[:, 0], cache, stray)
     with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)
