@@ -199,10 +199,16 @@ def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
 def test_what_fedex_added_to_weights_is_written_whatever_they_are_held_in(dtype, tmp_path):
     params = load_model("tiny", dtype).params
     kernels = {module: values(params["blocks"][module]["kernel"]).astype(jnp.float32) for module in CONFIG.targets}
-    shifted = {module: {"kernel": kernel + 0.002} for module, kernel in kernels.items()}
+    added = {module: 1e-3 * jax.random.normal(jax.random.key(0), kernel.shape) for module, kernel in kernels.items()}
+    shifted = {module: {"kernel": kernel + added[module]} for module, kernel in kernels.items()}
     peft_io.write_shift(tmp_path, params, {"blocks": shifted}, CONFIG.targets)
-    for tensor in load_file(tmp_path / "base_shift.safetensors").values():
-        np.testing.assert_allclose(tensor, 0.002, atol=1e-6)
+    tensors = load_file(tmp_path / "base_shift.safetensors")
+    for module, added_to in added.items():
+        part = "mlp" if module == "down_proj" else "self_attn"
+        for layer, shift in enumerate(added_to):  # torch keeps [out, in]
+            found = tensors.pop(f"model.layers.{layer}.{part}.{module}.weight")
+            np.testing.assert_allclose(found, shift.T, atol=1e-6)
+    assert not tensors
 
 
 @pytest.mark.parametrize(
