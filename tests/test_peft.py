@@ -1,5 +1,6 @@
 """PEFT and transformers on torch as oracles: the same adapter, loss, gradients, training and answers."""
 
+import dataclasses
 import json
 
 import jax
@@ -193,6 +194,19 @@ def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
     found, config = peft_io.read_adapter(tmp_path, decoder)
     assert config == CONFIG
     assert_close(found, adapter, tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_of_fewer_bits_and_without_a_word_on_dropout_are_read(dtype, base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, dataclasses.replace(CONFIG, dropout=0.3), "some/base")
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: leaf.astype(jnp.dtype(dtype)) for name, leaf in load_file(path).items()}, path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "lora_dropout"}))
+    found, config = peft_io.read_adapter(tmp_path, decoder)
+    assert config == CONFIG and {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert_close(found, adapter, 0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])

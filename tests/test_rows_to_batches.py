@@ -468,6 +468,8 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
     assert packing.shape([rows] * 4, size=2, together=1) == (128, 32)  # two rows of 48 in 128; 192 would waste more
     long = [tokens.Tokens([1] * 700, [2] * 300, False)]
     assert packing.shape([rows, long], 2, 2) == (1024, 432)
+    short = [tokens.Tokens([1] * 40, [2], False)] * 20 + [tokens.Tokens([1] * 4, [2] * 60, False)]
+    assert packing.shape([short], 2, 1)[1] >= 60  # the longest answer, too
     assert packing.packs_of_steps([rows] * 4, 2, 4, time, predicted, 3) == [1, 1, 1]
     assert packing.packs_of_steps([rows] * 4, 3, 4, time, predicted, 2) == [2, 2]  # twelve rows, eight to a pack
     assert packing.packs_of_steps([rows] * 4, 8, 1, time, predicted, 2) == [1, 1]  # those of one client

@@ -157,6 +157,33 @@ def test_the_kernel_of_a_gpu_gives_what_ours_does(monkeypatch, window):
 
 
 @pytest.mark.parametrize(
+    ("capability", "known"), [("", False), ("gfx942", False), ("7.5", False), ("8.0", True), ("12.1", True)]
+)
+def test_the_kernel_of_a_gpu_wants_a_device_that_has_it(capability, known, monkeypatch):
+    monkeypatch.setattr(attention, "compute_capability", lambda: capability)
+    assert attention.by_cudnn() == known
+
+
+@pytest.mark.parametrize(
+    ("dtype", "time", "size", "fits"),
+    [
+        ("bfloat16", 16, 8, True),
+        ("bfloat16", 16, 128, True),
+        ("float32", 16, 8, False),
+        ("bfloat16", 12, 8, False),
+        ("bfloat16", 16, 4, False),
+        ("bfloat16", 16, 136, False),
+    ],
+)
+def test_the_kernel_of_a_gpu_gets_what_it_can_take(dtype, time, size, fits, monkeypatch):
+    monkeypatch.setattr(attention, "by_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_fused", lambda q, k, v, mask: jnp.full(q.shape, 7))
+    monkeypatch.setattr(attention, "_attention", lambda q, k, v, mask: q)
+    q, kv = jnp.zeros((1, time, 2, size), dtype), jnp.zeros((1, time, 1, size), dtype)
+    assert (attention.attend(q, kv, kv, None) == 7).all() == fits
+
+
+@pytest.mark.parametrize(
     ("config", "gates"),
     list(zip(KINDS.values(), ("none", "shared", "per row"), strict=True)),
     ids=KINDS,

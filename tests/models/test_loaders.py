@@ -237,6 +237,16 @@ def test_load_model_from_a_folder(llama):
     assert models.load_model(str(llama)).fingerprint == model.fingerprint
 
 
+def test_code_that_comes_with_a_tokenizer_is_not_run(broken, tmp_path):
+    (broken / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    path = broken / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+        models.load_model(str(broken))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_hub_id_is_found_in_the_cache_without_network(llama, tmp_path, monkeypatch):
     commit, repo = "0" * 40, tmp_path / "models--someone--small"
     (repo / "refs").mkdir(parents=True)
@@ -480,9 +490,11 @@ def test_gguf_logits_equal_transformers(family, name, options, tmp_path):
     np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_gguf_metadata_may_say_more_or_less(tmp_path):
+def test_gguf_metadata_may_say_more_or_less(tmp_path, monkeypatch):
     """What is left out is as in llama.cpp; a window and a vocabulary's size, as converters write them, are taken."""
     write_gguf(tmp_path / "m.gguf", torch_model("Llama", {"rope_parameters": {"rope_theta": 500.0}}))
+    monkeypatch.setattr(load, "_gguf_tokenizer", lambda path, fingerprint: models.tiny_tokenizer())
+    assert models.load_model(str(tmp_path / "m.gguf")).base_name == "m"
     whole = gguf._metadata(gguf._open(tmp_path / "m.gguf"))
     named = configs.from_gguf(whole)
     assert (named.rope_theta, named.kv_heads, named.vocab_size, named.sliding_window) == (500.0, 2, 257, None)
@@ -524,6 +536,10 @@ def test_gguf_errors(tmp_path, monkeypatch):
     heads = dict.fromkeys(("llama.attention.head_count", "llama.attention.head_count_kv"), 3)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has shape \[32, 32\]; expected \[24, 32\]"):
         patch.setattr(gguf, "_metadata", lambda reader: metadata | heads)
+        gguf.load_gguf(path, "float32")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="token_embd.weight is of type Q8_0, not supp"):
+        patch.setattr(gguf, "_metadata", lambda reader: metadata)
+        patch.setattr(gguf, "dequantize", lambda data, kind: (_ for _ in ()).throw(NotImplementedError))
         gguf.load_gguf(path, "float32")
     writer = GGUFWriter(path, "gemma")
     writer.write_header_to_file()
