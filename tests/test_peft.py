@@ -193,6 +193,7 @@ def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
     peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
     found, config = peft_io.read_adapter(tmp_path, decoder)
     assert config == CONFIG
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     assert_close(found, adapter, tolerance=0)
 
 
@@ -284,3 +285,6 @@ def test_a_router_comes_back_as_it_was_written(unit, tmp_path):
     found, description = peft_io.read_router(tmp_path)
     assert_close(found, router, 0)
     assert description["recipe"] == "paper"
+    (tmp_path / "router.json").write_text("{}")
+    with pytest.raises(UserError, match="no complete router .'unit_length'.; export the run again"):
+        peft_io.read_router(tmp_path)

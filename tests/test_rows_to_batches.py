@@ -228,6 +228,15 @@ def test_tasks_that_a_mixture_gives_to_newcomers_alone_or_to_nobody_are_no_found
     assert min(seen)[0] < 4 and any(first < every for every, first in seen)
 
 
+def test_neighbouring_tasks_are_those_that_rows_name_one_after_the_other():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    data = data._replace(train=data.train[::-1])
+    order = list(dict.fromkeys(row.task for row in data.train))
+    split = scenarios.partition(data, dealt_as("dual", 4), 0)
+    assert split.tasks == order
+    assert {data.train[i].task for i in split.clients[3].train} == {order[3], order[0]}
+
+
 def test_the_largest_remainders_of_a_mixture_are_rounded_up():
     rows = [Row("", "", task) for task in "ab" for _ in range(10)]
     (hand,) = scenarios.deal_shares(rows, ["a", "b"], np.array([[0.89, 0.11]]), 10, np.random.default_rng(0))

@@ -503,7 +503,9 @@ def test_bits_are_the_matrices_they_stand_for():
     jax.tree.map(partial(close, tolerance=1e-3), everything(bits), everything(params))
 
 
-def test_the_norms_gradient_is_that_of_its_formula():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_norms_gradient_is_that_of_its_formula(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # a device's own way to the sum
     rng = np.random.default_rng(0)
     x, scale, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 7, 32), (32,), (2, 7, 32)))
     formula = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1) * scale  # noqa: E731

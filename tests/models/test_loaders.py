@@ -367,6 +367,9 @@ def break_weights(broken, kind):
         weights.write_bytes(b"")
     elif kind == "missing tensor":
         save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
+    elif kind == "transposed tensor":
+        turned = {k: v.T.copy() if "up_proj" in k else v for k, v in load_file(weights).items()}
+        save_file(turned, weights)
     elif kind == "integers":
         save_file({k: v.astype(np.int32) for k, v in load_file(weights).items()}, weights)
     elif kind == "not finite":
@@ -407,6 +410,7 @@ FILE_ERRORS = {
     "truncated": "model.safetensors is truncated",
     "empty": "model.safetensors is truncated",
     "missing tensor": "lack the tensor model.norm.weight",
+    "transposed tensor": r"up_proj.weight has shape \[32, 48\]; expected \[48, 32\]",
     "integers": "is of type I32; expected one of F32",
     "not finite": r"has weights that are no finite numbers \(in blocks.down_proj.kernel\)",
     "another head": "ties the head to the embedding, but the weights hold two different ones",
@@ -498,6 +502,7 @@ def test_gguf_metadata_may_say_more_or_less(tmp_path, monkeypatch):
     whole = gguf._metadata(gguf._open(tmp_path / "m.gguf"))
     named = configs.from_gguf(whole)
     assert (named.rope_theta, named.kv_heads, named.vocab_size, named.sliding_window) == (500.0, 2, 257, None)
+    assert (named.max_positions, named.norm_eps) == (128, pytest.approx(1e-6))
     bare = {k: v for k, v in whole.items() if k not in ("llama.rope.freq_base", "llama.attention.head_count_kv")}
     more = configs.from_gguf(bare | {"llama.attention.sliding_window": 7, "llama.vocab_size": 300})
     assert more == dataclasses.replace(named, rope_theta=1e4, kv_heads=4, vocab_size=300, sliding_window=7)
