@@ -11,7 +11,7 @@ from helpers import assert_close, tiny_llama, word_rows
 from safetensors.numpy import load_file, save_file
 
 from fedrouter_jax import client, likelihood, lora, peft_io
-from fedrouter_jax.data import packing, schedule
+from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, load_model, logits, tiny_tokenizer, values
@@ -45,8 +45,8 @@ def adapter(base):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Encoded rows of uneven lengths."""
-    return word_rows(np.random.default_rng(0), 24)
+    """Encoded rows of uneven lengths; the last answers with token 0, a token like any other."""
+    return [*word_rows(np.random.default_rng(0), 23), tokens.Tokens([70, 71, 72], [0, 0, 73], False)]
 
 
 def in_torch(folder, adapter_folder, trainable=False):

@@ -485,6 +485,18 @@ def test_mixed_precision_rounds_operands_and_keeps_float32():
         assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_of_rounded_operands_are_summed_in_float32(axis):
+    """Forward and back; a result in bfloat16 would be off by a thousandth."""
+    rng = np.random.default_rng(0)
+    x, slope = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 64), (4, 8)))
+    weight = jnp.asarray(rng.normal(size=(64, 8)), jnp.bfloat16)
+    found, back = jax.vjp(lambda x: matrices.rounded_product(x, weight if axis == 0 else weight.T, axis), x)
+    wide = lambda part: np.asarray(part.astype(jnp.bfloat16), np.float32)  # noqa: E731
+    close(found, wide(x) @ wide(weight))
+    close(back(slope)[0], wide(slope) @ wide(weight).T)
+
+
 def test_bits_are_the_matrices_they_stand_for():
     params, tokens, lora = rounded(make_params(BASE)), make_tokens(2, 9), make_lora(BASE)
     bits = matrices.as_bits(params)
