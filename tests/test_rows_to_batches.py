@@ -40,6 +40,13 @@ def test_a_long_row_loses_the_end_of_its_instruction_never_its_answer():
     assert TOKENIZER.decode(row.response[:-1]) == " yes"
 
 
+def test_a_row_that_just_fits_loses_nothing():
+    (whole,) = tokens.encode(TOKENIZER, [ROW], "short", 100, 16)
+    assert tokens.encode(TOKENIZER, [ROW], "short", whole.length, 16) == [whole] and not whole.truncated
+    (cut,) = tokens.encode(TOKENIZER, [ROW], "short", whole.length - 1, 16)
+    assert cut.truncated and cut.length == whole.length - 1
+
+
 def test_a_prompt_to_answer_is_the_same_whatever_it_is_compared_with():
     rows = [Row("x" * 500, answer, "t") for answer in ("", "yes", "y" * 50)]
     prompts = [row.prompt for row in tokens.encode(TOKENIZER, rows, "short", 100, 16, to_answer=True)]
@@ -497,6 +504,13 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
 )
 def test_packs_go_together_in_numbers_that_leave_few_of_them_empty(counts, most, best):
     assert packing.packs_of_a_turn(counts, most) == best
+
+
+def test_one_row_of_each_task_is_enough():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    config = replace(dealt_as("dual", 4), train_rows=2, test_rows=2, mix_rows=4)
+    split = scenarios.partition(data, config, 0)
+    assert len(split.mix) == 4 and all(len(rows) == 2 for client in split.clients for rows in client)
 
 
 def test_every_task_is_in_the_mix_and_trained():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,13 @@ def test_the_tiny_model_is_the_same_every_time():
     ids = one.tokenizer(text)["input_ids"]
     assert one.tokenizer.decode(ids) == text and ids[-1] == one.tokenizer.eos_token_id == one.tokenizer.pad_token_id
     assert len(ids) == len(text.removesuffix("<|end|>").encode()) + 1
+
+
+def test_the_end_token_may_be_number_zero(monkeypatch):
+    """As that of SmolLM2's base is."""
+    found = models.load_model("tiny")._replace(tokenizer=SimpleNamespace(eos_token_id=0))
+    monkeypatch.setattr(load, "_load", lambda name, dtype: found)
+    assert models.load_model("any").tokenizer is found.tokenizer
 
 
 CONFIG_ERRORS = {
