@@ -49,6 +49,7 @@ def one_line(capsys, *arguments):
         (["--clients", "0"], "--clients is 0; it must be at least 1"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--template", "alpca"], "--template is 'alpca'; expected alpaca, short, chat (the model's own), or a text"),
+        (["--template", "{instruction} {instruction}"], "or a text that holds {instruction} once"),
         (["--template", "chat"], "--template is chat, but the model's tokenizer has none that works"),
         (["--local-clusters", "-1"], "--local-clusters is -1"),
         (["--global-clusters", "99"], "99 global clusters were asked for but 2 clients of 2"),

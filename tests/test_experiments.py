@@ -34,6 +34,7 @@ from experiments.methods import HEADLINE, LABELS, METHODS
 from fedrouter_jax import records, report, routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.presets import smoke
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -370,6 +371,8 @@ def test_the_full_budget_is_that_of_the_papers_launcher():
     data, local = config.data, config.local
     assert (data.clients, config.rounds.rounds, local.steps, local.batch) == (8, 25, 10, 16)
     assert (local.learning_rate, local.min_learning_rate, data.template) == (5e-4, 1e-5, "alpaca")
+    assert (local.clip, local.weight_decay, local.proximal) == (1.0, 0.0, 0.0)
+    assert config.lora == LoRAConfig(8, 16.0, 0.05, ("q_proj", "v_proj"))
 
 
 def test_summaries_of_other_runs_are_not_drawn(tmp_path):

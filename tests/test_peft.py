@@ -1,5 +1,6 @@
 """PEFT and transformers on torch as oracles: the same adapter, loss, gradients, training and answers."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from helpers import assert_close, tiny_llama, word_rows
 from safetensors.numpy import load_file, save_file
 
 from fedrouter_jax import client, likelihood, lora, peft_io
-from fedrouter_jax.data import packing, schedule
+from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, load_model, logits, tiny_tokenizer, values
@@ -44,8 +45,8 @@ def adapter(base):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Encoded rows of uneven lengths."""
-    return word_rows(np.random.default_rng(0), 24)
+    """Encoded rows of uneven lengths; the last answers with token 0, a token like any other."""
+    return [*word_rows(np.random.default_rng(0), 23), tokens.Tokens([70, 71, 72], [0, 0, 73], False)]
 
 
 def in_torch(folder, adapter_folder, trainable=False):
@@ -192,17 +193,37 @@ def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
     peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
     found, config = peft_io.read_adapter(tmp_path, decoder)
     assert config == CONFIG
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     assert_close(found, adapter, tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapters_of_fewer_bits_and_without_a_word_on_dropout_are_read(dtype, base, adapter, tmp_path):
+    _, decoder, _ = base
+    peft_io.write_adapter(tmp_path, adapter, dataclasses.replace(CONFIG, dropout=0.3), "some/base")
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: leaf.astype(jnp.dtype(dtype)) for name, leaf in load_file(path).items()}, path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "lora_dropout"}))
+    found, config = peft_io.read_adapter(tmp_path, decoder)
+    assert config == CONFIG and {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert_close(found, adapter, 0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_what_fedex_added_to_weights_is_written_whatever_they_are_held_in(dtype, tmp_path):
     params = load_model("tiny", dtype).params
     kernels = {module: values(params["blocks"][module]["kernel"]).astype(jnp.float32) for module in CONFIG.targets}
-    shifted = {module: {"kernel": kernel + 0.002} for module, kernel in kernels.items()}
+    added = {module: 1e-3 * jax.random.normal(jax.random.key(0), kernel.shape) for module, kernel in kernels.items()}
+    shifted = {module: {"kernel": kernel + added[module]} for module, kernel in kernels.items()}
     peft_io.write_shift(tmp_path, params, {"blocks": shifted}, CONFIG.targets)
-    for tensor in load_file(tmp_path / "base_shift.safetensors").values():
-        np.testing.assert_allclose(tensor, 0.002, atol=1e-6)
+    tensors = load_file(tmp_path / "base_shift.safetensors")
+    for module, added_to in added.items():
+        part = "mlp" if module == "down_proj" else "self_attn"
+        for layer, shift in enumerate(added_to):  # torch keeps [out, in]
+            found = tensors.pop(f"model.layers.{layer}.{part}.{module}.weight")
+            np.testing.assert_allclose(found, shift.T, atol=1e-6)
+    assert not tensors
 
 
 @pytest.mark.parametrize(
@@ -264,3 +285,6 @@ def test_a_router_comes_back_as_it_was_written(unit, tmp_path):
     found, description = peft_io.read_router(tmp_path)
     assert_close(found, router, 0)
     assert description["recipe"] == "paper"
+    (tmp_path / "router.json").write_text("{}")
+    with pytest.raises(UserError, match="no complete router .'unit_length'.; export the run again"):
+        peft_io.read_router(tmp_path)

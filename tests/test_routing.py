@@ -119,6 +119,11 @@ def test_packed_embeddings_are_those_of_single_texts(tiny, depth, skip):
         np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_of_the_blocks_is_the_nearest_number_and_at_least_one(tiny):
+    config = replace(tiny.config, layers=30)
+    assert [embed.blocks(config, depth) for depth in (None, 0.5, 0.59, 0.01)] == [30, 15, 18, 1]
+
+
 @pytest.mark.parametrize("name", ["standardised", "refined"])
 def test_newcomers_move_no_centroid_and_belong_to_the_nearest(name):
     rng = np.random.default_rng(0)

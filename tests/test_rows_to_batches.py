@@ -25,6 +25,8 @@ ROW = Row("Say yes.\n### Response: no", "yes", "t")  # the marker stands inside 
 def test_prompt_and_response_meet_where_generation_starts():
     row, spaced = tokens.encode(TOKENIZER, [ROW, ROW._replace(output=" yes\n")], "alpaca", 400, 16)
     text = TOKENIZER.decode(row.prompt)
+    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    assert text.startswith(f"{task}\n\n### Instruction:\n")  # Alpaca's words
     assert text.endswith("### Instruction:\nSay yes.\n### Response: no\n\n### Response:")
     assert TOKENIZER.decode(row.response[:-1]) == " yes"
     assert row.response[-1] == TOKENIZER.eos_token_id
@@ -38,6 +40,13 @@ def test_a_long_row_loses_the_end_of_its_instruction_never_its_answer():
     assert TOKENIZER.decode(row.response[:-1]) == " yes"
 
 
+def test_a_row_that_just_fits_loses_nothing():
+    (whole,) = tokens.encode(TOKENIZER, [ROW], "short", 100, 16)
+    assert tokens.encode(TOKENIZER, [ROW], "short", whole.length, 16) == [whole] and not whole.truncated
+    (cut,) = tokens.encode(TOKENIZER, [ROW], "short", whole.length - 1, 16)
+    assert cut.truncated and cut.length == whole.length - 1
+
+
 def test_a_prompt_to_answer_is_the_same_whatever_it_is_compared_with():
     rows = [Row("x" * 500, answer, "t") for answer in ("", "yes", "y" * 50)]
     prompts = [row.prompt for row in tokens.encode(TOKENIZER, rows, "short", 100, 16, to_answer=True)]
@@ -48,6 +57,9 @@ def test_a_long_answer_is_cut_and_does_not_learn_to_stop_there():
     (row,) = tokens.encode(TOKENIZER, [Row("x", "y" * 50, "t")], "short", 100, 16)
     assert len(row.response) == 16 and row.truncated
     assert TOKENIZER.eos_token_id not in row.response
+    for room, ends in ((4, False), (5, True)):  # of " yes" all but the end token fits; that, too
+        (row,) = tokens.encode(TOKENIZER, [ROW], "short", 100, room)
+        assert (row.response[-1] == TOKENIZER.eos_token_id, row.truncated) == (ends, not ends)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -114,6 +126,9 @@ def test_a_model_without_a_chat_template_that_works_is_bad_input(chat):
 def test_no_room_for_the_instruction_is_bad_input():
     with pytest.raises(UserError, match="--max-length to at least"):
         tokens.encode(TOKENIZER, [ROW], "alpaca", 100, 64)
+    with pytest.raises(UserError, match="raise --max-length to at least 31$"):
+        tokens.encode(TOKENIZER, [ROW], "short", 30, 16)
+    assert len(tokens.encode(TOKENIZER, [ROW], "short", 31, 16, to_answer=True)[0].prompt) == 15
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -220,10 +235,26 @@ def test_tasks_that_a_mixture_gives_to_newcomers_alone_or_to_nobody_are_no_found
     assert min(seen)[0] < 4 and any(first < every for every, first in seen)
 
 
+def test_neighbouring_tasks_are_those_that_rows_name_one_after_the_other():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    data = data._replace(train=data.train[::-1])
+    order = list(dict.fromkeys(row.task for row in data.train))
+    split = scenarios.partition(data, dealt_as("dual", 4), 0)
+    assert split.tasks == order
+    assert {data.train[i].task for i in split.clients[3].train} == {order[3], order[0]}
+
+
 def test_the_largest_remainders_of_a_mixture_are_rounded_up():
     rows = [Row("", "", task) for task in "ab" for _ in range(10)]
     (hand,) = scenarios.deal_shares(rows, ["a", "b"], np.array([[0.89, 0.11]]), 10, np.random.default_rng(0))
     assert Counter(rows[i].task for i in hand) == {"a": 9, "b": 1}
+
+
+def test_a_task_that_runs_out_is_shared_by_what_was_wanted():
+    rows = [Row("", "", "a")] * 6 + [Row("", "", "b")] * 20
+    shares = np.array([[0.9, 0.1], [0.3, 0.7]])
+    hands = scenarios.deal_shares(rows, ["a", "b"], shares, 10, np.random.default_rng(0))
+    assert [Counter(rows[i].task for i in hand) for hand in hands] == [{"a": 4, "b": 1}, {"a": 1, "b": 7}]
 
 
 def test_natural_clients_keep_their_own_rows():
@@ -303,6 +334,17 @@ def test_balanced_tests_hold_every_label_equally_often(scenario):
         assert len(held) == len(set(held))
     assert sum(data.test[i].task == task for i in even.mix) == 2  # of twelve, four tasks, an even number
     assert Counter(data.test[i].task for i in plain.mix)[task] == 3
+
+
+def test_a_task_is_balanced_that_has_few_labels_and_a_share_that_holds_each():
+    def answers(labels, cap):
+        rows = [Row("", str(label), "t") for label in range(labels) for _ in range(5 + label)]
+        (hand,) = scenarios.deal(rows, {"t": [0]}, cap, 1, np.random.default_rng(0), balanced=True)
+        return Counter(rows[i].output for i in hand)
+
+    assert set(answers(8, 16).values()) == {2} and len(answers(8, 16)) == 8
+    assert answers(8, 7).total() == 7
+    assert answers(9, 18).total() == 18 and set(answers(9, 18).values()) != {2}
 
 
 def test_a_task_without_test_rows_is_not_asked_for():
@@ -400,7 +442,7 @@ def test_partial_participation_draws_other_clients_each_round_and_reaches_all():
     config = schedule.RoundConfig(participation=0.4)
     drawn = [schedule.lanes(np.ones((10, 1), int), t, config, 0).client.tolist() for t in range(1, 21)]
     assert all(len(set(clients)) == 4 for clients in drawn)
-    assert set().union(*map(set, drawn)) == set(range(10)) and len(set(map(tuple, drawn))) > 10
+    assert set().union(*map(set, drawn)) == set(range(10)) and len(set(map(tuple, drawn))) > 15
 
 
 def test_rows_come_once_each_before_any_comes_twice():
@@ -442,8 +484,11 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
     assert packing.shape([rows] * 4, size=2, together=1) == (128, 32)  # two rows of 48 in 128; 192 would waste more
     long = [tokens.Tokens([1] * 700, [2] * 300, False)]
     assert packing.shape([rows, long], 2, 2) == (1024, 432)
+    short = [tokens.Tokens([1] * 40, [2], False)] * 20 + [tokens.Tokens([1] * 4, [2] * 60, False)]
+    assert packing.shape([short], 2, 1)[1] >= 60  # the longest answer, too
     assert packing.packs_of_steps([rows] * 4, 2, 4, time, predicted, 3) == [1, 1, 1]
     assert packing.packs_of_steps([rows] * 4, 3, 4, time, predicted, 2) == [2, 2]  # twelve rows, eight to a pack
+    assert packing.packs_of_steps([rows] * 4, 8, 1, time, predicted, 2) == [1, 1]  # those of one client
 
 
 @pytest.mark.parametrize(
@@ -459,6 +504,13 @@ def test_the_pack_is_the_length_that_wastes_least_and_always_holds_the_longest_r
 )
 def test_packs_go_together_in_numbers_that_leave_few_of_them_empty(counts, most, best):
     assert packing.packs_of_a_turn(counts, most) == best
+
+
+def test_one_row_of_each_task_is_enough():
+    data = synthetic.make(train_per_task=40, test_per_task=20)
+    config = replace(dealt_as("dual", 4), train_rows=2, test_rows=2, mix_rows=4)
+    split = scenarios.partition(data, config, 0)
+    assert len(split.mix) == 4 and all(len(rows) == 2 for client in split.clients for rows in client)
 
 
 def test_every_task_is_in_the_mix_and_trained():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fedrouter_jax.data import sources, synthetic
-from fedrouter_jax.data.rows import Dataset, Row
+from fedrouter_jax.data.rows import Dataset, Row, digest
 from fedrouter_jax.errors import UserError
 
 ROWS = [
@@ -66,6 +66,21 @@ def test_test_split_wins_over_validation_and_formats_may_differ(tmp_path):
     write(tmp_path / "val.csv", ROWS[3:4])
     write(tmp_path / "valid.csv", ROWS[4:])
     assert sources.load(str(tmp_path)).test == (ROWS[4],)
+    (tmp_path / "valid.csv").unlink()
+    write(tmp_path / "dev.csv", ROWS[4:])
+    assert sources.load(str(tmp_path)).test == (ROWS[3],)
+
+
+def test_a_field_of_a_csv_may_be_long(tmp_path):
+    rows = (Row("x" * 200_000, "y", ""),)  # more than Python's reader takes unasked
+    assert sources.read(write(tmp_path / "data.csv", rows)) == rows
+
+
+def test_a_digest_is_of_all_rows_and_their_clients():
+    rows = [Row("a", "b", "t"), Row("c", "d", "t")]
+    named = [row._replace(client="x") for row in rows]
+    splits = [(rows, rows), (rows[:1], rows), (rows, rows[:1]), (rows, rows[::-1]), (named, rows), (rows, named)]
+    assert len({digest(Dataset(*parts, "any", False)) for parts in splits}) == len(splits)
 
 
 @pytest.mark.parametrize("suffix", sources.SUFFIXES)
@@ -119,6 +134,7 @@ def test_one_file_split_is_a_partition_by_seed(tmp_path):
 def test_split_is_the_same_on_every_platform():
     rows = tuple(Row(str(i), "x", "") for i in range(10))
     assert [row.instruction for row in sources.split(rows, 0.3, 0, "")[1]] == ["0", "6", "8"]
+    assert len(sources.split(rows, 0.26, 0, "")[1]) == 3  # the nearest number
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])

@@ -141,6 +141,37 @@ def test_fedprox_is_pulled_back_all_the_way(federation):
     assert distance(100.0) < 0.2 * distance(0.0)
 
 
+def test_fedprox_pulls_by_mu_times_the_distance(federation, monkeypatch):
+    """Two steps of plain descent on a loss of constant slope: the second is shorter by rate times mu."""
+    monkeypatch.setattr(client.optax, "adamw", lambda rate, weight_decay: client.optax.sgd(rate))
+    slope = lambda *given: sum(jax.vmap(jnp.sum)(leaf) for leaf in jax.tree.leaves(given[3]))  # noqa: E731
+    monkeypatch.setattr(client, "response_losses", slope)
+    work, batch = inputs(federation, 1)
+    asked = jax.tree.map(lambda leaf: leaf[:1], fedit().ask(begin(federation, fedit()), work))
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+
+    def moved(proximal):
+        local = dataclasses.replace(LOCAL, clip=1e9, proximal=proximal)
+        update = jax.jit(client.make_client_update(federation.model.config, LORA, local))
+        after = update(federation.model.params, asked, rows, 0.5, jax.random.split(KEY, 1), one_phase(1, 1))[0]
+        return jax.tree.map(jnp.subtract, after, asked)
+
+    first, second = 1 / 2, (1 - 0.5 * 0.4) / 2
+    assert_close(moved(0.4), jax.tree.map(lambda leaf: leaf * (first + second), moved(0.0)))
+
+
+def test_the_last_phase_takes_the_steps_that_are_left_over(federation, monkeypatch):
+    """Of seven steps two each, and three; a loss that says how much the phase's adapter counts."""
+    monkeypatch.setattr(client, "response_losses", lambda *given: given[4]["main"] * jnp.ones(1))
+    update = jax.jit(client.make_client_update(federation.model.config, LORA, LOCAL))
+    work, batch = inputs(federation, 1)
+    adapters = jax.tree.map(lambda leaf: leaf[:1], fedit().ask(begin(federation, fedit()), work))
+    seven = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 7, axis=0), batch)
+    phases = tuple(one_phase(1, 1)[0]._replace(weights={"main": weight}) for weight in (1.0, 2.0, 3.0))
+    loss = update(federation.model.params, adapters, seven, 0.0, jax.random.split(KEY, 1), phases)[1].loss[0]
+    np.testing.assert_allclose(loss / loss[0], [1, 1, 2, 2, 3, 3, 3], rtol=1e-5)
+
+
 def test_momentum_is_fedavgm():
     """Hsu et al.: m <- 0.9 m + d, a step of rate m."""
     server, rng = server_lib.optimiser("momentum", 0.5), np.random.default_rng(0)
@@ -165,6 +196,13 @@ def test_a_slot_that_did_not_move_keeps_its_optimisers_state(name):
     for new, old in zip(*map(jax.tree.leaves, (states, last)), strict=True):
         np.testing.assert_array_equal(new[1], old[1])
         assert (new[0] != old[0]).all()
+
+
+def test_a_slot_that_moved_in_one_number_moves_by_the_servers_optimiser():
+    server, before = server_lib.optimiser("momentum", 0.5), {"main": jnp.zeros((2, 3))}
+    states = server_lib.init(server, {"main": "shared"}, before)
+    after, _ = server_lib.step(server, {"main": "shared"}, before, {"main": before["main"].at[0, 1].set(1.0)}, states)
+    assert after["main"].tolist() == [[0, 0.5, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])

@@ -157,6 +157,33 @@ def test_the_kernel_of_a_gpu_gives_what_ours_does(monkeypatch, window):
 
 
 @pytest.mark.parametrize(
+    ("capability", "known"), [("", False), ("gfx942", False), ("7.5", False), ("8.0", True), ("12.1", True)]
+)
+def test_the_kernel_of_a_gpu_wants_a_device_that_has_it(capability, known, monkeypatch):
+    monkeypatch.setattr(attention, "compute_capability", lambda: capability)
+    assert attention.by_cudnn() == known
+
+
+@pytest.mark.parametrize(
+    ("dtype", "time", "size", "fits"),
+    [
+        ("bfloat16", 16, 8, True),
+        ("bfloat16", 16, 128, True),
+        ("float32", 16, 8, False),
+        ("bfloat16", 12, 8, False),
+        ("bfloat16", 16, 4, False),
+        ("bfloat16", 16, 136, False),
+    ],
+)
+def test_the_kernel_of_a_gpu_gets_what_it_can_take(dtype, time, size, fits, monkeypatch):
+    monkeypatch.setattr(attention, "by_cudnn", lambda: True)
+    monkeypatch.setattr(attention, "_fused", lambda q, k, v, mask: jnp.full(q.shape, 7))
+    monkeypatch.setattr(attention, "_attention", lambda q, k, v, mask: q)
+    q, kv = jnp.zeros((1, time, 2, size), dtype), jnp.zeros((1, time, 1, size), dtype)
+    assert (attention.attend(q, kv, kv, None) == 7).all() == fits
+
+
+@pytest.mark.parametrize(
     ("config", "gates"),
     list(zip(KINDS.values(), ("none", "shared", "per row"), strict=True)),
     ids=KINDS,
@@ -226,6 +253,21 @@ def test_prompts_of_several_pages_are_read_where_they_lie():
     _, cache = filled(BASE, params, tokens[:, :-1], lengths, 3 * size)
     hidden, _ = models.decode_step(BASE, params, tokens[jnp.arange(2), lengths], cache)
     close(hidden, full[jnp.arange(2), lengths])
+
+
+def test_scores_far_above_their_own_do_not_overflow():
+    """A key of the prompt, and one of the answer, that a token scores hundreds above itself: exp would be infinite."""
+    params, tokens = make_params(BASE), make_tokens(2, 8)
+    loud = {"kernel": 600 * params["blocks"]["q_proj"]["kernel"]}
+    params = {**params, "blocks": {**params["blocks"], "q_proj": loud}}
+    full = run(BASE, params, tokens)
+    assert np.isfinite(full).all()
+    _, cache = filled(BASE, params, tokens[:, :5], [5, 3], 8, 6)
+    step = jax.jit(models.decode_step, static_argnums=0)
+    for number in range(3):
+        at = jnp.array([5, 3]) + number
+        hidden, cache = step(BASE, params, tokens[jnp.arange(2), at], cache)
+        close(hidden, full[jnp.arange(2), at], 1e-3)
 
 
 def test_what_a_free_page_held_is_not_seen():
@@ -443,6 +485,18 @@ def test_mixed_precision_rounds_operands_and_keeps_float32():
         assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_of_rounded_operands_are_summed_in_float32(axis):
+    """Forward and back; a result in bfloat16 would be off by a thousandth."""
+    rng = np.random.default_rng(0)
+    x, slope = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 64), (4, 8)))
+    weight = jnp.asarray(rng.normal(size=(64, 8)), jnp.bfloat16)
+    found, back = jax.vjp(lambda x: matrices.rounded_product(x, weight if axis == 0 else weight.T, axis), x)
+    wide = lambda part: np.asarray(part.astype(jnp.bfloat16), np.float32)  # noqa: E731
+    close(found, wide(x) @ wide(weight))
+    close(back(slope)[0], wide(slope) @ wide(weight).T)
+
+
 def test_bits_are_the_matrices_they_stand_for():
     params, tokens, lora = rounded(make_params(BASE)), make_tokens(2, 9), make_lora(BASE)
     bits = matrices.as_bits(params)
@@ -461,7 +515,9 @@ def test_bits_are_the_matrices_they_stand_for():
     jax.tree.map(partial(close, tolerance=1e-3), everything(bits), everything(params))
 
 
-def test_the_norms_gradient_is_that_of_its_formula():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_norms_gradient_is_that_of_its_formula(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # a device's own way to the sum
     rng = np.random.default_rng(0)
     x, scale, weights = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 7, 32), (32,), (2, 7, 32)))
     formula = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 0.1) * scale  # noqa: E731
@@ -509,10 +565,27 @@ def test_init_params_match_the_declared_shapes():
         assert params["blocks"][module]["kernel"].shape == (config.layers, *shape)
 
 
+def test_fresh_matrices_are_normal_and_each_its_own_biases_zero_and_norms_one():
+    params = models.init_params(KINDS["biased, normed, wide heads"], jax.random.key(0), "bfloat16")
+    firsts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key in matrices.MATRICES:
+            assert 0.018 < float(jnp.std(leaf.astype(jnp.float32))) < 0.022
+            firsts.append(float(leaf.ravel()[0]))
+        else:
+            assert (leaf == (0 if path[-1].key == "bias" else 1)).all()
+    assert len(set(firsts)) == len(firsts) == len(models.MODULES) + 2
+
+
 def test_bad_input_is_one_line():
     params, tokens = models.init_params(BASE, jax.random.key(0)), make_tokens(1, 4)
     stray = LoRA({"lm_head": jnp.zeros((3, 32, 2))}, {"lm_head": jnp.zeros((3, 2, 97))})
     with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], lora=stray)
+    cache, ones = empty(BASE, 1, 4, 1, jnp.float32), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
+        models.prefill(BASE, params, tokens, jnp.arange(4)[None], ones, ones - 1, cache, stray)
+    with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
+        models.decode_step(BASE, params, tokens[:, 0], cache, stray)
     with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)

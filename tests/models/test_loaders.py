@@ -1,8 +1,10 @@
 """Loading: every family against transformers, GGUF against its own writer, and one clear line for bad files."""
 
+import dataclasses
 import json
 import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
@@ -159,7 +162,9 @@ def test_the_old_spelling_of_rope_is_the_same(tmp_path):
 def test_a_tied_model_may_store_its_head_too(tmp_path):
     torch_model("Llama", {"tie_word_embeddings": True}, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    more = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)  # older folders store these as well
+    save_file(tensors | more, tmp_path / "model.safetensors")
     config, params = hf.load_folder(tmp_path, "float32")
     assert config.tied and "head" not in params
 
@@ -169,6 +174,24 @@ def test_mistral_has_a_window_where_its_config_names_none(tmp_path):
     found = json.loads((tmp_path / "config.json").read_text())
     del found["sliding_window"]
     assert configs.from_hf(found).sliding_window == 4096  # as in transformers
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in configs.FAMILIES),
+        ("qwen2", {"max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+    ],
+)
+def test_what_a_config_does_not_say_is_what_transformers_takes(family, options):
+    bare = {**{key: size for key, size in SMALL.items() if size}, **options}
+    ours, theirs = configs.from_hf({"model_type": family, **bare}), AutoConfig.for_model(family, **bare).to_dict()
+    assert (ours.norm_eps, ours.tied) == (theirs["rms_norm_eps"], theirs["tie_word_embeddings"])
+    assert ours.rope_theta == theirs["rope_parameters"]["rope_theta"] and ours.rope_scaling is None
+    full = "full_attention" in theirs.get("layer_types", ())
+    assert ours.sliding_window == (None if full else theirs.get("sliding_window"))
 
 
 def test_shards_and_bfloat16_files(tmp_path):
@@ -186,12 +209,43 @@ def test_shards_and_bfloat16_files(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
 
 
+def test_shards_lie_in_the_folder_and_are_read_where_there_is_no_whole_file(tmp_path):
+    index, outside = tmp_path / "folder" / "model.safetensors.index.json", tmp_path / "shard.safetensors"
+    index.parent.mkdir()
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": f"../{outside.name}"}}))
+    outside.touch()
+    with pytest.raises(UserError, match="folder/shard.safetensors does not exist"):
+        hf.weight_files(index.parent)
+    whole = index.parent / "model.safetensors"
+    whole.touch()
+    assert hf.weight_files(index.parent) == [whole]
+
+
+def test_the_fingerprint_is_of_every_weight_file(tmp_path):
+    files, found = [tmp_path / "1", tmp_path / "2"], set()
+    for texts in (("a", "b"), ("a", "c"), ("d", "c")):
+        for path, text in zip(files, texts, strict=True):
+            path.write_text(text)
+        found.add(load._sha256(files))
+    assert len(found) == 3
+
+
 def test_load_model_from_a_folder(llama):
     model = models.load_model(str(llama))
     assert model.name == model.base_name == str(llama) and len(model.fingerprint) == 64
     assert model.tokenizer.decode(model.tokenizer("abc")["input_ids"]) == "abc"
     assert models.load_model(str(llama), "bfloat16").params["norm"].dtype == jnp.bfloat16
     assert models.load_model(str(llama)).fingerprint == model.fingerprint
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(broken, tmp_path):
+    (broken / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    path = broken / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+        models.load_model(str(broken))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_id_is_found_in_the_cache_without_network(llama, tmp_path, monkeypatch):
@@ -209,6 +263,15 @@ def test_a_hub_id_is_found_in_the_cache_without_network(llama, tmp_path, monkeyp
         models.load_model("no/valid/id")
 
 
+def test_no_pickled_weights_and_nothing_below_the_folder_is_fetched(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(hf, "snapshot_download", lambda name, **options: asked.update(options) or "folder")
+    hf.download("someone/small")
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    others = ["pytorch_model.bin", "model.pt", "consolidated.safetensors", "original/params.json", "README.md"]
+    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
+
+
 def test_the_tiny_model_is_the_same_every_time():
     one, two = models.load_model("tiny"), models.load_model("tiny")
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
@@ -217,6 +280,13 @@ def test_the_tiny_model_is_the_same_every_time():
     ids = one.tokenizer(text)["input_ids"]
     assert one.tokenizer.decode(ids) == text and ids[-1] == one.tokenizer.eos_token_id == one.tokenizer.pad_token_id
     assert len(ids) == len(text.removesuffix("<|end|>").encode()) + 1
+
+
+def test_the_end_token_may_be_number_zero(monkeypatch):
+    """As that of SmolLM2's base is."""
+    found = models.load_model("tiny")._replace(tokenizer=SimpleNamespace(eos_token_id=0))
+    monkeypatch.setattr(load, "_load", lambda name, dtype: found)
+    assert models.load_model("any").tokenizer is found.tokenizer
 
 
 CONFIG_ERRORS = {
@@ -228,6 +298,7 @@ CONFIG_ERRORS = {
         "without its parameter 'original_max_position_embeddings'",
     ),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "partial by rope": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     "bias": ({"attention_bias": True}, "attention_bias true"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias true"),
     "activation": ({"hidden_act": "gelu"}, "activation 'gelu'"),
@@ -235,11 +306,16 @@ CONFIG_ERRORS = {
     "no width": ({"hidden_size": None}, "lacks or garbles a field of the llama family"),
     "no heads": ({"num_attention_heads": 0}, "lacks or garbles a field of the llama family"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "share 3 of keys and values"),
+    "odd heads": ({"head_dim": 7}, "4 heads of 7 numbers share 2 .*an even head"),
     "no window": ({"model_type": "mistral", "sliding_window": -5}, "sliding_window is -5; expected 1 to 2147483647"),
     "endless positions": ({"max_position_embeddings": 1e999}, "lacks or garbles .*: cannot convert float infinity"),
     "endless rope": ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 1e999}}, "float infinity"),
     "no layers": ({"num_hidden_layers": -1}, "layers is -1; expected 1 to 2147483647"),
     "too wide": ({"hidden_size": 1e300}, r"width is 1e\+300; expected 1 to 2147483647"),
+    "endless theta": (
+        {"rope_parameters": {"rope_theta": 1e999}},
+        "rope theta is inf .*; expected a finite number",
+    ),
     "theta of zero": ({"rope_parameters": {"rope_theta": 0}}, "rope theta is 0.0 .*; expected a finite number above"),
     "epsilon not a number": ({"rms_norm_eps": float("nan")}, "epsilon nan; expected"),
     "rope a list": ({"rope_parameters": None, "rope_scaling": ["x"]}, "lacks or garbles"),
@@ -299,6 +375,9 @@ def break_weights(broken, kind):
         weights.write_bytes(b"")
     elif kind == "missing tensor":
         save_file({k: v for k, v in load_file(weights).items() if k != "model.norm.weight"}, weights)
+    elif kind == "transposed tensor":
+        turned = {k: v.T.copy() if "up_proj" in k else v for k, v in load_file(weights).items()}
+        save_file(turned, weights)
     elif kind == "integers":
         save_file({k: v.astype(np.int32) for k, v in load_file(weights).items()}, weights)
     elif kind == "not finite":
@@ -339,6 +418,7 @@ FILE_ERRORS = {
     "truncated": "model.safetensors is truncated",
     "empty": "model.safetensors is truncated",
     "missing tensor": "lack the tensor model.norm.weight",
+    "transposed tensor": r"up_proj.weight has shape \[32, 48\]; expected \[48, 32\]",
     "integers": "is of type I32; expected one of F32",
     "not finite": r"has weights that are no finite numbers \(in blocks.down_proj.kernel\)",
     "another head": "ties the head to the embedding, but the weights hold two different ones",
@@ -422,6 +502,20 @@ def test_gguf_logits_equal_transformers(family, name, options, tmp_path):
     np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
+def test_gguf_metadata_may_say_more_or_less(tmp_path, monkeypatch):
+    """What is left out is as in llama.cpp; a window and a vocabulary's size, as converters write them, are taken."""
+    write_gguf(tmp_path / "m.gguf", torch_model("Llama", {"rope_parameters": {"rope_theta": 500.0}}))
+    monkeypatch.setattr(load, "_gguf_tokenizer", lambda path, fingerprint: models.tiny_tokenizer())
+    assert models.load_model(str(tmp_path / "m.gguf")).base_name == "m"
+    whole = gguf._metadata(gguf._open(tmp_path / "m.gguf"))
+    named = configs.from_gguf(whole)
+    assert (named.rope_theta, named.kv_heads, named.vocab_size, named.sliding_window) == (500.0, 2, 257, None)
+    assert (named.max_positions, named.norm_eps) == (128, pytest.approx(1e-6))
+    bare = {k: v for k, v in whole.items() if k not in ("llama.rope.freq_base", "llama.attention.head_count_kv")}
+    more = configs.from_gguf(bare | {"llama.attention.sliding_window": 7, "llama.vocab_size": 300})
+    assert more == dataclasses.replace(named, rope_theta=1e4, kv_heads=4, vocab_size=300, sliding_window=7)
+
+
 def test_gguf_errors(tmp_path, monkeypatch):
     model, path = torch_model("Llama", {}), tmp_path / "m.gguf"
     write_gguf(path, model)
@@ -446,9 +540,19 @@ def test_gguf_errors(tmp_path, monkeypatch):
             configs.from_gguf(metadata | {key: 4.0})
     with pytest.raises(UserError, match="garbles a field of the llama family: cannot convert float infinity"):
         configs.from_gguf(metadata | {"llama.block_count": float("inf")})
+    with pytest.raises(UserError, match="scales the llama rope frequencies"):  # as Llama 3.1 does, by a tensor
+        configs.from_gguf(metadata | {"tensors": metadata["tensors"] | {"rope_freqs.weight"}})
+    with pytest.raises(UserError, match="is a mixture of experts; expected a dense decoder"):
+        configs.from_gguf(metadata | {"llama.expert_count": 8})
+    with pytest.raises(UserError, match="rope.dimension_count is not the head dimension 8"):
+        configs.from_gguf(metadata | {"llama.rope.dimension_count": 4})
     heads = dict.fromkeys(("llama.attention.head_count", "llama.attention.head_count_kv"), 3)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has shape \[32, 32\]; expected \[24, 32\]"):
         patch.setattr(gguf, "_metadata", lambda reader: metadata | heads)
+        gguf.load_gguf(path, "float32")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="token_embd.weight is of type Q8_0, not supp"):
+        patch.setattr(gguf, "_metadata", lambda reader: metadata)
+        patch.setattr(gguf, "dequantize", lambda data, kind: (_ for _ in ()).throw(NotImplementedError))
         gguf.load_gguf(path, "float32")
     writer = GGUFWriter(path, "gemma")
     writer.write_header_to_file()
@@ -456,6 +560,15 @@ def test_gguf_errors(tmp_path, monkeypatch):
     writer.close()
     with pytest.raises(UserError, match="'gemma'; expected one of llama, qwen2, qwen3"):
         gguf.load_gguf(path, "float32")
+
+
+def test_a_kept_tokenizer_is_known_by_what_its_file_holds(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setenv("FEDROUTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda path: read.append(path) or models.tiny_tokenizer())
+    for fingerprint, times in (("0", 1), ("0", 1), ("1", 2)):
+        load._gguf_tokenizer(tmp_path / "m.gguf", fingerprint)
+        assert len(read) == times
 
 
 def test_a_tokenizer_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
