@@ -40,7 +40,8 @@ class DecoderConfig:
     mlp_width: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | tuple[float, ...] | None = None
+    """How rotary frequencies are slowed: by a rule, or each by a number of its own, as GGUF files have it."""
     max_positions: int = 2048
     tied: bool = True
     """The head is the embedding, transposed."""
@@ -214,6 +215,7 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
 def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
     """The decoder that GGUF metadata describes: `{key: value}`, with the tensor names under the key "tensors".
 
+    What is in the tensor "rope_freqs.weight" of Llama 3.1 and later, where there is one, is under the key "rope_freqs".
     Raises `UserError` for an architecture or a rope scaling not supported.
     """
     name = metadata.get("general.architecture")
@@ -222,8 +224,11 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
     scaled = metadata.get(f"{name}.rope.scaling.type", "none") != "none" or any(
         metadata.get(key, 0) not in (0, 1) for key in factors
     )
-    if scaled or "rope_freqs.weight" in metadata["tensors"]:
-        raise UserError(f"the GGUF file scales the {name} rope frequencies; expected none: load the safetensors folder")
+    if scaled:
+        raise UserError(
+            f"the GGUF file scales the {name} rope frequencies by a rule; expected none, or a tensor rope_freqs: load "
+            "the safetensors folder"
+        )
     if f"{name}.expert_count" in metadata:
         raise UserError("the GGUF file is a mixture of experts; expected a dense decoder")
     try:
@@ -232,6 +237,9 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
         head_dim = int(metadata.get(f"{name}.attention.key_length", width // heads))
         if int(metadata.get(f"{name}.rope.dimension_count", head_dim)) != head_dim:
             raise ValueError(f"rope.dimension_count is not the head dimension {head_dim}")
+        slowed = metadata.get("rope_freqs")
+        if slowed is not None and (len(slowed) != head_dim // 2 or not all(0 < by < math.inf for by in slowed)):
+            raise ValueError(f"rope_freqs.weight is not {head_dim // 2} finite numbers above 0")
         config = DecoderConfig(
             vocab_size=int(vocabulary),
             width=width,
@@ -242,6 +250,7 @@ def from_gguf(metadata: dict[str, Any]) -> DecoderConfig:
             mlp_width=int(metadata[f"{name}.feed_forward_length"]),
             norm_eps=float(metadata[f"{name}.attention.layer_norm_rms_epsilon"]),
             rope_theta=float(metadata.get(f"{name}.rope.freq_base", 10000.0)),
+            rope_scaling=slowed,
             max_positions=int(metadata[f"{name}.context_length"]),
             tied="output.weight" not in metadata["tensors"],
             qkv_bias=family.qkv_bias,

@@ -39,7 +39,9 @@ _recompute = partial(jax.checkpoint, prevent_cse=False)
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     """Angular frequency of each pair of head dimensions, in radians per position: float32 [head_dim / 2]."""
     frequencies = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, tuple):
+        frequencies = frequencies / np.array(config.rope_scaling, np.float32)
+    elif config.rope_scaling is not None:
         # Llama 3.1: wavelengths beyond the original context are stretched, short ones kept, a ramp between.
         s = config.rope_scaling
         turns = s.original_max_positions * frequencies / (2 * np.pi)

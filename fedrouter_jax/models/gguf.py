@@ -24,6 +24,7 @@ from fedrouter_jax.types import PyTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_ROPE = "rope_freqs.weight"  # what Llama 3.1 and later divide their rotary frequencies by
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -75,7 +76,9 @@ def _metadata(reader: GGUFReader) -> dict[str, Any]:
         for key, field in reader.fields.items()
         if key.startswith((keep[0], f"{name}.", keep[1]))
     }
-    return {**metadata, "tensors": {tensor.name for tensor in reader.tensors}}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    slowed = tuple(map(float, tensors[_ROPE])) if _ROPE in tensors else None
+    return {**metadata, "tensors": set(tensors), "rope_freqs": slowed}
 
 
 def gguf_config(path: Path) -> DecoderConfig:
@@ -90,7 +93,7 @@ def load_gguf(path: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
     Raises `UserError` for a file that is missing, truncated, not GGUF, or of a kind not supported.
     """
     reader = _open(path)
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors if tensor.name != _ROPE}
     metadata = _metadata(reader)
     with named(path):
         config = from_gguf(metadata)

@@ -457,6 +457,10 @@ def write_gguf(path, model, family="llama", **metadata):
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    if c.rope_parameters["rope_type"] == "llama3":
+        slowed = model.model.rotary_emb.inv_freq.numpy()
+        even = np.arange(0, 2 * len(slowed), 2, dtype=np.float32) / (2 * len(slowed))
+        writer.add_tensor("rope_freqs.weight", c.rope_parameters["rope_theta"] ** -even / slowed)
     if getattr(c, "head_dim", None):
         writer.add_key_length(c.head_dim)
     for key, value in metadata.items():
@@ -487,6 +491,7 @@ def write_gguf(path, model, family="llama", **metadata):
     [
         ("Llama", "llama", {"tie_word_embeddings": True}),
         ("Llama", "llama", {}),
+        ("Llama", "llama", {"rope_parameters": LLAMA3}),
         ("Qwen2", "qwen2", {}),
         ("Qwen3", "qwen3", {"head_dim": 16}),
     ],
@@ -540,8 +545,9 @@ def test_gguf_errors(tmp_path, monkeypatch):
             configs.from_gguf(metadata | {key: 4.0})
     with pytest.raises(UserError, match="garbles a field of the llama family: cannot convert float infinity"):
         configs.from_gguf(metadata | {"llama.block_count": float("inf")})
-    with pytest.raises(UserError, match="scales the llama rope frequencies"):  # as Llama 3.1 does, by a tensor
-        configs.from_gguf(metadata | {"tensors": metadata["tensors"] | {"rope_freqs.weight"}})
+    for slowed in ((1.0,) * 3, (1.0,) * 5, (1.0, 2.0, 0.0, 4.0), (1.0, 2.0, float("nan"), 4.0)):
+        with pytest.raises(UserError, match="rope_freqs.weight is not 4 finite numbers above 0"):
+            configs.from_gguf(metadata | {"rope_freqs": slowed})
     with pytest.raises(UserError, match="is a mixture of experts; expected a dense decoder"):
         configs.from_gguf(metadata | {"llama.expert_count": 8})
     with pytest.raises(UserError, match="rope.dimension_count is not the head dimension 8"):
