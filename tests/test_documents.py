@@ -1,0 +1,252 @@
+"""README and docs/results.md say what the committed JSON says, and the committed tables are made from it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import (
+    bench,
+    clustering_figures,
+    growth,
+    limit,
+    profiled,
+    startup,
+    studies,
+    summaries,
+    table1_tables,
+)
+from experiments.methods import HEADLINE, LABELS
+from fedrouter_jax import records, report
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, BENCH = ROOT / "docs" / "results", ROOT / "docs" / "bench"
+README, SAID = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+
+
+def read(path: Path) -> dict:
+    """A committed JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The runs of Table 1 at the reduced budget."""
+    return summaries.load(RESULTS / "table1" / "runs")
+
+
+def test_the_numbers_of_the_demo_are_those_of_the_committed_runs():
+    """README and docs/results.md, against docs/results/demo."""
+    rows = records.rows_of(records.read_all(sorted((RESULTS / "demo").glob("fed*"))))
+    assert [len(row.runs) for row in rows] == [5, 5, 5]
+    for row in rows:
+        for part in (0, 1):
+            found = records.scores(row, part, "rouge1", "mean")
+            mean, deviation = f"{np.mean(found):.3f}", f"{np.std(found, ddof=1):.3f}"
+            assert f"{mean} ± {deviation}" in README
+            if not row.base:
+                assert f"{mean[1:]} ± {deviation[1:]}" in SAID
+                assert " | ".join(f"{value:.3f}"[1:] for value in found) in SAID
+
+
+def test_older_runs_that_the_docs_name_can_still_be_reported():
+    """docs/results.md: `fedrouter report docs/results/flan4-dual-cpu/*`; they were scored before exact match was."""
+    runs = records.read_all(sorted((RESULTS / "flan4-dual-cpu").iterdir()))
+    assert [run.config.strategy for run in runs] == ["fedit", "fedrouter"]
+    (scores, *_) = report.tables(records.rows_of(runs))
+    assert [cells[3] for cells in scores.cells] == ["0.138", "0.359", "0.434"]
+
+
+def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
+    """docs/results.md: mean and standard error of FedRouter's rows less FedIT's; a row of the mix counts once."""
+    folder = RESULTS / "flan4-dual-cpu"
+    fedit, ours = (json.loads((folder / name / "row_scores.json").read_text()) for name in ("fedit", "fedrouter"))
+    for part, count, said in (("personalised", 128, "error .{:03d}, 128"), ("generalisation", 48, "(.{:03d}, 48")):
+        assert [row[:2] for row in fedit[part]] == [row[:2] for row in ours[part]]
+        found = {}
+        for (_, row, theirs), (_, _, score) in zip(fedit[part], ours[part], strict=True):
+            found.setdefault(row, score - theirs)
+        differences = list(found.values())
+        assert len(differences) == count
+        error = np.std(differences, ddof=1) / np.sqrt(count)
+        assert f".{round(1000 * np.mean(differences)):03d}" in SAID
+        assert said.format(round(1000 * error)) in SAID
+
+
+@pytest.mark.parametrize("name", ["clustering", "clustering-qwen2.5-coder-0.5b"])
+def test_the_clusters_are_those_of_the_committed_json(name):
+    found = read(RESULTS / name / "clustering.json")
+    assert clustering_figures.table(found) == (RESULTS / name / "clustering.md").read_text(encoding="utf-8")
+    for recipe in ("paper", "refined"):
+        cells, ks = [], []
+        for tasks in ("flan4", "flan8", "all ten"):
+            same = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (tasks, recipe, None)]
+            cells.append(clustering_figures.spread([100 * r["global"] for r in same]))
+            ks.append(", ".join(str(r["found_global"]) for r in same))
+        assert f"`{recipe}`: accuracy, n_g given | {' | '.join(cells)} |" in SAID
+        assert f"`{recipe}`: n_g found, seed by seed | {' | '.join(ks)} |" in SAID
+
+
+@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full"])
+def test_a_table_of_methods_is_that_of_the_committed_runs(name):
+    drawn = table1_tables.markdown(summaries.load(RESULTS / name / "runs"))
+    assert drawn == (RESULTS / name / "table1.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "studies").iterdir() if path.is_dir()))
+def test_a_study_is_that_of_the_committed_runs(name):
+    drawn = studies.markdown(name, summaries.load(RESULTS / "studies" / name))
+    assert drawn == (RESULTS / "studies" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_headline_tables_and_gains_are_those_of_the_runs(runs):
+    full = table1_tables.scores(table1_tables.cells(summaries.load(RESULTS / "table1-full" / "runs")), HEADLINE)
+    assert "\n".join(full) in README
+    headline = table1_tables.scores(table1_tables.cells(runs), HEADLINE)
+    assert "\n".join(headline) in SAID
+    gains = next(line for line in headline if line.startswith("| **fedrouter+, gain")).split("|")[2:-1]
+    for column in (1, 2, 4, 5):  # dual and all
+        gain = gains[column].strip()
+        assert re.sub(r" over \w+ \(\+0(.*) ± 0(.*); .*\)", r" (\1 ± \2)", gain) in SAID and gain.split()[0] in README
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds"),
+    [
+        ("clustered", 20),
+        ("fedlease", 20),
+        ("feddpa-f", 5),
+        ("fedex", 5),
+        ("ifca", 5),
+        ("flora", 5),
+        ("ffalora", 10),
+        ("fedalt", 5),
+        ("fedavgm", 5),
+    ],
+)
+def test_the_leads_in_dual_are_those_of_the_runs(method, seeds, runs):
+    found = table1_tables.cells(runs)
+    cells = [f"| `{method}`"]
+    for part in ("personalised", "generalisation"):
+        ours, theirs = (found["dual", part, name] for name in ("fedrouter+", method))
+        leads = [ours[seed] - theirs[seed] for seed in range(seeds)]
+        scored, lead = (
+            " ± ".join(f"{value:.3f}"[1:] for value in summaries.interval(values))
+            for values in ([theirs[seed] for seed in range(seeds)], leads)
+        )
+        percent = 100 * np.mean(leads) / np.mean([theirs[seed] for seed in range(seeds)])
+        share = f" ({percent:.1f} %)" if part == "personalised" else ""
+        cells += [scored, f"{lead}{share}, in {sum(lead > 0 for lead in leads)} of {seeds}"]
+    assert " | ".join(cells) + " |" in SAID
+
+
+def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
+    by_task = (
+        [studies.by_task(runs[f"dual-{name}-{seed}"], "personalised") for seed in range(20)]
+        for name in ("fedrouter+", "fedlease")
+    )
+    in_words = ([np.mean([each[task] for task in each if task not in LABELS]) for each in same] for same in by_task)
+    mean, half = summaries.interval([mine - other for mine, other in zip(*in_words, strict=True)])
+    assert f"Without QQP it is {mean:.3f} ± {half:.3f} behind".replace("0.", ".") in SAID
+
+
+@pytest.mark.parametrize("folder", [".", "h200"])
+def test_a_bench_is_that_of_its_measurement(folder):
+    found = read(BENCH / folder / "bench.json")
+    assert bench.markdown(found) == (BENCH / folder / "bench.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_speeds_are_those_of_the_bench():
+    speed = (BENCH / "bench.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in speed.splitlines() if line.startswith("| ")]
+    measured = {cells[0]: [cells[1], *cells[3:]] for cells in lines}  # README leaves the first calls out
+    for shown, phase in (
+        ("embed (tokens)", "embed, mixed (tokens)"),
+        ("train a round (tokens)", "train a round, mixed (tokens)"),
+        ("routed generation (tokens)", "routed generation, mixed (tokens)"),
+        ("K-Means (rows; float32)", "K-Means (rows)"),
+        ("all of it, 6 rounds (seconds)", "all of it, mixed, 6 rounds (seconds)"),
+    ):
+        assert " | ".join([f"| {shown}", *measured[phase]]) + " |" in README
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [(".", ", mixed"), ("faster-cores", ", mixed"), ("amx-cores", ", mixed"), ("no-matrix-units", "")],
+)
+def test_the_readmes_ratios_of_a_machine_are_those_of_its_bench(folder, kind):
+    found = read(BENCH / folder / "bench.json")
+    names = ("embed", "train a round", "routed generation")
+    peers = [bench.rates(found["phases"][name]) for name in names]
+    ours = [rate["ours" + kind] for rate in peers]
+    published = [mine / rate["published"] for mine, rate in zip(ours, peers, strict=True)]
+    tuned = [mine / max(rate["best effort"], rate["best effort, bf16"]) for mine, rate in zip(ours, peers, strict=True)]
+    assert "| {:.2f}, {:.2f}, {:.2f} | {:.2f}, {:.2f}, {:.2f} |".format(*published, *tuned) in README
+
+
+def test_the_speeds_on_gpus_are_those_of_the_benches():
+    gpu = BENCH / "h200"
+    found = read(gpu / "bench.json")
+    peers, share = found["phases"], found["useful_share"]
+    ours, layer = (np.median(peers["train a round"]["seconds"][side]) for side in ("ours", "best effort"))
+    assert f"and then {layer:.1f} s a round" in SAID and f"ours, at {ours:.2f} s".replace("0.", ".") in SAID
+    spent = {what: np.median(found) for what, found in read(gpu / "compiled.json")["seconds"].items()}
+    assert "{model:.2f} s; with a layer compiled {layer:.2f}, with nothing {nothing:.2f}".format(**spent) in SAID
+    less = 100 * (1 - spent["model"] / spent["layer"])
+    assert f"{less:.0f} per cent less than the one in the table, where both were timed" in SAID
+    assert f"about {spent['model'] / ours:.0f} times as fast" in SAID
+    useful = "{:.0f} per cent in embedding, {:.0f} in training (a loop over blocks), {:.0f} in reading"
+    assert useful.format(*(100 * share[name] for name in ("embed", "train", "read"))) in SAID
+    ratios = {}
+    for phase in ("embed", "train a round", "routed generation", "read prompts", "K-Means"):
+        rate = bench.rates(peers[phase])
+        ratios[phase] = [rate["ours"] / rate[side] for side in rate if not side.startswith("ours")]
+        for side in {"published", "best effort", "scikit-learn"} & set(rate):
+            assert f"| {rate['ours']:,.0f} |" in SAID and f"| {rate[side]:,.0f} |" in SAID
+            ratio = rate["ours"] / rate[side]
+            assert any(f"**{ratio:.{digits}f}**" in SAID for digits in (0, 1, 2))
+    train, write, embed = (ratios[phase] for phase in ("train a round", "routed generation", "embed"))
+    assert "| embed | {:.1f} | {:.2f} |".format(*embed) in README
+    assert "| train a round | {:.1f} | {:.1f}, compiled layer by layer".format(*train) in README
+    assert "| routed generation | {:.1f} | {:.1f} |".format(*write) in README
+    assert "| K-Means | {:.0f}, scikit-learn".format(*ratios["K-Means"]) in README
+    rate = bench.rates(read(BENCH / "h100" / "bench.json")["phases"]["train a round"])
+    trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
+    assert f"on an H100 (commit 8b6811e) | {trained} |" in SAID
+    for row in read(gpu / "training.json")["rows"]:
+        assert f"{row['tokens_a_second']:,}" in SAID
+
+
+def test_the_speeds_of_a_device_for_each_core_are_those_measured():
+    rates = {"mixed": [], "float32": []}
+    for name in ("one-1", "one-2", "two-1", "two-2"):
+        for row in read(BENCH / "cores" / f"{name}.json")["rows"]:
+            rates[row["dtype"]].append(f"{row['tokens_a_second']:.0f}")
+    mixed = "{} and {} on one, {} and {} on two in mixed precision".format(*rates["mixed"])
+    assert mixed + ", {} and {}, {} and {} in float32".format(*rates["float32"]) in SAID
+
+
+@pytest.mark.parametrize(("name", "script"), [("growth", growth), ("startup", startup)])
+def test_growth_and_start_up_are_those_measured(name, script):
+    assert script.markdown(read(BENCH / f"{name}.json")) == (BENCH / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", ["h100", "profile", "."])
+def test_training_beside_the_limit_is_that_measured(folder):
+    measured = read(BENCH / folder / "limit.json")
+    assert limit.markdown(measured) == (BENCH / folder / "limit.md").read_text(encoding="utf-8")
+    if folder == "h100":
+        for row in measured["rows"]:
+            parts, total = row["profile"], sum(row["profile"].values())
+            times = [
+                f"{100 * parts[kind] / total:.0f}" for kind in (*profiled.KINDS, profiled.REST) if kind != "optimiser"
+            ]
+            cells = f"{row['tokens_a_second']:,.0f} ({100 * row['share']:.0f} %) | {' | '.join(times)}"
+            assert f"| {cells} |" in SAID
+    if folder == ".":
+        shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
+        floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
+        assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in SAID
+        assert "in mixed precision {}, {} and {} of the bfloat16 rate".format(*mixed) in SAID
