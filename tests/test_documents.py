@@ -123,7 +123,10 @@ def test_the_headline_tables_and_gains_are_those_of_the_runs(runs):
         ("flora", 5),
         ("ffalora", 10),
         ("fedalt", 5),
+        ("fedprox", 5),
         ("fedavgm", 5),
+        ("fedadam", 5),
+        ("fedyogi", 5),
     ],
 )
 def test_the_leads_in_dual_are_those_of_the_runs(method, seeds, runs):
@@ -140,6 +143,32 @@ def test_the_leads_in_dual_are_those_of_the_runs(method, seeds, runs):
         share = f" ({percent:.1f} %)" if part == "personalised" else ""
         cells += [scored, f"{lead}{share}, in {sum(lead > 0 for lead in leads)} of {seeds}"]
     assert " | ".join(cells) + " |" in SAID
+
+
+def test_what_is_said_of_the_middle_models_rate_is_what_its_runs_say():
+    found = summaries.load(RESULTS / "studies" / "rate-0.5b")
+
+    def scores(method, rate, seeds, part, metric="rouge1"):
+        return [summaries.score(found[f"{method}-{rate}-{seed}"], part, metric) for seed in range(seeds)]
+
+    def told(values):
+        return " ± ".join(f"{value:.3f}".replace("0.", ".") for value in summaries.interval(values))
+
+    parts = ("personalised", "generalisation")
+    for method, name in (("fedrouter+", "FedRouter+"), ("fedit", "FedIT")):
+        low, high = (
+            " / ".join(told(scores(method, rate, seeds, part)) for part in parts)
+            for rate, seeds in (("0.001", 5), ("0.005", 3))
+        )
+        assert f"{name} {low} for {high}" in SAID
+    leads, losses = (
+        [np.subtract(*(scores(m, "0.001", 5, part, metric) for m in ("fedrouter+", "fedit"))) for part in parts]
+        for metric in ("rouge1", "loss")
+    )
+    assert f"ahead by {told(leads[0])} / {told(leads[1])}, in three and five of five seeds" in SAID
+    assert [sum(lead > 0) for lead in leads] == [3, 5] and all((loss < 0).all() for loss in losses)
+    assert f"per cent less ({told(-losses[0])}, {told(-losses[1])}), in five of five each" in SAID
+    assert f"{told(leads[0])} and {told(leads[1])} ahead" in README
 
 
 def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
