@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in commands:
         print(f"fedrouter: no command {arguments[0]!r}; choose among {', '.join(commands)}", file=sys.stderr)
         return 2
-    return guarded(lambda: commands[arguments[0]](arguments[1:]))
+    return guarded(lambda: commands[arguments[0]](arguments[1:]), "the same command begins anew")
 
 
 def console() -> None:

@@ -25,8 +25,11 @@ from fedrouter_jax.errors import UserError
 T = TypeVar("T")
 
 
-def guarded(action: Callable[[], None]) -> int:
-    """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong."""
+def guarded(action: Callable[[], None], again: str = "the same command goes on from there") -> int:
+    """Do something for a user at a terminal; returns the exit code, and says in one line what was wrong.
+
+    `again` is what is said of an interrupt that does not say it itself.
+    """
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -43,7 +46,7 @@ def guarded(action: Callable[[], None]) -> int:
         reason = " ".join(str(error.strerror or error).split())
         return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
     except KeyboardInterrupt as stop:
-        return failed(130, f"interrupted; {stop if stop.args else 'the same command goes on from there'}")
+        return failed(130, f"interrupted; {stop if stop.args else again}")
     except Exception:  # a fault of ours; where there are other processes they must not wait for this one
         from fedrouter_jax import processes
 

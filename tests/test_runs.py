@@ -295,6 +295,12 @@ def test_texts_that_cannot_be_routed(texts, expected, finished):
         serve.route(finished, texts)
 
 
+def test_answers_that_are_interrupted_are_not_said_to_be_kept(finished, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "route", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["route", str(finished), "text"]) == 130
+    assert capsys.readouterr().err == "fedrouter: interrupted; the same command begins anew\n"
+
+
 def test_route_refuses_a_client_that_is_not_there(finished, capsys):
     assert main(["route", str(finished), "text", "--client", "9"]) == 2
     assert "clients are 0 to 3" in capsys.readouterr().err
