@@ -42,6 +42,9 @@ class Study(NamedTuple):
     model: str | None = None  # the base model, where it is not Table 1's (the smoke run's is always tiny)
 
 
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # of a study's methods (Okabe and Ito's, told apart by all)
+
+
 def peak_rate(rate: float) -> dict[str, Any]:
     """What a peak learning rate changes: the least one stays a tenth of it."""
     return {"local": {"learning_rate": rate, "min_learning_rate": rate / 10}}
@@ -102,7 +105,7 @@ STUDIES = {
     ),
     "rate-0.5b": Study(
         "peak learning rate with the middle base model", (0.005, 0.001),
-        peak_rate, ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-0.5b")),
+        peak_rate, ("fedrouter+", "fedit", "clustered", "fedlease"), model=str(weights.path("qwen2.5-coder-0.5b")),
     ),
 }  # fmt: skip
 
@@ -117,6 +120,8 @@ class Studies:
     """Folder of the real rows."""
     seeds: int = 2
     """Seeds 0 .. N-1."""
+    only: tuple[str, ...] = ()
+    """Of a study's runs only these, a method and a value as METHOD-VALUE (fedit-0.001); by default all."""
     out: Path | None = None
     """Folder for summaries, tables and figures; by default docs/results/studies, or runs/smoke/studies."""
     smoke: bool = False
@@ -138,7 +143,7 @@ def main(options: Studies) -> None:
     for name in options.study or (tuple(STUDIES)[:2] if options.smoke else tuple(STUDIES)):
         kept = out / name
         if not options.redraw:
-            made = configs(name, options)
+            made = chosen(name, configs(name, options), options.only)
             weights.check({made[run].model for run in made if not summaries.known(kept / f"{run}.json", made[run])})
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
             sweep(made, folder, console, kept)
@@ -170,6 +175,15 @@ def configs(name: str, options: Studies) -> dict:
                 config = variant(replace(basis, **parts), method, seed)
                 made[f"{method}-{label(value)}-{seed}"] = config
     return made
+
+
+def chosen(name: str, made: dict, only: tuple[str, ...]) -> dict:
+    """Those of a study's configs that `--only` names; all where it names none."""
+    kinds = dict.fromkeys(run.rpartition("-")[0] for run in made)
+    for kind in only:
+        if kind not in kinds:
+            raise UserError(f"the study {name} has no runs {kind!r}; choose --only among {', '.join(kinds)}")
+    return {run: config for run, config in made.items() if not only or run.rpartition("-")[0] in only}
 
 
 def label(value: Any) -> str:
@@ -230,8 +244,9 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     several = max(map(len, table.values())) > 1
     drawn = Figure((4.6 * len(parts), 3.6))
     for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for number, (method, colour) in enumerate(zip(study.methods, ("#d55e00", "#0072b2", "#009e73"), strict=False)):
-            aside = 0.12 * (number - (len(study.methods) - 1) / 2) if kinds else 0
+        methods = [method for method in study.methods if any(method == key[0] for key in table)]
+        for number, (method, colour) in enumerate(zip(methods, COLOURS[: len(methods)], strict=True)):
+            aside = 0.12 * (number - (len(methods) - 1) / 2) if kinds else 0
             points = [
                 (shown.index(value) + aside, [summaries.score(s, part) for s in same if part in s["scores"]])
                 for (who, value), same in table.items()
@@ -249,8 +264,8 @@ def figure(name: str, found: dict[str, dict]) -> Figure:
     drawn.supxlabel(study.what, fontsize="medium")
     drawn.suptitle("large dots: means over seeds, small ones: the seeds" if several else "one seed", fontsize="small")
     drawn.tight_layout()
-    handles, methods = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, methods, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(methods))
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(methods))
     return drawn
 
 

@@ -192,6 +192,15 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
         studies.main(studies.Studies(redraw=True, out=tmp_path))
 
 
+def test_only_some_runs_of_a_study_can_be_asked_for():
+    made = studies.configs("rate-0.5b", studies.Studies(seeds=2))
+    chosen = studies.chosen("rate-0.5b", made, ("fedlease-0.001", "fedit-0.005"))
+    assert list(chosen) == ["fedit-0.005-0", "fedlease-0.001-0", "fedit-0.005-1", "fedlease-0.001-1"]
+    assert all(chosen[name] is made[name] for name in chosen) and studies.chosen("rate-0.5b", made, ()) == made
+    with pytest.raises(UserError, match="study rate-0.5b has no runs 'local-0.001'; choose --only among .*fedit-0.005"):
+        studies.chosen("rate-0.5b", made, ("fedit-0.005", "local-0.001"))
+
+
 def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
     found = {f"fedit-{task}-0": made("fedit", 0, 0.5) for task in ("none", "samsum")}
     for axes in studies.figure("unseen", found).axes:
