@@ -8,6 +8,7 @@ evaluate
 
 from __future__ import annotations
 
+import itertools
 import time as clock
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -142,14 +143,17 @@ def columns(pairs: Sequence[str]) -> dict[str, str]:
     """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
     mapping: dict[str, str] = {}
     for name, _, column in (pair.partition("=") for pair in pairs):
-        if name not in Row._fields or not column:
-            raise UserError(f"--columns has {name!r}; expected {', '.join(f'{field}=NAME' for field in Row._fields)}")
+        if name not in sources.FIELDS or not column:
+            expected = ", ".join(f"{field}=NAME" for field in sources.FIELDS)
+            raise UserError(f"--columns has {name!r}; expected {expected}")
         if name in mapping:
             raise UserError(f"--columns gives {name} twice, {mapping[name]!r} and {column!r}; choose one")
         mapping[name] = column
-    asked, answer = (mapping.get(name, name) for name in ("instruction", "output"))
-    if asked == answer:
-        raise UserError(f"--columns takes {asked!r} for both instruction and output; name a column for each")
+    texts = {"instruction": "instruction", "output": "output"}
+    texts |= {name: column for name, column in mapping.items() if name in (*texts, "input")}
+    for one, other in itertools.combinations(texts, 2):
+        if texts[one] == texts[other]:
+            raise UserError(f"--columns takes {texts[one]!r} for both {one} and {other}; name a column for each")
     return mapping
 
 

@@ -81,9 +81,8 @@ def route(run: Path, texts: Sequence[str], client: int | None = None, track: Tra
 
 
 def texts_of(path: Path, run: Path) -> tuple[str, ...]:
-    """The instructions in a file of rows, in the column where the run had them; raises `UserError` for others."""
-    columns = experiment.columns(runs.read_config(run).data.columns)
-    return sources.read_texts(path, columns.get("instruction", "instruction"))
+    """The instructions in a file of rows, in the columns where the run had them; raises `UserError` for others."""
+    return sources.read_texts(path, experiment.columns(runs.read_config(run).data.columns))
 
 
 def _named(name: str, weight: float) -> str:

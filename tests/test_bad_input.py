@@ -76,6 +76,7 @@ def one_line(capsys, *arguments):
             "--columns has 'question'; expected instruction=NAME, output=NAME, task=NAME, client=",
         ),
         (["--columns", "instruction=output"], "--columns takes 'output' for both instruction and output"),
+        (["--columns", "input=output"], "--columns takes 'output' for both output and input"),
         (["--columns", "task=a", "task=b"], "--columns gives task twice, 'a' and 'b'"),
         (["--scenario", "single", "--clients", "1"], "raise --clients to at least"),
         (["--train-rows", "4", "--local-clusters", "5"], "client 0 has 4 rows but 5 local clusters"),

@@ -21,7 +21,7 @@ ROWS = [
 ]
 
 
-def write(path, rows, fields=sources.FIELDS):
+def write(path, rows, fields=Row._fields):
     records = [dict(zip(fields, row, strict=False)) for row in rows]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -89,6 +89,33 @@ def test_columns_map_and_task_may_be_absent(tmp_path, suffix):
     loaded = sources.load(str(path), columns={"instruction": "question", "output": "answer"})
     assert set(loaded.train + loaded.test) == {row._replace(task="") for row in ROWS}
     assert loaded.name == "data" and not loaded.synthetic
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_an_input_follows_its_instruction(tmp_path, suffix):
+    rows = [("Sum it up.", "a b", "short"), ("Say hello.", "", "hello")]
+    path, expected = tmp_path / f"data{suffix}", ["Sum it up.\n\na b", "Say hello."]
+    write(path, rows, ("instruction", "input", "output"))  # as Alpaca's
+    assert [row.instruction for row in sources.read(path)] == list(sources.read_texts(path, {})) == expected
+    write(path, rows, ("instruction", "context", "response"))  # as Dolly's
+    named = {"output": "response", "input": "context"}
+    assert [row.instruction for row in sources.read(path, named)] == list(sources.read_texts(path, named)) == expected
+    assert [row.instruction for row in sources.read(path, {"output": "response"})] == ["Sum it up.", "Say hello."]
+    with pytest.raises(UserError, match="no column 'about' for the input"):
+        sources.read(path, named | {"input": "about"})
+    with pytest.raises(UserError, match="no column 'about'; the columns are"):
+        sources.read_texts(path, {"input": "about"})
+
+
+def test_a_column_called_input_may_be_the_instruction_itself_or_nothing(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"input": "a", "target": "b"}\n{"input": "c", "target": "d"}')
+    taken = {"instruction": "input", "output": "target"}
+    assert [row.instruction for row in sources.read(path, taken)] == list(sources.read_texts(path, taken)) == ["a", "c"]
+    path.write_text('{"instruction": "a", "input": null, "output": "b"}\n{"instruction": "c", "output": "d"}')
+    assert [row.instruction for row in sources.read(path)] == ["a", "c"]
+    path.write_text('{"instruction": "a", "input": ["x"], "output": "b"}')
+    assert "'input' is ['x'] (list); expected text" in error_of(path)
 
 
 def test_clients_have_names_or_numbers(tmp_path):
@@ -166,8 +193,12 @@ def hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     splits = {}
 
-    def load_dataset(name):
+    def load_dataset(name, config=None):
         assert name == "owner/chat"
+        if config is None and "main" in splits:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main']\nExample")
+        if config is not None:
+            return datasets.DatasetDict({"train": datasets.Dataset.from_list(splits[config])})
         if not splits:
             raise FileNotFoundError("Couldn't find it\non the hub")
         return datasets.DatasetDict({key: datasets.Dataset.from_list(rows) for key, rows in splits.items()})
@@ -188,6 +219,15 @@ def test_hugging_face_train_only_is_split(hub):
     loaded = sources.load("owner/chat")
     assert set(loaded.train + loaded.test) == set(ROWS) and len(loaded.test) == 1
     assert sources.load("owner/chat", seed=1).test != loaded.test
+
+
+def test_a_configuration_of_a_hugging_face_data_set_is_named_behind_its_id(hub):
+    hub["main"] = [row._asdict() for row in ROWS]
+    loaded = sources.load("owner/chat:main")
+    assert set(loaded.train + loaded.test) == set(ROWS) and loaded.name == "owner/chat:main"
+    message = error_of("owner/chat")
+    assert "among the available configs: ['main'])" in message and message.endswith("as in openai/gsm8k:main")
+    assert "no such file or directory" in error_of("owner/chat:main:more")
 
 
 def test_hugging_face_errors(hub):

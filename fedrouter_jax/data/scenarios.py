@@ -21,10 +21,10 @@ class DataConfig:
 
     data: str = "synthetic"
     """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
-    Face dataset id."""
+    Face dataset id (ID:CONFIGURATION where it has several)."""
     columns: tuple[str, ...] = ()
-    """Column names of the data, as instruction=NAME output=NAME task=NAME client=NAME; what is left out keeps its
-    name."""
+    """Column names of the data, as instruction=NAME output=NAME task=NAME client=NAME input=NAME; what is left out
+    keeps its name. An input (Alpaca's, Dolly's context) follows its instruction after an empty line."""
     scenario: Scenario = "dual"
     """Each client holds one task (single), two neighbouring ones (dual), all, a random mixture (dirichlet), or the rows
     whose `client` column names it (natural: the first --clients of them)."""

@@ -12,7 +12,7 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from fedrouter_jax.data import synthetic
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 
-FIELDS = ("instruction", "output", "task", "client")
+FIELDS = (*Row._fields, "input")
+OPTIONAL = ("task", "client", "input")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")  # the first one present is the test split
 Record = Mapping[str, object]
@@ -36,12 +37,13 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
       `.parquet` file;
     * one such file, split by `seed`: about `test_fraction` of its distinct instructions, with all their rows, are
       held out, so that no test instruction occurs in train; rows keep their order;
-    * else the id of a Hugging Face data set, whose `train` split and first split named as above are read (a data set
-      with no test split is split as one file is).
+    * else the id of a Hugging Face data set, or `ID:CONFIGURATION` where it has several, whose `train` split and first
+      split named as above are read (a data set with no test split is split as one file is).
 
-    `columns` maps `instruction`, `output`, `task` and `client` to the source's column names; a field left out has its
-    own name. Without a task column, or with a null in it, the task is `""`; so is the client, which may be an integer,
-    too. Every other value has to be text that is not blank.
+    `columns` maps `FIELDS` to the source's column names; a field left out has its own name. Without a task column, or
+    with a null in it, the task is `""`; so is the client, which may be an integer, too. An `input`, what an instruction
+    is about (Alpaca's; Dolly's `context`), follows it after an empty line, where there is one. Every other value has to
+    be text that is not blank.
     Raises `UserError` for anything else that is found.
     """
     if not 0 < test_fraction < 1:
@@ -66,30 +68,48 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     if path.is_file():
         train, test = split(read(path, columns), test_fraction, seed, str(path))
         return Dataset(train, test, path.stem, False)
-    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec):
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?", spec):
         raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
     return _hugging_face(spec, columns, test_fraction, seed)
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
     """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
-    wanted = [(columns or {}).get(field, field) for field in FIELDS]
-    return _rows(_records(path, wanted), columns or {}, str(path))
+    return _rows(_records(path, _columns(columns or {}).values()), columns or {}, str(path))
 
 
-def read_texts(path: Path, column: str) -> tuple[str, ...]:
-    """One column of such a file, in file order; other columns may be missing or of any kind. Errors as in `load`."""
-    texts = []
-    for place, record in _records(path, [column]):
-        if column not in record:
-            raise UserError(f"{place}: no column '{column}'; the columns are {_listed(record)}; rename the one meant")
-        texts.append(_text(record[column], column, place, blank=False))
+def read_texts(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The instructions of such a file, with their inputs; answers may be missing. Columns and errors as in `load`."""
+    found, texts = _columns(columns), []
+    needed = [found[field] for field in ("instruction", "input") if field == "instruction" or field in columns]
+    for place, record in _records(path, [found[field] for field in ("instruction", "input") if field in found]):
+        for column in needed:
+            if column not in record:
+                raise UserError(
+                    f"{place}: no column '{column}'; the columns are {_listed(record)}; rename the one meant"
+                )
+        texts.append(_instruction(record, found, place))
     if not texts:
-        raise UserError(f"{path}: no rows; expected at least one row with '{column}'")
+        raise UserError(f"{path}: no rows; expected at least one row with '{needed[0]}'")
     return tuple(texts)
 
 
-def _records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
+def _columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """The column of every field; one called `input` that another field takes is no input."""
+    found = {field: columns.get(field, field) for field in FIELDS}
+    taken = "input" not in columns and "input" in columns.values()
+    return {field: column for field, column in found.items() if field != "input" or not taken}
+
+
+def _instruction(record: Record, found: Mapping[str, str], place: str) -> str:
+    """An instruction, and behind it its input, if there is one."""
+    text = _text(record[found["instruction"]], found["instruction"], place, blank=False)
+    about = record.get(column := found.get("input"))
+    about = "" if about is None else _text(about, column, place, blank=True)
+    return f"{text}\n\n{about}" if about.strip() else text
+
+
+def _records(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Record]]:
     """(place, record) of every row of a file; records hold the columns `wanted`, and may hold others."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": partial(_read_parquet, wanted=wanted)}
     if path.suffix.lower() not in readers:
@@ -149,11 +169,11 @@ def _split_files(directory: Path) -> tuple[Path, Path]:
 def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], where: str) -> tuple[Row, ...]:
     """Checked rows from (place, record) pairs; a place reads "PATH line 3"."""
     rows: list[Row] = []
+    found = _columns(columns)
     for place, record in records:
-        found = {field: columns.get(field, field) for field in FIELDS}
         for field, column in found.items():
             # An optional column that the user named has to be there; the default one may be absent.
-            if column not in record and (field not in ("task", "client") or field in columns):
+            if column not in record and (field not in OPTIONAL or field in columns):
                 remedy = "fill it in or remove the row" if rows else f"name it with --columns {field}=YOUR_COLUMN"
                 raise UserError(
                     f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; {remedy}"
@@ -162,7 +182,7 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
         client = str(client) if type(client) is int else client
         rows.append(
             Row(
-                _text(record[found["instruction"]], found["instruction"], place, blank=False),
+                _instruction(record, found, place),
                 _text(record[found["output"]], found["output"], place, blank=False),
                 "" if task is None else _text(task, found["task"], place, blank=True),
                 "" if client is None else _text(client, found["client"], place, blank=True),
@@ -257,7 +277,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
         yield place, dict(zip(header, values, strict=True))
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
+def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Record]]:
     """The columns wanted of those there are, and nothing else: others may be of types that Python has no values for."""
     try:
         import pyarrow
@@ -286,10 +306,12 @@ def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: f
             f"'{spec}' is no local path, and a Hugging Face data set needs datasets; run: pip install datasets"
         ) from error
     try:
-        loaded = datasets.load_dataset(spec)
+        loaded = datasets.load_dataset(*spec.split(":"))
     except Exception as error:  # the hub, the network and each builder raise types of their own
+        reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__  # the second line has the choice
+        remedy = "; choose a configuration as in openai/gsm8k:main" if "onfig" in reason else ""
         raise UserError(
-            f"'{spec}' is neither a local path nor a Hugging Face data set that loads ({_brief(error)})"
+            f"'{spec}' is neither a local path nor a Hugging Face data set that loads ({reason}){remedy}"
         ) from error
     if "train" not in loaded:
         raise UserError(f"{spec}: no train split; the splits are {_listed(loaded)}")
