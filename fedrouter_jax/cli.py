@@ -89,7 +89,8 @@ class Route:
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Instructions."""
     rows: Path | None = None
-    """A file of instructions, in their place: .jsonl, .csv or .parquet, in the column where the run had its own."""
+    """A file of instructions, in their place: .jsonl, .csv or .parquet, in the columns where the run had its own. Where
+    it has the right answers, too, they are compared with those given."""
     client: int | None = None
     """Route as this client: among its own clusters only (fedrouter), or its own adapter (local)."""
     json: bool = False
@@ -259,15 +260,16 @@ def route(arguments: list[str]) -> None:
     from fedrouter_jax.sharing import silent
 
     parsed = parse(Route, prog="fedrouter route", args=arguments)
-    texts = parsed.texts
+    texts, references = parsed.texts, ()
     if parsed.rows is not None:
         if texts:
             raise UserError(f"route has {len(texts)} texts and --rows {parsed.rows}; give one of them")
-        texts = serve.texts_of(parsed.rows, parsed.run)
+        texts, references, *_ = zip(*serve.questions_of(parsed.rows, parsed.run), strict=True)
     with progress() as track:
-        answers = serve.route(parsed.run, texts, parsed.client, track if parsed.rows else silent)
+        answers = serve.route(parsed.run, texts, parsed.client, track if parsed.rows else silent, references)
     note_unfinished(parsed.run)
     note_cut([number for number, answer in enumerate(answers, start=1) if answer["cut"]], parsed.run)
+    note_scores([answer for answer in answers if "reference" in answer])
     if parsed.json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
@@ -286,6 +288,14 @@ def note_cut(texts: list[int], run: Path) -> None:
         length = config_lib.load(run / "config.json").data.max_length
         shown = ", ".join(map(str, texts[:10])) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
         print(f"note: longer than --max-length {length}, so cut at its end: text {shown}", file=sys.stderr)
+
+
+def note_scores(answers: list[dict]) -> None:
+    """Say on stderr how near answers come to those that were known, in the mean over texts."""
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact": "exact match"}
+    if answers:
+        means = (f"{name} {sum(a[key] for a in answers) / len(answers):.3f}" for key, name in names.items())
+        print(f"note: beside {len(answers)} known answers: {', '.join(means)}", file=sys.stderr)
 
 
 def note_unfinished(run: Path) -> None:

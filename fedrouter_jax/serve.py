@@ -17,12 +17,16 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.sharing import Track, silent
 
 
-def route(run: Path, texts: Sequence[str], client: int | None = None, track: Track = silent) -> list[dict]:
+def route(
+    run: Path, texts: Sequence[str], client: int | None = None, track: Track = silent, references: Sequence[str] = ()
+) -> list[dict]:
     """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer"}`.
 
     `cut`: the text is too long for the run and lost its end. `client` routes among that client's own clusters (or to
     its own adapter); None among all. `adapter` names all that count, with a weight where that is not 1; `slot` is the
-    first of most weight. `distances` are to all centroids, empty for strategies without a router.
+    first of most weight. `distances` are to all centroids, empty for strategies without a router. `references` are the
+    right answers, where they are known ("" for one that is not): to those texts `{"reference"}` and the scores of
+    `evaluate.score` are added.
     """
     if not texts:
         raise UserError(
@@ -74,15 +78,21 @@ def route(run: Path, texts: Sequence[str], client: int | None = None, track: Tra
             "task": loaded.slot_tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": said[i],
+            **scored(references[i] if references else "", said[i]),
         }
         for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
         for slot in [int(opened.argmax())]
     ]
 
 
-def texts_of(path: Path, run: Path) -> tuple[str, ...]:
-    """The instructions in a file of rows, in the columns where the run had them; raises `UserError` for others."""
-    return sources.read_texts(path, experiment.columns(runs.read_config(run).data.columns))
+def scored(reference: str, answer: str) -> dict:
+    """A right answer and how near an answer comes to it; nothing where it is not known."""
+    return {"reference": reference, **evaluate.score(reference, answer)} if reference.strip() else {}
+
+
+def questions_of(path: Path, run: Path) -> tuple[Row, ...]:
+    """The rows of a file, in the columns where the run had them, answers where there are any."""
+    return sources.read_questions(path, experiment.columns(runs.read_config(run).data.columns))
 
 
 def _named(name: str, weight: float) -> str:

@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, Federation
 
-from fedrouter_jax import client, lora
+from fedrouter_jax import client, lora, runs
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.models import load_model
+from fedrouter_jax.presets import smoke
 from fedrouter_jax.routing import Enrolment, Router
 
 LONGEST = ("test_mesh.py", "test_runs.py", "test_laws.py", "test_run_kinds.py", "test_ahead.py")  # minutes each
@@ -49,6 +50,14 @@ def programs():
 def tiny():
     """The tiny random model."""
     return load_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """An uninterrupted smoke run; tests that change it copy it first."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    runs.run(smoke(), out)
+    return out
 
 
 @pytest.fixture(scope="session")

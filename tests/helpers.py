@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedrouter_jax import bank, client, lora
 from fedrouter_jax.data import schedule, tokens
@@ -15,6 +16,7 @@ from fedrouter_jax.data.rows import Row
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.routing import Enrolment
+from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import Adapters, FederationState, Losses, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
@@ -23,6 +25,10 @@ LORA = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.1)
 KEY = jax.random.key(7)
 LOCAL = client.LocalConfig(steps=2, batch=3, learning_rate=1e-2)
 CLIENTS, CLUSTERS, SLOTS = 4, 2, 3
+# The rounds of these are FedRouter's and FedIT's, function for function: only routes and what they are given differ.
+OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised", "fedrouter-soft")]
+BY_NAME = {strategy.name: strategy for strategy in OTHERS}
+every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
 
 
 class Federation(NamedTuple):

@@ -7,17 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import (
-    bench,
-    clustering_figures,
-    growth,
-    limit,
-    profiled,
-    startup,
-    studies,
-    summaries,
-    table1_tables,
-)
+from experiments import bench, clustering_figures, growth, limit, profiled, startup, studies, summaries, table1_tables
 from experiments.methods import HEADLINE, LABELS
 from fedrouter_jax import records, report
 

@@ -11,106 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import image
-from matplotlib.figure import Figure
 from rich.console import Console
+from written_runs import CLIENTS, CONFIG, ROWS, TASKS, make_round, make_run, write_json
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import evaluate, plots, records, report, routing
+from fedrouter_jax import records, report
 from fedrouter_jax.cli import main
-from fedrouter_jax.config import Config, DataConfig, EvaluationConfig
+from fedrouter_jax.config import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
-
-TASKS, CLIENTS, ROWS, WIDTH = ["count", "reverse", "sort|odd"], 4, 12, 6
-CONFIG = Config(model="tiny", data=DataConfig(clients=CLIENTS), rounds=RoundConfig(rounds=3))
-
-
-def make_run(path: Path, config: Config = CONFIG, done: int = 3, taken_at: tuple[int, ...] = (), **changes) -> Path:
-    """A run directory as `runs` writes it, with random numbers drawn from the config's seed."""
-    config = replace(config, **changes)
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(config_lib.to_json(config), encoding="utf-8")
-    rng = np.random.default_rng([config.seed, *config.strategy.encode()])
-    clustered = config.strategy == "fedrouter"
-    clients = []
-    for number in range(CLIENTS):
-        local = [0, 1] * (ROWS // 2)
-        held = [number % 3, (number + 1) % 3]
-        names = [TASKS[held[k]] for k in local]
-        slots = [held[k] if clustered else 0 for k in local]
-        local = local if clustered else [0] * ROWS
-        clients.append({"client": number, "rows": list(range(ROWS)), "tasks": names, "local": local, "global": slots})
-    write_json(
-        path / "clusters.json",
-        {
-            "tasks": TASKS,
-            "clustered": clustered,
-            "recipe": config.cluster.recipe if clustered else None,
-            "clusters": 3 if clustered else 1,
-            "table": [[c % 3, (c + 1) % 3] for c in range(CLIENTS)] if clustered else [[0]] * CLIENTS,
-            "slot_tasks": TASKS if clustered else TASKS[:1],
-            "accuracy": {"local": 0.875, "global": 0.75} if clustered else None,
-            "silhouettes": {},
-            "bytes_up": 1_000 if clustered else 0,
-            "bytes_down": 2_000 if clustered else 0,
-            "clients": clients,
-        },
-    )
-    if clustered:
-        np.save(path / "embeddings.npy", rng.normal(size=(CLIENTS * ROWS + 9, WIDTH)).astype(np.float32))
-    with (path / "rounds.jsonl").open("w", encoding="utf-8") as file:
-        for t in range(1, done + 1):
-            record = make_round(t, rng)
-            if t in taken_at:
-                record["scores"] = make_scores(rng, False, clustered)[0]
-            file.write(json.dumps(record) + "\n")
-    if done == config.rounds.rounds:
-        scores, answers = make_scores(rng, True, clustered)
-        write_json(path / "scores.json", scores)
-        (path / "predictions.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers), "utf-8")
-        write_json(path / "timings.json", {"device": "cpu", "total": 9.5, "embed": 1.0})
-    return path
-
-
-def make_round(t: int, rng) -> dict:
-    """A line of rounds.jsonl."""
-    lanes = [
-        {"client": c, "cluster": t % 2, "weight": 6.0, "loss": rng.uniform(1, 2, 2).tolist()} for c in range(CLIENTS)
-    ]
-    return {
-        "round": t,
-        "loss": float(np.mean([lane["loss"] for lane in lanes])),
-        "learning_rate": 1e-3,
-        "seconds": 1.25,
-        "bytes_up": 40_000,
-        "bytes_down": 50_000,
-        "optimiser_steps_per_client": 4.0 if t == 3 else 10.0,
-        "adapters_per_client": 1.0,
-        "tokens": 100,
-        "lanes": lanes,
-    }
-
-
-def make_scores(rng, with_base: bool, clustered: bool) -> tuple[dict, list[dict]]:
-    """Scores and answers in the form that evaluation gives them."""
-    parts = [*records.PARTS, *(records.BASE_PARTS if with_base else ())]
-    asked = [evaluate.Question(part, c, row, (1.0,)) for part in parts for c in range(CLIENTS) for row in range(3)]
-    found = [{metric: float(rng.uniform(0.2, 0.9)) for metric in evaluate.METRICS} for _ in asked]
-    scores = evaluate.summary(asked, [TASKS[q.row] for q in asked], found)
-    for part in records.PARTS if clustered else ():
-        scores[part]["routing_accuracy"] = 0.625
-    texts = {"instruction": "Say <b> " + "word " * 60, "reference": "yes | no", "answer": ""}
-    answers = [
-        {"part": q.part, "client": q.client, "row": q.row, "task": TASKS[q.row], "slot": 0, **texts, **score}
-        for q, score in zip(asked, found, strict=True)
-    ]
-    return scores, answers
-
-
-def write_json(path: Path, value: dict) -> None:
-    """A JSON file."""
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def scores_of(path: Path) -> dict:
@@ -122,14 +31,6 @@ def table_of(paths: list[Path], title: str) -> dict[str, dict[str, str]]:
     """{method: {column: text}} of one table."""
     found = next(t for t in report.tables(records.rows_of(records.read_all(paths))) if t.title.startswith(title))
     return {cells[0]: dict(zip(found.header, cells, strict=True)) for cells in found.cells}
-
-
-def check_picture(path: Path) -> None:
-    """A PNG that decodes, of a size to be read, and not blank."""
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = image.imread(path)
-    assert 300 < pixels.shape[0] < 4000 and 500 < pixels.shape[1] < 4000
-    assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9
 
 
 def test_tables_hold_the_numbers_of_the_files(tmp_path):
@@ -316,19 +217,6 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
     assert noted(**more, clustered=False) == [random]
 
 
-def test_the_plot_of_losses_shows_them_and_a_gap_where_one_is_missing(tmp_path):
-    path = make_run(tmp_path / "one", strategy="fedit")
-    rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    rounds[1]["lanes"][2]["loss"][0] = None
-    (path / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rounds), encoding="utf-8")
-    figure = plots.loss([row for row in records.rows_of(records.read_all([path])) if not row.base])
-    *lanes, mean = figure.axes[0].lines
-    np.testing.assert_array_equal(mean.get_xydata(), [(record["round"], record["loss"]) for record in rounds])
-    drawn = {(int(t), y) for line in lanes for t, y in line.get_xydata() if np.isfinite(y)}
-    held = {(r["round"], np.mean(lane["loss"])) for r in rounds for lane in r["lanes"] if None not in lane["loss"]}
-    assert drawn == held and len(held) == 3 * CLIENTS - 1
-
-
 TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
 
 
@@ -417,96 +305,3 @@ def test_terminal_shows_the_tables(tmp_path):
     assert "…" not in text and "generalisation" in text
     assert f"{scores_of(path)['personalised']['rouge1']['mean']:.3f}" in text
     assert "121.0 kB" in text and "sort|odd" in text and "synthetic data" in text
-
-
-def test_plots_of_one_run_and_of_several(tmp_path):
-    taken = EvaluationConfig(evaluate_at=(1,))
-    one = make_run(tmp_path / "one", taken_at=(1,), evaluation=taken)
-    report.write([one], one)
-    assert {p.name for p in (one / "plots").iterdir()} == {
-        "loss.png",
-        "rouge.png",
-        "test_loss.png",
-        "clusters.png",
-        "embedding.png",
-    }
-    several = [
-        one,
-        make_run(tmp_path / "two", strategy="fedit"),
-        make_run(tmp_path / "three", strategy="fedit", seed=1),
-    ]
-    report.write(several, tmp_path / "all")
-    assert {p.name for p in (tmp_path / "all/plots").iterdir()} == {
-        "loss.png",
-        "rouge.png",
-        "test_loss.png",
-        "scores.png",
-    }
-    report.write(several[1:], tmp_path / "bars")  # no intermediate scores: bars of each task
-    for picture in tmp_path.glob("**/*.png"):
-        check_picture(picture)
-
-
-@pytest.mark.filterwarnings("error")
-def test_tasks_may_be_named_in_any_script(tmp_path, monkeypatch, caplog):
-    """A report says nothing of glyphs or fonts that are missing."""
-    monkeypatch.setitem(globals(), "TASKS", ["\u6458\u8981", "\u0938\u093e\u0930", "sort"])
-    path = make_run(tmp_path / "one", strategy="fedit")
-    report.write([path], path)
-    assert (path / "plots" / "rouge.png").exists() and not caplog.records
-
-
-def test_clusters_plot_shows_the_counts(tmp_path):
-    run = records.read(make_run(tmp_path / "one"))
-    left, right = plots.clusters(run).axes
-    counts = np.asarray(left.images[0].get_array())
-    assert counts.sum() == CLIENTS * ROWS and counts.tolist() == np.diag([18, 18, 12]).tolist()
-    assert np.asarray(right.images[0].get_array()).shape == (2 * CLIENTS, len(TASKS))
-    assert [label.get_text() for label in right.get_yticklabels()][:2] == ["0, 0 → 0", "0, 1 → 1"]
-
-
-@pytest.mark.parametrize("newcomers", [0, 1])
-def test_embeddings_are_drawn_as_they_were_clustered(newcomers, tmp_path):
-    """Against the router's own preparation; test rows, at the end, and clients that joined have no part in it."""
-    data = replace(CONFIG.data, newcomers=newcomers)
-    run = records.read(make_run(tmp_path / "one", data=data))
-    raw = np.load(run.path / "embeddings.npy")[: CLIENTS * ROWS]
-    trained = raw[: (CLIENTS - newcomers) * ROWS]
-    router = routing.Router(np.zeros((0, WIDTH)), trained.mean(axis=0), trained.std(axis=0), np.asarray(True))
-    np.testing.assert_allclose(plots.embedded(run), routing.prepare(router, raw), atol=1e-5)
-    counts = np.asarray(plots.clusters(run).axes[0].images[0].get_array())
-    assert counts.sum() == len(trained)  # whom the accuracy in the title is of
-    for odd in (np.float32(1.0), np.full_like(raw, np.nan)):
-        np.save(run.path / "embeddings.npy", odd)
-        with pytest.raises(UserError, match="rows of finite numbers; delete it"):
-            plots.embedded(run)
-    paper = make_run(tmp_path / "paper", cluster=replace(CONFIG.cluster, recipe="paper"))
-    np.testing.assert_array_equal(
-        plots.embedded(records.read(paper)), np.load(paper / "embeddings.npy")[: CLIENTS * ROWS]
-    )
-
-
-def test_a_cluster_has_the_colour_of_its_task():
-    true = np.array(["a", "a", "a", "b", "b", "c", "c", "c"])
-    clusters = np.array([7, 7, 5, 5, 5, 3, 3, 9])
-    assert plots.by_task(clusters, true, ["a", "b", "c"]) == [7, 5, 3, 9]
-    assert plots.by_task(clusters[:5], true[:5], ["a", "b", "c"]) == [7, 5]  # fewer clusters than tasks
-
-
-@pytest.mark.filterwarnings("error")
-def test_rows_without_a_task_have_a_name_in_the_legend():
-    axes = Figure().subplots()
-    plots.scatter(axes, np.zeros((2, 2)), np.array(["", ""]), [""])
-    assert axes.get_legend().get_texts()[0].get_text() == "no task"
-
-
-def test_projection_keeps_groups_apart():
-    rng = np.random.default_rng(0)
-    groups = np.repeat([0, 1], 20)
-    points, method = plots.project(rng.normal(size=(40, 8)) + 20 * groups[:, None])
-    assert method == "t-SNE" and points.shape == (40, 2)
-    centres = np.array([points[groups == g].mean(axis=0) for g in (0, 1)])
-    nearest = np.linalg.norm(points[:, None] - centres, axis=-1).argmin(axis=1)
-    assert (nearest == groups).all()
-    assert plots.project(np.ones((1, 3)))[0].shape == (1, 2)
-    assert plots.project(np.ones((40, 3)))[0].shape == (40, 2)

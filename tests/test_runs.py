@@ -1,4 +1,4 @@
-"""A run from start to end, killed and resumed, and what the other commands make of it. On the tiny random model."""
+"""A run from start to end, killed and resumed. On the tiny random model."""
 
 import contextlib
 import dataclasses
@@ -12,32 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, evaluate, experiment, files, runs, serve, sharing
+from fedrouter_jax import checkpoint, evaluate, experiment, files, runs, sharing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import finish, main
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import load_model, tiny
+from fedrouter_jax.models import load_model
 from fedrouter_jax.peft_io import read_router
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.routing import ClusterConfig
 from fedrouter_jax.terminal import progress
 
 FINAL = ("scores.json", "predictions.jsonl", "clusters.json", "router/router.safetensors", "router/router.json")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted smoke run."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    runs.run(smoke(), out)
-    return out
 
 
 def result(out: Path) -> dict[str, bytes]:
@@ -216,96 +206,6 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
         sweep({"one": dataclasses.replace(smoke(), seed=1)}, tmp_path / "out", console)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])
-def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, change):
-    prepared = experiment.prepare(smoke())
-    config = prepared.config
-    nested = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
-    shared = runs.Shared(runs=(finished,))
-    assert list(runs.alike(shared, prepared, recipe=True)) == [finished]
-    assert list(runs.alike(shared, prepared._replace(config=dataclasses.replace(config, **nested)), recipe=False)) == []
-    recipe = prepared._replace(config=dataclasses.replace(config, cluster=ClusterConfig(recipe="paper")))
-    assert list(runs.alike(shared, recipe, recipe=True)) == []  # other embeddings, but the same answers of the base
-    assert list(runs.alike(shared, recipe, recipe=False)) == [finished]
-    edited = prepared.dataset._replace(train=prepared.dataset.train[::-1])  # the same folder, other rows
-    assert list(runs.alike(shared, prepared._replace(dataset=edited), recipe=False)) == []
-    tuned = prepared.model._replace(fingerprint="0" * 64)  # the same name, other weights
-    assert list(runs.alike(shared, prepared._replace(model=tuned), recipe=False)) == []
-
-
-def test_route_answers_with_the_nearest_adapter(finished, capsys):
-    texts = ["Facts: Red Cafe, town, Oslo\nTurn the facts into one sentence.", "Is tea good?\nIs tea bad?\nSame?"]
-    assert main(["route", str(finished), *texts, "--json"]) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["text"] for answer in answers] == texts
-    for answer in answers:
-        assert len(answer["distances"]) == 4
-        assert answer["slot"] == int(np.argmin(answer["distances"]))
-        assert answer["adapter"] == f"cluster_{answer['slot']}" and isinstance(answer["answer"], str)
-        assert not answer["cut"]
-
-
-def test_route_shows_all_of_texts_without_spaces_and_says_which_were_cut(finished, capsys):
-    text = "".join(chr(0x4E00 + i) for i in range(40))
-    assert main(["route", str(finished), text, 999 * "long "]) == 0
-    shown = capsys.readouterr()
-    assert set(text) <= set(shown.out) and "…" not in shown.out
-    (note,) = shown.err.splitlines()
-    assert note == "note: longer than --max-length 320, so cut at its end: text 2"
-
-
-def test_route_answers_the_rows_of_a_file_as_the_same_texts(finished, tmp_path, capsys):
-    texts = ["Facts: Red Cafe, town, Oslo\nTurn the facts into one sentence.", *(12 * [999 * "long "])]
-    file = tmp_path / "asked.jsonl"
-    file.write_text("".join(json.dumps({"instruction": text, "id": 1}) + "\n" for text in texts))  # no answers there
-    assert main(["route", str(finished), "--rows", str(file), "--json"]) == 0
-    shown = capsys.readouterr()
-    assert [json.loads(line) for line in shown.out.splitlines()] == serve.route(finished, texts)
-    *progress, note = shown.err.splitlines()
-    assert [line.split(",")[0] for line in progress][-1] == "answering 13/13"
-    assert note.endswith("so cut at its end: text 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more")
-
-
-def test_a_file_of_texts_has_them_where_the_rows_of_the_run_had_theirs(tmp_path):
-    data = dataclasses.replace(smoke().data, data="rows.csv", columns=("instruction=question", "output=answer"))
-    files.write(tmp_path / "config.json", config_lib.to_json(dataclasses.replace(smoke(), data=data)))
-    (tmp_path / "asked.csv").write_text('id,question\n1,"Is it so,\nor not?"\n2,Why?\n')
-    assert serve.texts_of(tmp_path / "asked.csv", tmp_path) == ("Is it so,\nor not?", "Why?")
-
-
-@pytest.mark.parametrize(
-    "rows, beside, expected",
-    [
-        ('{"instruction": "a"}\n', ["text"], "route has 1 texts and --rows"),
-        ('{"question": "a"}\n', [], "line 1: no column 'instruction'; the columns are 'question'"),
-        ('{"instruction": "a"}\n{"instruction": null}\n', [], "line 2: 'instruction' is null"),
-        ("\n", [], "no rows"),
-    ],
-)
-def test_files_that_cannot_be_routed(rows, beside, expected, finished, tmp_path, capsys):
-    (tmp_path / "asked.jsonl").write_text(rows)
-    assert main(["route", str(finished), *beside, "--rows", str(tmp_path / "asked.jsonl")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line
-
-
-@pytest.mark.parametrize("texts, expected", [((), "no text to route"), (("a", " "), "text 2"), (("a\udcff",), "UTF-8")])
-def test_texts_that_cannot_be_routed(texts, expected, finished):
-    with pytest.raises(UserError, match=expected):
-        serve.route(finished, texts)
-
-
-def test_answers_that_are_interrupted_are_not_said_to_be_kept(finished, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "route", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(["route", str(finished), "text"]) == 130
-    assert capsys.readouterr().err == "fedrouter: interrupted; the same command begins anew\n"
-
-
-def test_route_refuses_a_client_that_is_not_there(finished, capsys):
-    assert main(["route", str(finished), "text", "--client", "9"]) == 2
-    assert "clients are 0 to 3" in capsys.readouterr().err
-
-
 def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):
     loaded = runs.load(finished)
     prepared, enrolment = loaded.prepared, loaded.enrolment
@@ -318,158 +218,6 @@ def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):
     for question in own:
         task = prepared.partition.tasks.index(prepared.dataset.test[question.row].task)
         assert int(np.argmax(question.weights)) == held[task].argmax()
-
-
-def relabel(run):
-    path = run / "clusters.json"
-    clusters = json.loads(path.read_text())
-    clusters["clients"][0]["local"][0] = 7
-    path.write_text(json.dumps(clusters))
-
-
-def lacking(key):
-    def without(run):
-        path = run / "clusters.json"
-        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
-
-    return without
-
-
-def edited(old, new, older=False):
-    """config.json with another value; `older`: in a run whose clusters do not say yet what it was begun with."""
-
-    def edit(run):
-        path = run / "config.json"
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
-        if older:
-            lacking("config")(run)
-
-    return edit
-
-
-def repeat(run):
-    """A log that two processes wrote."""
-    path = run / "rounds.jsonl"
-    path.write_text("".join(line * 2 for line in path.read_text().splitlines(keepends=True)))
-
-
-def shorten(name):
-    def cut(run):
-        content = (run / name).read_bytes()
-        (run / name).write_bytes(content[: len(content) // 2])
-
-    return cut
-
-
-@pytest.mark.parametrize(
-    "damage, command, expected",
-    [
-        (lambda run: shutil.rmtree(run / "checkpoints"), "route", "holds no checkpoint, so no adapters"),
-        (lambda run: shutil.rmtree(run / "checkpoints"), "export", "holds no checkpoint, so no adapters"),
-        (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
-        (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
-        (repeat, "resume", "line 2: round 1, expected 2"),
-        (relabel, "resume", "the clusters of client 0 are not those of the table"),
-        (relabel, "route", "the clusters of client 0 are not those of the table"),
-        (lambda run: (run / "clusters.json").unlink(), "route", "clusters.json is missing, though the run has begun"),
-        (lambda run: (run / "clusters.json").unlink(), "resume", "clusters.json is missing, though the run has begun"),
-        (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),
-        (edited('"train_rows": 24', '"train_rows": 20', older=True), "resume", "clients hold other rows now"),
-        (edited('"learning_rate": 0.005', '"learning_rate": 0.5'), "resume", "local.learning_rate is 0.5, but the run"),
-        (edited('"rounds": 3', '"rounds": 5'), "route", "rounds.rounds is 5, but the run was begun with 3; restore it"),
-        (lacking("silhouettes"), "resume", "clusters.json: silhouettes: Field required"),
-        (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
-        (shorten("config.json"), "export", "config.json: not readable as JSON"),
-    ],
-)
-def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(damage, command, expected, finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    damage(run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    rest = {"route": ["text"], "export": ["--to", str(tmp_path / "to")], "resume": []}[command]
-    assert main([command, str(run), *rest]) == 2
-    assert expected in capsys.readouterr().err.splitlines()[-1]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert not (tmp_path / "to").exists()
-
-
-def test_answers_that_were_lost_are_given_again(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "predictions.jsonl").unlink()
-    assert main(["resume", str(run)]) == 0
-    assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
-
-
-def test_export_writes_what_the_run_holds(finished, tmp_path, capsys):
-    assert main(["export", str(finished), "--to", str(tmp_path)]) == 0
-    for path in [*finished.glob("adapters/*/*"), *finished.glob("router/*")]:
-        assert (tmp_path / path.relative_to(finished)).read_bytes() == path.read_bytes()
-    assert main(["export", str(finished), "--to", str(tmp_path)]) == 2
-    assert "adapters of two runs would mix" in capsys.readouterr().err
-
-
-def test_an_unfinished_run_says_so_when_it_is_used(finished, tmp_path, capsys):
-    part = tmp_path / "part"
-    shutil.copytree(finished, part)
-    shutil.rmtree(part / "checkpoints" / "3")
-    for run, notes in ((finished, []), (part, [f"note: {part} has done 2 of 3 rounds"])):
-        for arguments in (["route", str(run), "text", "--json"], ["export", str(run), "--to", f"{run}-exported"]):
-            assert main(arguments) == 0
-            printed, errors = capsys.readouterr()
-            assert errors.splitlines() == notes and "note" not in printed
-
-
-def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys):
-    data, out, compares = (tmp_path / name for name in ("rows", "run", "compares"))
-    data.mkdir()
-    rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
-    for name in ("train", "test"):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = smoke()
-    small = dataclasses.replace(config.data, data=str(data), clients=2, test_rows=2, mix_rows=2)
-    config = dataclasses.replace(config, data=small, rounds=dataclasses.replace(config.rounds, rounds=1))
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, evaluate_at=()))
-    runs.run(config, out)
-    runs.run(dataclasses.replace(config, strategy="feddpa-t"), compares)
-    said = serve.route(out, ["q 3?", "another text"])
-    rows[0]["instruction"] = "another"
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["resume", str(out)]) == 2
-    assert f"the rows of {data} were others then" in capsys.readouterr().err
-    data.rename(tmp_path / "moved")
-    for arguments in (["resume", str(out)], ["route", str(compares), "text", "--client", "0"]):
-        assert main(arguments) == 2
-        message = f"config.json names the rows and the model of this run, from the folder {Path.cwd()} on"
-        assert message in capsys.readouterr().err
-    assert serve.route(out, ["q 3?", "another text"]) == said
-    for run in (out, compares):
-        to = tmp_path / f"{run.name}-exported"
-        assert main(["export", str(run), "--to", str(to)]) == 0
-        for path in (path for part in ("adapters", "router") for path in (run / part).rglob("*.*")):
-            assert (to / path.relative_to(run)).read_bytes() == path.read_bytes()
-
-
-def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
-    begun, older, embedded = (tmp_path / name for name in ("begun", "older", "embedded"))
-    for run in (begun, older):
-        shutil.copytree(finished, run)
-    lacking("model")(older)
-    with (older / "embeddings.npy").open("rb") as file:
-        points = np.load(file)
-    np.save(older / "embeddings.npy", points)
-    embedded.mkdir()
-    for name in ("config.json", "embeddings.npy"):  # killed before there were clusters
-        shutil.copy(finished / name, embedded)
-    monkeypatch.setattr(tiny, "SEED", tiny.SEED + 1)
-    for arguments in (["resume", str(begun)], ["route", str(begun), "text"], ["resume", str(embedded)]):
-        assert main(arguments) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
-        name = "embeddings.npy" if str(embedded) in arguments else "clusters.json"
-        assert f"{name}: not the " in message and "the weights of tiny were others then" in message
-    assert main(["resume", str(older)]) == 0  # it cannot know
 
 
 def test_rows_that_lose_their_end_are_counted(finished, capsys):
@@ -515,45 +263,6 @@ def test_a_folder_that_another_process_makes_meanwhile_is_free(tmp_path, monkeyp
     runs.check_free(out, smoke())
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    files.write(path, "old")
-    with pytest.raises(KeyboardInterrupt), files.replaced(path) as beside:
-        beside.write_text("ne")
-        assert path.read_text() == "old"
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_line_ends_where_its_own_break_is(tmp_path):
-    """JSON of any script holds U+2028 and U+0085 as they are, which are no ends of lines in a file."""
-    log = tmp_path / "log"
-    log.write_text('"one \u2028 \x85 whole"\n"two"\n"cut sh', encoding="utf-8")
-    assert files.lines(log) == ['"one \u2028 \x85 whole"', '"two"']
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_line_whatever_is_raised(tmp_path, monkeypatch):
-    def full(*_):
-        raise ValueError("RESOURCE_EXHAUSTED: \n no space left")  # TensorStore's kind of error
-
-    monkeypatch.setattr(checkpoint, "_open", full)
-    with pytest.raises(UserError, match="the checkpoint of round 2 could not be written .*: no space left"):
-        checkpoint.save(tmp_path, 2, {"x": jnp.zeros(2)})
-
-
-def test_asking_for_checkpoints_makes_no_folder(tmp_path):
-    assert checkpoint.latest(tmp_path / "checkpoints") is None and not list(tmp_path.iterdir())
-
-
-def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    whole = (run / "predictions.jsonl").read_text()
-    (run / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
-    assert main(["resume", str(run)]) == 0
-    assert (run / "predictions.jsonl").read_text() == whole
-
-
 @pytest.mark.parametrize(
     "kept, missing",
     [
@@ -569,16 +278,6 @@ def test_a_resumed_run_notes_the_times_that_it_knows(kept, missing, finished, tm
     runs.proceed(run)
     whole, found = (json.loads((path / "timings.json").read_text()).keys() for path in (finished, run))
     assert whole == {"device", "taken_over", "total", "embed", "cluster", "evaluate"} and found == whole - missing
-
-
-def test_the_two_latest_checkpoints_are_kept(tmp_path):
-    for step in range(4):
-        checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)})
-    assert checkpoint.latest(tmp_path) == 3
-    for step in (2, 3):
-        assert checkpoint.load(tmp_path, step, {"x": jnp.zeros(2, jnp.int32)})["x"].tolist() == [step] * 2
-    with pytest.raises(UserError, match="round 1 could not be read"):
-        checkpoint.load(tmp_path, 1, {"x": jnp.zeros(2, jnp.int32)})
 
 
 def test_the_last_round_is_saved_whatever_the_interval(tmp_path):

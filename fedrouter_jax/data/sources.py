@@ -78,20 +78,21 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...
     return _rows(_records(path, _columns(columns or {}).values()), columns or {}, str(path))
 
 
-def read_texts(path: Path, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """The instructions of such a file, with their inputs; answers may be missing. Columns and errors as in `load`."""
-    found, texts = _columns(columns), []
+def read_questions(path: Path, columns: Mapping[str, str]) -> tuple[Row, ...]:
+    """The rows of such a file, `""` for an answer that is missing or no text. Columns and errors as in `load`."""
+    found, rows = _columns(columns), []
     needed = [found[field] for field in ("instruction", "input") if field == "instruction" or field in columns]
-    for place, record in _records(path, [found[field] for field in ("instruction", "input") if field in found]):
+    for place, record in _records(path, [found[f] for f in ("instruction", "input", "output") if f in found]):
         for column in needed:
             if column not in record:
                 raise UserError(
                     f"{place}: no column '{column}'; the columns are {_listed(record)}; rename the one meant"
                 )
-        texts.append(_instruction(record, found, place))
-    if not texts:
+        answer = record.get(found["output"])
+        rows.append(Row(_instruction(record, found, place), answer if isinstance(answer, str) else "", ""))
+    if not rows:
         raise UserError(f"{path}: no rows; expected at least one row with '{needed[0]}'")
-    return tuple(texts)
+    return tuple(rows)
 
 
 def _columns(columns: Mapping[str, str]) -> dict[str, str]:

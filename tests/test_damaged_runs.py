@@ -1,0 +1,174 @@
+"""Runs whose files, rows or weights were damaged or changed: refused in one line, or made whole."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedrouter_jax import experiment, runs, serve
+from fedrouter_jax.cli import main
+from fedrouter_jax.models import tiny
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.routing import ClusterConfig
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])
+def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, change):
+    prepared = experiment.prepare(smoke())
+    config = prepared.config
+    nested = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    shared = runs.Shared(runs=(finished,))
+    assert list(runs.alike(shared, prepared, recipe=True)) == [finished]
+    assert list(runs.alike(shared, prepared._replace(config=dataclasses.replace(config, **nested)), recipe=False)) == []
+    recipe = prepared._replace(config=dataclasses.replace(config, cluster=ClusterConfig(recipe="paper")))
+    assert list(runs.alike(shared, recipe, recipe=True)) == []  # other embeddings, but the same answers of the base
+    assert list(runs.alike(shared, recipe, recipe=False)) == [finished]
+    edited = prepared.dataset._replace(train=prepared.dataset.train[::-1])  # the same folder, other rows
+    assert list(runs.alike(shared, prepared._replace(dataset=edited), recipe=False)) == []
+    tuned = prepared.model._replace(fingerprint="0" * 64)  # the same name, other weights
+    assert list(runs.alike(shared, prepared._replace(model=tuned), recipe=False)) == []
+
+
+def relabel(run):
+    path = run / "clusters.json"
+    clusters = json.loads(path.read_text())
+    clusters["clients"][0]["local"][0] = 7
+    path.write_text(json.dumps(clusters))
+
+
+def lacking(key):
+    def without(run):
+        path = run / "clusters.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return without
+
+
+def edited(old, new, older=False):
+    """config.json with another value; `older`: in a run whose clusters do not say yet what it was begun with."""
+
+    def edit(run):
+        path = run / "config.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        if older:
+            lacking("config")(run)
+
+    return edit
+
+
+def repeat(run):
+    """A log that two processes wrote."""
+    path = run / "rounds.jsonl"
+    path.write_text("".join(line * 2 for line in path.read_text().splitlines(keepends=True)))
+
+
+def shorten(name):
+    def cut(run):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "damage, command, expected",
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "route", "holds no checkpoint, so no adapters"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "export", "holds no checkpoint, so no adapters"),
+        (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
+        (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
+        (repeat, "resume", "line 2: round 1, expected 2"),
+        (relabel, "resume", "the clusters of client 0 are not those of the table"),
+        (relabel, "route", "the clusters of client 0 are not those of the table"),
+        (lambda run: (run / "clusters.json").unlink(), "route", "clusters.json is missing, though the run has begun"),
+        (lambda run: (run / "clusters.json").unlink(), "resume", "clusters.json is missing, though the run has begun"),
+        (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),
+        (edited('"train_rows": 24', '"train_rows": 20', older=True), "resume", "clients hold other rows now"),
+        (edited('"learning_rate": 0.005', '"learning_rate": 0.5'), "resume", "local.learning_rate is 0.5, but the run"),
+        (edited('"rounds": 3', '"rounds": 5'), "route", "rounds.rounds is 5, but the run was begun with 3; restore it"),
+        (lacking("silhouettes"), "resume", "clusters.json: silhouettes: Field required"),
+        (shorten("scores.json"), "resume", "scores.json: not a JSON object"),
+        (shorten("config.json"), "export", "config.json: not readable as JSON"),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(damage, command, expected, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damage(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    rest = {"route": ["text"], "export": ["--to", str(tmp_path / "to")], "resume": []}[command]
+    assert main([command, str(run), *rest]) == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "to").exists()
+
+
+def test_answers_that_were_lost_are_given_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "predictions.jsonl").unlink()
+    assert main(["resume", str(run)]) == 0
+    assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
+
+
+def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys):
+    data, out, compares = (tmp_path / name for name in ("rows", "run", "compares"))
+    data.mkdir()
+    rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
+    for name in ("train", "test"):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = smoke()
+    small = dataclasses.replace(config.data, data=str(data), clients=2, test_rows=2, mix_rows=2)
+    config = dataclasses.replace(config, data=small, rounds=dataclasses.replace(config.rounds, rounds=1))
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, evaluate_at=()))
+    runs.run(config, out)
+    runs.run(dataclasses.replace(config, strategy="feddpa-t"), compares)
+    said = serve.route(out, ["q 3?", "another text"])
+    rows[0]["instruction"] = "another"
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["resume", str(out)]) == 2
+    assert f"the rows of {data} were others then" in capsys.readouterr().err
+    data.rename(tmp_path / "moved")
+    for arguments in (["resume", str(out)], ["route", str(compares), "text", "--client", "0"]):
+        assert main(arguments) == 2
+        message = f"config.json names the rows and the model of this run, from the folder {Path.cwd()} on"
+        assert message in capsys.readouterr().err
+    assert serve.route(out, ["q 3?", "another text"]) == said
+    for run in (out, compares):
+        to = tmp_path / f"{run.name}-exported"
+        assert main(["export", str(run), "--to", str(to)]) == 0
+        for path in (path for part in ("adapters", "router") for path in (run / part).rglob("*.*")):
+            assert (to / path.relative_to(run)).read_bytes() == path.read_bytes()
+
+
+def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
+    begun, older, embedded = (tmp_path / name for name in ("begun", "older", "embedded"))
+    for run in (begun, older):
+        shutil.copytree(finished, run)
+    lacking("model")(older)
+    with (older / "embeddings.npy").open("rb") as file:
+        points = np.load(file)
+    np.save(older / "embeddings.npy", points)
+    embedded.mkdir()
+    for name in ("config.json", "embeddings.npy"):  # killed before there were clusters
+        shutil.copy(finished / name, embedded)
+    monkeypatch.setattr(tiny, "SEED", tiny.SEED + 1)
+    for arguments in (["resume", str(begun)], ["route", str(begun), "text"], ["resume", str(embedded)]):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        name = "embeddings.npy" if str(embedded) in arguments else "clusters.json"
+        assert f"{name}: not the " in message and "the weights of tiny were others then" in message
+    assert main(["resume", str(older)]) == 0  # it cannot know
+
+
+def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = (run / "predictions.jsonl").read_text()
+    (run / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert main(["resume", str(run)]) == 0
+    assert (run / "predictions.jsonl").read_text() == whole

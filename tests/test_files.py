@@ -1,0 +1,47 @@
+"""Files and checkpoints: whole or as they were."""
+
+import jax.numpy as jnp
+import pytest
+
+from fedrouter_jax import checkpoint, files
+from fedrouter_jax.errors import UserError
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    files.write(path, "old")
+    with pytest.raises(KeyboardInterrupt), files.replaced(path) as beside:
+        beside.write_text("ne")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_ends_where_its_own_break_is(tmp_path):
+    """JSON of any script holds U+2028 and U+0085 as they are, which are no ends of lines in a file."""
+    log = tmp_path / "log"
+    log.write_text('"one \u2028 \x85 whole"\n"two"\n"cut sh', encoding="utf-8")
+    assert files.lines(log) == ['"one \u2028 \x85 whole"', '"two"']
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_whatever_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: \n no space left")  # TensorStore's kind of error
+
+    monkeypatch.setattr(checkpoint, "_open", full)
+    with pytest.raises(UserError, match="the checkpoint of round 2 could not be written .*: no space left"):
+        checkpoint.save(tmp_path, 2, {"x": jnp.zeros(2)})
+
+
+def test_asking_for_checkpoints_makes_no_folder(tmp_path):
+    assert checkpoint.latest(tmp_path / "checkpoints") is None and not list(tmp_path.iterdir())
+
+
+def test_the_two_latest_checkpoints_are_kept(tmp_path):
+    for step in range(4):
+        checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)})
+    assert checkpoint.latest(tmp_path) == 3
+    for step in (2, 3):
+        assert checkpoint.load(tmp_path, step, {"x": jnp.zeros(2, jnp.int32)})["x"].tolist() == [step] * 2
+    with pytest.raises(UserError, match="round 1 could not be read"):
+        checkpoint.load(tmp_path, 1, {"x": jnp.zeros(2, jnp.int32)})
