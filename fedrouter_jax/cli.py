@@ -89,7 +89,7 @@ class Route:
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Instructions."""
     rows: Path | None = None
-    """A file of instructions, in their place: .jsonl, .csv or .parquet, in the columns where the run had its own. Where
+    """A file of instructions, in their place: JSONL, JSON, CSV or Parquet, in the columns where the run had its own. If
     it has the right answers, too, they are compared with those given."""
     client: int | None = None
     """Route as this client: among its own clusters only (fedrouter), or its own adapter (local)."""

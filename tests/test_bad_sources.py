@@ -18,6 +18,15 @@ BAD_FILES = [
     ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl line 1: not JSON that can be read"),
     ("digits.jsonl", b'{"task": ' + b"1" * 5000 + b"}", r"digits\.jsonl line 1: not JSON that can be read"),
     ("newline.csv", b'"a\nb",c\n1,2\n', r"newline\.csv line 3: no column 'instruction' .* 'a\\nb', 'c'"),
+    (
+        "cut.json",
+        b'[{"instruction": "a", "output": "b"},\n {"instruc',
+        r"cut\.json line 2: not valid JSON .*a list",
+    ),
+    ("text.json", b'[{"instruction": "a", "output": "b"}, "c"]', r"text\.json row 2: a JSON str; expected an object"),
+    ("blank.json", b'[{"instruction": "a", "output": ""}]', r"blank\.json row 1: 'output' is blank"),
+    ("deep.json", b"[" * 100_000, r"deep\.json: not JSON that can be read"),
+    ("one.json", b'{"rows": [\n]}', r"one\.json line 1: not valid JSON"),
     ("array.jsonl", f"{GOOD}[1, 2]\n".encode(), r"array\.jsonl line 2: a JSON list; expected an object"),
     ("column.jsonl", b'{"instruction": "a", "text": "b"}', r"line 1: no column 'output' .* are 'instruction', 'text';"),
     ("column.csv", b"question,output\na,b\n", r"column\.csv line 2: no column 'instruction' .* 'question', 'output'"),
@@ -103,7 +112,7 @@ def test_missing_path(tmp_path, monkeypatch, spec):
 
 
 def test_directory_without_files_or_test_rows(tmp_path):
-    assert error_of(tmp_path).endswith("no train file; expected train and test as .jsonl, .csv or .parquet")
+    assert "no train file; expected train and test as one of '.jsonl', '.json', '.csv', '.p" in error_of(tmp_path)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").touch()  # by datasets' save_to_disk
     assert "to_parquet writes what is expected" in error_of(tmp_path / "saved")

@@ -22,6 +22,9 @@ ROWS = [
 
 def write(path, rows, fields=Row._fields):
     records = [dict(zip(fields, row, strict=False)) for row in rows]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        return path
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     elif path.suffix == ".csv":
@@ -65,6 +68,11 @@ def test_test_split_wins_over_validation_and_formats_may_differ(tmp_path):
     (tmp_path / "valid.csv").unlink()
     write(tmp_path / "dev.csv", ROWS[4:])
     assert sources.load(str(tmp_path)).test == (ROWS[3],)
+
+
+def test_json_by_the_name_of_a_list_may_be_lines(tmp_path):
+    lines = write(tmp_path / "data.jsonl", ROWS).rename(tmp_path / "data.json")
+    assert sources.read(lines) == tuple(ROWS)
 
 
 def test_a_field_of_a_csv_may_be_long(tmp_path):

@@ -20,8 +20,8 @@ class DataConfig:
     """Rows, and who holds them."""
 
     data: str = "synthetic"
-    """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, CSV, Parquet), or a Hugging
-    Face dataset id (ID:CONFIGURATION where it has several)."""
+    """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, JSON, CSV, Parquet), or a
+    Hugging Face dataset id (ID:CONFIGURATION where it has several)."""
     columns: tuple[str, ...] = ()
     """Column names of the data, as instruction=NAME output=NAME task=NAME client=NAME input=NAME; what is left out
     keeps its name. An input (Alpaca's, Dolly's context) follows its instruction after an empty line."""

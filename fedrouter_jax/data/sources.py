@@ -1,4 +1,4 @@
-"""Where rows come from: the embedded grammars, local JSONL, CSV or Parquet files, or a Hugging Face data set.
+"""Where rows come from: the embedded grammars, local JSONL, JSON, CSV or Parquet files, or a Hugging Face data set.
 
 Text is taken as it is: never stripped, converted or dropped. A number or a boolean where text is expected is an
 error, not a string made up from it (`True` could mean `true`, `yes` or `1`). The first bad row stops the load with
@@ -7,24 +7,19 @@ one line that names the file and the line.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedrouter_jax.data import synthetic
+from fedrouter_jax.data.readers import SUFFIXES, Record, brief, listed, read_records, shown
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
 
 FIELDS = (*Row._fields, "input")
 OPTIONAL = ("task", "client", "input")
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")  # the first one present is the test split
-Record = Mapping[str, object]
 
 
 def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
@@ -33,8 +28,8 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     `spec` is one of, in this order:
 
     * `"synthetic"`: the embedded tasks, `synthetic.make(seed)`;
-    * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a `.jsonl`, `.csv` or
-      `.parquet` file;
+    * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a file of one of
+      `SUFFIXES`;
     * one such file, split by `seed`: about `test_fraction` of its distinct instructions, with all their rows, are
       held out, so that no test instruction occurs in train; rows keep their order;
     * else the id of a Hugging Face data set, or `ID:CONFIGURATION` where it has several, whose `train` split and first
@@ -50,7 +45,7 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
         raise UserError(f"test_fraction is {test_fraction}; expected a number between 0 and 1, such as 0.2")
     unknown = sorted(set(columns or {}) - set(FIELDS))
     if unknown:
-        raise UserError(f"columns has no field '{unknown[0]}'; the fields are {_listed(FIELDS)}")
+        raise UserError(f"columns has no field '{unknown[0]}'; the fields are {listed(FIELDS)}")
     if spec == "synthetic":
         if columns:
             raise UserError("columns does not apply to the synthetic data, whose fields are fixed; leave it out")
@@ -61,7 +56,7 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
         path = Path(spec).expanduser()
         path.is_dir()  # of a name that is too long this cannot be said
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{spec[:100]}: no path that can be ({_brief(error)}); give one that exists") from error
+        raise UserError(f"{spec[:100]}: no path that can be ({brief(error)}); give one that exists") from error
     if path.is_dir():
         train_path, test_path = _split_files(path)
         return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name, False)
@@ -74,19 +69,19 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
-    """The rows of one `.jsonl`, `.csv` or `.parquet` file, in file order; `columns` and errors as in `load`."""
-    return _rows(_records(path, _columns(columns or {}).values()), columns or {}, str(path))
+    """The rows of one such file, in file order; `columns` and errors as in `load`."""
+    return _rows(read_records(path, _columns(columns or {}).values()), columns or {}, str(path))
 
 
 def read_questions(path: Path, columns: Mapping[str, str]) -> tuple[Row, ...]:
     """The rows of such a file, `""` for an answer that is missing or no text. Columns and errors as in `load`."""
     found, rows = _columns(columns), []
     needed = [found[field] for field in ("instruction", "input") if field == "instruction" or field in columns]
-    for place, record in _records(path, [found[f] for f in ("instruction", "input", "output") if f in found]):
+    for place, record in read_records(path, [found[f] for f in ("instruction", "input", "output") if f in found]):
         for column in needed:
             if column not in record:
                 raise UserError(
-                    f"{place}: no column '{column}'; the columns are {_listed(record)}; rename the one meant"
+                    f"{place}: no column '{column}'; the columns are {listed(record)}; rename the one meant"
                 )
         answer = record.get(found["output"])
         rows.append(Row(_instruction(record, found, place), answer if isinstance(answer, str) else "", ""))
@@ -110,17 +105,6 @@ def _instruction(record: Record, found: Mapping[str, str], place: str) -> str:
     return f"{text}\n\n{about}" if about.strip() else text
 
 
-def _records(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Record]]:
-    """(place, record) of every row of a file; records hold the columns `wanted`, and may hold others."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": partial(_read_parquet, wanted=wanted)}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: cannot read a '{path.suffix}' file; expected one of {_listed(SUFFIXES)}")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or _brief(error)})") from error
-
-
 def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) -> tuple[tuple[Row, ...], ...]:
     """(train, test) of `rows`, divided by instruction so that repeated ones do not leak, and never empty."""
     instructions = list(dict.fromkeys(row.instruction for row in rows))
@@ -137,15 +121,6 @@ def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) ->
     )
 
 
-def _listed(names: Iterable[object]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
 def _split_files(directory: Path) -> tuple[Path, Path]:
     """The train and the test file of a directory."""
     found: dict[str, Path] = {}
@@ -157,7 +132,7 @@ def _split_files(directory: Path) -> tuple[Path, Path]:
     if "train" not in found:
         saved = any((directory / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
         remedy = "; datasets.load_from_disk reads it, and to_parquet writes what is expected" if saved else ""
-        raise UserError(f"{directory}: no train file; expected train and test as .jsonl, .csv or .parquet{remedy}")
+        raise UserError(f"{directory}: no train file; expected train and test as one of {listed(SUFFIXES)}{remedy}")
     test_name = next((name for name in TEST_NAMES if name in found), None)
     if test_name is None:
         raise UserError(
@@ -177,7 +152,7 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
             if column not in record and (field not in OPTIONAL or field in columns):
                 remedy = "fill it in or remove the row" if rows else f"name it with --columns {field}=YOUR_COLUMN"
                 raise UserError(
-                    f"{place}: no column '{column}' for the {field}; the columns are {_listed(record)}; {remedy}"
+                    f"{place}: no column '{column}' for the {field}; the columns are {listed(record)}; {remedy}"
                 )
         task, client = record.get(found["task"]), record.get(found["client"])
         client = str(client) if type(client) is int else client
@@ -190,7 +165,7 @@ def _rows(records: Iterable[tuple[str, Record]], columns: Mapping[str, str], whe
             )
         )
     if not rows:
-        raise UserError(f"{where}: no rows; expected at least one row with {_listed(FIELDS[:2])}")
+        raise UserError(f"{where}: no rows; expected at least one row with {listed(FIELDS[:2])}")
     return tuple(rows)
 
 
@@ -199,7 +174,7 @@ def _text(value: object, column: str, place: str, blank: bool) -> str:
         raise UserError(f"{place}: '{column}' is null; expected text: fill it in or remove the row")
     if not isinstance(value, str):
         raise UserError(
-            f"{place}: '{column}' is {_shown(value)} ({type(value).__name__}); expected text: write it as a string"
+            f"{place}: '{column}' is {shown(value)} ({type(value).__name__}); expected text: write it as a string"
         )
     if not blank and not value.strip():
         raise UserError(f"{place}: '{column}' is blank; expected text: fill it in or remove the row")
@@ -208,95 +183,6 @@ def _text(value: object, column: str, place: str, blank: bool) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: '{column}' has a lone surrogate at character {error.start}; remove it") from error
     return value
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
-
-
-def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
-def _file_bytes(path: Path) -> bytes:
-    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that spreadsheets write
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
-    for number, data in enumerate(_file_bytes(path).split(b"\n"), 1):
-        line = _decode(data, path, number)
-        if not line.strip():
-            continue
-        place = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{place}: not valid JSON ({error.msg} at column {error.colno}); expected one object on each line"
-            ) from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
-            raise UserError(f"{place}: not JSON that can be read ({_brief(error)}); simplify the line") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{place}: a JSON {type(record).__name__}; expected an object, as {{"instruction": ...}}')
-        yield place, record
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
-    csv.field_size_limit(2**30)  # the default refuses long texts
-    text = _decode(_file_bytes(path), path)
-    first = text.lstrip().partition("\n")[0].strip()
-    if "," not in first and (";" in first or "\t" in first):
-        raise UserError(f"{path} line 1: no commas in the header {_shown(first)}; save the file with commas")
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        place = f"{path} line {lines.line_num + 1}"  # where this row starts; quoted text may run over several lines
-        try:
-            values = next(lines, None)
-        except csv.Error as error:
-            raise UserError(f"{place}: not valid CSV ({_brief(error)}); check the quotes of this row") from error
-        if values is None:
-            return
-        if not values:  # an empty line
-            continue
-        if header is None:
-            header = values
-            if len(set(header)) < len(header):
-                raise UserError(f"{place}: a column name occurs twice in the header {_listed(header)}")
-            continue
-        if len(values) != len(header):
-            raise UserError(
-                f"{place}: {len(values)} fields; expected {len(header)} as in the header: is the row cut off?"
-            )
-        yield place, dict(zip(header, values, strict=True))
-
-
-def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Record]]:
-    """The columns wanted of those there are, and nothing else: others may be of types that Python has no values for."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow") from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        twice = next((name for name in wanted if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{path}: column {twice!r} occurs twice; rename one of them")
-        found = file.read(columns=[name for name in names if name in wanted]).to_pylist()
-        records = found or [{}] * file.metadata.num_rows  # of no columns it reads no rows
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_brief(error)}); is it cut off?") from error
-    for number, record in enumerate(records, 1):
-        yield f"{path} row {number}", dict.fromkeys(names) | record
 
 
 def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: float, seed: int) -> Dataset:
@@ -315,7 +201,7 @@ def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: f
             f"'{spec}' is neither a local path nor a Hugging Face data set that loads ({reason}){remedy}"
         ) from error
     if "train" not in loaded:
-        raise UserError(f"{spec}: no train split; the splits are {_listed(loaded)}")
+        raise UserError(f"{spec}: no train split; the splits are {listed(loaded)}")
 
     def rows(name: str) -> tuple[Row, ...]:
         where = f"{spec} split '{name}'"
