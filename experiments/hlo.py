@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-_COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _CALLED = re.compile(r"(?:to_apply|calls|\w+_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -56,13 +56,17 @@ def traffic(text: str) -> dict[str, int]:
     """Bytes that the collectives of a program give each device, by operation; those "in loops" count once a turn."""
     found: dict[str, int] = {}
     for line, loops in instructions(text):
-        for shapes, operation in _COLLECTIVE.findall(line):
-            size = sum(
+        for shapes, operation, start in _COLLECTIVE.findall(line):
+            sizes = [
                 _WIDTHS[kind] * math.prod(int(n) for n in axes.split(",") if n)
                 for kind, axes in re.findall(rf"({'|'.join(_WIDTHS)})\[([\d,]*)\]", shapes)
-            )
+            ]
+            if start and operation == "all-gather":  # it names its operands, and then what comes of them
+                sizes = sizes[len(sizes) // 2 :]
+            elif start and operation == "collective-permute":  # and of this one, what it keeps meanwhile, too
+                sizes = sizes[1:2]
             name = f"{operation} in loops" if loops else operation
-            found[name] = found.get(name, 0) + size
+            found[name] = found.get(name, 0) + sum(sizes)
     return found
 
 

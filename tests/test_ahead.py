@@ -72,3 +72,17 @@ ENTRY %main (p: f32[5]) -> f32[5] {
 """
     assert hlo.traffic(text) == {"all-gather in loops": 12, "all-reduce": 20}
     assert hlo.cycles(text) == 4 * 10 + 3 + 100
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ("(bf16[2,8], bf16[4,8]) all-gather-start(%a)", {"all-gather": 64}),
+        ("((f32[2], f32[3]), (f32[8], f32[12])) all-gather-start(%a, %b)", {"all-gather": 80}),
+        ("(f32[6], f32[6], u32[], u32[]) collective-permute-start(%a)", {"collective-permute": 24}),
+        ("(f32[6], f32[4]) all-reduce-start(%a, %b)", {"all-reduce": 40}),
+        ("(f32[6], f32[4]) all-gather(%a, %b)", {"all-gather": 40}),
+    ],
+)
+def test_what_a_collective_starts_from_is_not_counted_with_what_comes_of_it(made, expected):
+    assert hlo.traffic(f"ENTRY %main (p: f32[5]) -> f32[5] {{\n  %f = {made}, replica_groups=[1,2]\n}}\n") == expected
