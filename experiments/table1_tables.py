@@ -23,6 +23,8 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
     for name, summary in found.items():
         scenario, _, rest = name.partition("-")
         method, seed = rest.rpartition("-")[0], summary["config"]["seed"]
+        if method not in METHODS:
+            continue  # of another version: it has no row, so no row may be compared with it
         own = {"personalised": "personalised", "generalisation": "generalisation"}
         base = {"personalised": "base", "generalisation": "base_generalisation"}
         for who, parts in ((method, own), (UNTRAINED, base)):

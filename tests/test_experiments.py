@@ -126,6 +126,13 @@ def test_means_that_are_compared_are_of_the_same_seeds():
     assert "over fedit (+0.100 ± 0.000; 4 seeds)" in row["**fedrouter, gain over the best baseline**"]
 
 
+def test_a_method_that_is_no_more_is_no_baseline():
+    found = {f"dual-{m}-{seed}": made("fedit", seed, 0.4) for m in ("fedrouter", "fedit") for seed in (0, 1)}
+    lines = table1_tables.scores(table1_tables.cells(found), tuple(METHODS))
+    found |= {f"dual-fedgone-{seed}": made("fedit", seed, 0.6) for seed in (1, 2)}  # left in the folder
+    assert table1_tables.scores(table1_tables.cells(found), tuple(METHODS)) == lines
+
+
 def test_nobody_gains_over_the_untrained_model():
     found = {f"all-fedrouter-{seed}": made("fedrouter", seed, 0.5) for seed in (0, 1)}
     last = table1_tables.scores(table1_tables.cells(found), tuple(METHODS))[-1]
@@ -256,9 +263,10 @@ def test_no_committed_run_would_run_again():
     results = ROOT / "docs" / "results"
     for name, config in table1.configs(table1.Table1()).items():
         assert summaries.known(results / "table1" / "runs" / f"{name}.json", config), name
-    of_table = table1.configs(table1.Table1(budget="long"))
-    for name in summaries.load(results / "table1-long" / "runs"):
-        assert summaries.known(results / "table1-long" / "runs" / f"{name}.json", of_table[name]), name
+    for budget, folder in (("short", "table1"), ("long", "table1-long"), ("full", "table1-full")):
+        of_table = table1.configs(table1.Table1(seeds=20, methods=tuple(METHODS), once=(), budget=budget))
+        for name in summaries.load(results / folder / "runs"):
+            assert summaries.known(results / folder / "runs" / f"{name}.json", of_table[name]), name
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):
         of_study = studies.configs(folder.name, studies.Studies(seeds=5))
         for name in summaries.load(folder):
