@@ -212,7 +212,7 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     lines = [f"# Study: {study.what}", "", "The first row, from which the others differ in that alone:", ""]
     lines += [*table1_tables.setting(first), ""]
     tasks = sorted({task for same in table.values() for s in same for part in parts for task in by_task(s, part)})
-    columns = [name, "method", *parts, *tasks, "rows clustered right", "own texts routed right"]
+    columns = [name, "method", "seeds", *parts, *tasks, "rows clustered right", "own texts routed right"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (method, value), same in table.items():
         scores = [[summaries.score(s, part) for s in same if part in s["scores"]] for part in parts]
@@ -224,7 +224,7 @@ def markdown(name: str, found: dict[str, dict]) -> str:
             values = [[by_task(s, part)[task] for s in same if task in by_task(s, part)] for part in parts]
             row.append(" / ".join(f"{np.mean(scores):.3f}" if scores else "-" for scores in values))
         row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
-        lines.append(f"| {label(value)} | {method} | {' | '.join(row)} |")
+        lines.append(f"| {label(value)} | {method} | {len(same)} | {' | '.join(row)} |")
     lines += ["", f"In a task's column: {' / '.join(parts)}."]
     return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
 
