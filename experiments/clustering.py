@@ -119,6 +119,7 @@ def measure(options: Clustering, to: Path) -> None:
         for recipe, few in [*product(RECIPES, [None]), *(product(SEARCHED, FEW) if "five" not in name else ())]
     }
     known = {record["name"] for record in found["records"]}
+    order = {name: place for place, name in enumerate(jobs)}  # what was measured beyond these seeds comes last
     whole = set(options.recipes) == set(RECIPES)
     states = cache(partial(embedded, model, rows_by_task(options), Path("runs/clustering")))
     with progress() as track, track("clustering", len(jobs)) as advance:
@@ -132,7 +133,7 @@ def measure(options: Clustering, to: Path) -> None:
                 record = cluster({task: by_task[task] for task in tasks}, seed, recipe, options.clients, few, find)
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
                 found["records"].append({**of, **record})
-                found["records"].sort(key=lambda record: list(jobs).index(record["name"]))
+                found["records"].sort(key=lambda record: order.get(record["name"], len(order)))
                 files.write(to, json.dumps(rounded(found), indent=None) + "\n")
             advance(1, job)
 

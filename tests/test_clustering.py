@@ -1,0 +1,99 @@
+"""What the experiment on clusters measures, on points whose clusters are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import clustering
+from fedrouter_jax import routing
+from fedrouter_jax.data.rows import Row
+
+TASKS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Points of three tasks, far apart."""
+    rng = np.random.default_rng(0)
+    return {task: rng.normal(size=8) + 0.1 * rng.normal(size=(24, 8)) for task in TASKS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer():
+    """Fewer counts are tried, each of which is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clustering, "MOST", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def record(states):
+    return clustering.cluster(states, 0, "refined", 2, find=True)
+
+
+def test_tasks_that_are_far_apart_are_found(record):
+    assert record["local"] == record["global"] == record["found_accuracy"] == 1
+    assert record["found_local"] == [3, 3] and record["found_global"] == 3
+    for part, scores in record["others"].items():
+        variance, davies = scores["Calinski-Harabasz"], scores["Davies-Bouldin"]
+        assert max(variance, key=variance.get) == 3 and davies[3] < davies[2]
+        assert part == "global" or min(davies, key=davies.get) == 3  # of six centres, four clusters are better still
+
+
+def test_a_picture_shows_every_row_by_its_task_and_its_clusters(record):
+    picture = record["picture"]
+    assert picture["task"] == [0] * 12 + [1] * 12 + [2] * 12 + [0] * 12 + [1] * 12 + [2] * 12  # client by client
+    assert len(picture["points"]) == len(picture["slot"]) == 72
+    for labels in (picture["slot"], picture["first client"]):
+        assert len({*zip(picture["task"], labels, strict=False)}) == 3
+    assert len(picture["first client"]) == 36
+
+
+def test_a_client_has_so_many_rows_of_each_task(states, monkeypatch):
+    held = []
+    enrolment = routing.Enrolment(np.array([[0, 1, 2]] * 2), 3, (), np.zeros((2, 36), int), {})
+    monkeypatch.setattr(routing, "enroll", lambda key, points, *_: held.append(points) or enrolment)
+    monkeypatch.setattr(clustering, "accuracy", lambda enrolment, labels, tasks: (0.25, 0.75))
+    monkeypatch.setattr(clustering, "other_scores", lambda *_: {})
+    assert clustering.cluster(states, 1, "paper", 2, 4) == {"local": 0.25, "global": 0.75}
+    for points in held[0]:
+        assert [sum(row.tolist() in states[task].tolist() for row in points) for task in TASKS] == [4] * 3
+    found = clustering.cluster(states, 1, "paper", 2, find=True)
+    assert [len(points) for points in held[1]] == [36, 36] and found["found_accuracy"] == 0.75  # of global clusters
+
+
+def test_five_tasks_are_drawn_and_the_others_left_out():
+    tasks = sorted(["gigaword", "glue_qqp", "samsum", "web_nlg_en", "cola", "fix_punct", "snli", "trec", "wic", "dpr"])
+    sets = {(name, seed): held for name, seed, held in clustering.task_sets(tasks, 2, False)}
+    assert len(sets) == 10 and sets["all ten", 1] == tasks
+    assert sorted({*tasks} - {*sets["flan8", 0]}) == ["gigaword", "samsum"] and len(sets["flan4", 0]) == 4
+    for seed in (0, 1):
+        drawn, others = sets["five drawn", seed], sets["the other five", seed]
+        assert len(drawn) == len(others) == 5 and sorted([*drawn, *others]) == tasks
+    assert sets["five drawn", 0] != sets["five drawn", 1]
+
+
+def test_a_row_that_is_there_twice_counts_once(monkeypatch):
+    rows = [Row(f"{task} {i // 2}", "", task) for task in "ab" for i in range(8)]
+    monkeypatch.setattr(clustering.synthetic, "make", lambda *_: type("Made", (), {"train": rows}))
+    found = clustering.rows_by_task(clustering.Clustering(rows=3, smoke=True))
+    assert {task: [row.instruction for row in held] for task, held in found.items()} == {
+        task: [f"{task} {i}" for i in range(3)] for task in "ab"
+    }
+
+
+def test_a_measurement_goes_on_with_fewer_seeds_than_there_are(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(clustering, "embedded", lambda model, rows, *_: rows)
+    monkeypatch.setattr(
+        clustering, "cluster", lambda tasks, seed, recipe, *_: jobs.append(recipe) or {"local": 1.0, "global": 1.0}
+    )
+    made = clustering.Clustering(model="tiny", rows=2, clients=2, smoke=True)
+    for recipes, seeds in ((("refined",), 2), (("paper", "refined"), 1), (("paper", "refined"), 1)):
+        options = {"recipes": recipes, "seeds": seeds}
+        clustering.measure(clustering.replace(made, **options), tmp_path / "clustering.json")
+    assert jobs == ["refined"] * 8 + ["paper"] * 4  # all rows, and three times few
+    found = json.loads((tmp_path / "clustering.json").read_text())["records"]
+    assert [record["recipe"] for record in found[:2]] == ["paper", "refined"] and len(found) == 12
+    assert {record["seed"] for record in found[8:]} == {1}
