@@ -125,8 +125,9 @@ def silhouettes(found: dict) -> Figure:
     figure = Figure((4 * len(named), 6.5))
     panels = figure.subplots(2, len(named), squeeze=False)
     for column, name in enumerate(named):
-        for recipe in dict.fromkeys(r["recipe"] for r in found["records"] if "silhouettes" in r):
-            records = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (name, recipe, None)]
+        searched = [r for r in found["records"] if r["set"] == name and "silhouettes" in r]
+        for recipe in dict.fromkeys(record["recipe"] for record in searched):
+            records = [record for record in searched if record["recipe"] == recipe]
             parts = {"local": lambda key: key != "global", "global": lambda key: key == "global"}
             for axes, (part, wanted) in zip(panels[:, column], parts.items(), strict=True):
                 curves = [curve for r in records for key, curve in r["silhouettes"].items() if wanted(key)]

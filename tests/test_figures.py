@@ -1,0 +1,125 @@
+"""Figures show what the tables beside them say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from experiments import bench, clustering_figures, studies, summaries, table1_tables
+from experiments.methods import BOUNDS
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+STUDIES = sorted(path.name for path in (RESULTS / "studies").iterdir() if path.is_dir())
+
+
+def first_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a file's first table: cells without bold by the names of their columns, the first by none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    names, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines[start:end])
+    return [dict(zip(["", *names[1:]], row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full"])
+def test_a_bar_is_a_mean_of_the_table_and_the_best_come_first(name):
+    rows = {row[""].split(" (")[0]: row for row in first_table(RESULTS / name / "table1.md")}
+    drawn = table1_tables.figure(summaries.load(RESULTS / name / "runs"))
+    assert [axes.get_title() for axes in drawn.axes] == list(rows["base model"])[1:]
+    for axes in drawn.axes:
+        column = axes.get_title()
+        cells = {m: row[column] for m, row in rows.items() if "gain" not in m and row[column]}
+        methods = [label.get_text() for label in axes.get_yticklabels()]
+        bars = dict(zip(methods, axes.patches, strict=True))
+        assert [bar.get_y() + bar.get_height() / 2 for bar in bars.values()] == pytest.approx(range(len(bars)))
+        assert {method: f"{bar.get_width():.3f}" for method, bar in bars.items()} == {
+            method: cell.split(" ± ")[0] for method, cell in cells.items()
+        }
+        lengths = [bar.get_width() for bar in bars.values()]
+        assert lengths == sorted(lengths, reverse=True)
+        for method, bar in bars.items():
+            assert (bar.get_alpha() == 1) == (" ± " in cells[method])
+            assert (bar.get_facecolor()[:3] == to_rgb("0.85")) == (method in BOUNDS)
+        for bar, dots in zip(axes.patches, axes.lines, strict=True):
+            assert np.mean(dots.get_xdata()) == pytest.approx(bar.get_width())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_line_of_a_study_goes_through_the_means_of_its_table(name):
+    rows = first_table(RESULTS / "studies" / f"{name}.md")
+    drawn = studies.figure(name, summaries.load(RESULTS / "studies" / name))
+    for axes in drawn.axes:
+        values = [label.get_text().replace("\n", "") for label in axes.get_xticklabels()]
+        lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert len({line.get_color() for line in lines.values()}) == len(lines)
+        for method, line in lines.items():
+            said = {row[""]: row for row in rows if row["method"] == method and row[axes.get_title()]}
+            places = [values[round(place)] for place in line.get_xdata()]
+            means = [said[value][axes.get_title()].split(" ± ")[0] for value in places]
+            assert [f"{mean:.3f}" for mean in line.get_ydata()] == means and len(places) == len(said)
+            dots = [dot for dot in axes.lines if dot.get_color() == line.get_color() and dot is not line]
+            assert [len(dot.get_ydata()) for dot in dots] == [int(said[value]["seeds"]) for value in places]
+            for dot, mean in zip(dots, line.get_ydata(), strict=True):
+                assert np.mean(dot.get_ydata()) == pytest.approx(mean)
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """What was measured of clusters."""
+    return json.loads((RESULTS / "clustering" / "clustering.json").read_text(encoding="utf-8"))
+
+
+def test_a_ring_is_where_a_score_is_best(clusters):
+    for figure in (clustering_figures.silhouettes(clusters), clustering_figures.others(clusters)):
+        for axes in figure.axes:
+            best = np.argmin if axes.get_title().startswith("Davies-Bouldin") else np.argmax
+            rings = [i for i, line in enumerate(axes.lines) if line.get_marker() == "o"]
+            assert rings
+            for i in rings:
+                ks, scores = axes.lines[i - 1].get_data()
+                assert axes.lines[i].get_xdata()[0] == ks[best(scores)]
+                assert axes.lines[i].get_color() == axes.lines[i - 1].get_color()
+
+
+def test_silhouettes_are_means_over_clients_or_of_all_rows_and_tasks_are_dotted(clusters):
+    kept = [r for r in clusters["records"] if (r["set"], r["recipe"], r["few"]) == ("flan8", "refined", None)]
+    for axes in clustering_figures.silhouettes(clusters).axes:
+        name, part = axes.get_title().split(", ")
+        if name != "flan8":
+            continue
+        curves = [
+            curve for r in kept for key, curve in r["silhouettes"].items() if (key == "global") == (part == "global")
+        ]
+        assert len(curves) == (5 if part == "global" else 40)
+        (line,) = (line for line in axes.lines if line.get_label() == "refined")
+        assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True))[8] == pytest.approx(
+            np.mean([c["8"] for c in curves])
+        )
+        assert {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"} == {8}
+
+
+def test_silhouettes_of_a_measurement_that_was_stopped_are_drawn_as_far_as_it_got(clusters):
+    last = next(i for i, record in enumerate(clusters["records"]) if record["set"] == "flan8")
+    figure = clustering_figures.silhouettes(clusters | {"records": clusters["records"][: last + 1]})
+    recipes = [[line.get_label() for line in axes.lines if line.get_marker() == "."] for axes in figure.axes]
+    assert recipes[0] == recipes[2] == ["paper", "shallow", "refined", "refined, first token kept"]
+    assert recipes[1] == recipes[3] == ["paper"]
+
+
+@pytest.mark.parametrize("folder", [".", "h200", "no-matrix-units"])
+def test_bars_of_a_bench_are_rates_of_the_table_and_ours_have_a_colour_of_their_own(folder):
+    found = json.loads((RESULTS.parent / "bench" / folder / "bench.json").read_text(encoding="utf-8"))
+    rows = {row[""]: row for row in first_table(RESULTS.parent / "bench" / folder / "bench.md")}
+    for axes, (name, phase) in zip(bench.figure(found).axes, found["phases"].items(), strict=True):
+        sides = [label.get_text() for label in axes.get_yticklabels()]
+        bars, dots = dict(zip(sides, axes.patches, strict=True)), dict(zip(sides, axes.lines, strict=True))
+        assert axes.get_title() == f"{name}: {phase['unit']} a second"
+        for side, bar in bars.items():
+            if side.startswith("ours"):
+                row = rows[f"{name}{side.removeprefix('ours')} ({phase['unit']})"]
+                assert f"{bar.get_width():,.0f}" == row["ours, a second"]
+            assert (bar.get_facecolor()[:3] == to_rgb("#d55e00")) == side.startswith("ours")
+            assert np.median(1 / np.array(dots[side].get_xdata())) == pytest.approx(1 / bar.get_width())
+            assert len(dots[side].get_xdata()) == len(phase["seconds"][side])
