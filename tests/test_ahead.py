@@ -12,6 +12,7 @@ import pytest
 
 from experiments import hlo
 
+BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"
 LIBTPU = Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
 
 
@@ -86,3 +87,12 @@ ENTRY %main (p: f32[5]) -> f32[5] {
 )
 def test_what_a_collective_starts_from_is_not_counted_with_what_comes_of_it(made, expected):
     assert hlo.traffic(f"ENTRY %main (p: f32[5]) -> f32[5] {{\n  %f = {made}, replica_groups=[1,2]\n}}\n") == expected
+
+
+def test_the_table_of_compiled_programs_is_that_of_their_json(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})  # which importing the script changes
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    from experiments import ahead
+
+    found = json.loads((BENCH / "ahead.json").read_text(encoding="utf-8"))
+    assert ahead.markdown(found) == (BENCH / "ahead.md").read_text(encoding="utf-8")

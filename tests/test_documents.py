@@ -7,7 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import bench, clustering_figures, growth, limit, profiled, startup, studies, summaries, table1_tables
+from experiments import (
+    bench,
+    clustering_figures,
+    growth,
+    limit,
+    precision,
+    profiled,
+    startup,
+    studies,
+    summaries,
+    table1_tables,
+)
 from experiments.methods import HEADLINE, LABELS
 from fedrouter_jax import records, report
 
@@ -247,8 +258,8 @@ def test_the_speeds_of_a_device_for_each_core_are_those_measured():
     assert mixed + ", {} and {}, {} and {} in float32".format(*rates["float32"]) in SAID
 
 
-@pytest.mark.parametrize(("name", "script"), [("growth", growth), ("startup", startup)])
-def test_growth_and_start_up_are_those_measured(name, script):
+@pytest.mark.parametrize(("name", "script"), [("growth", growth), ("precision", precision), ("startup", startup)])
+def test_what_was_measured_once_is_as_it_was_measured(name, script):
     assert script.markdown(read(BENCH / f"{name}.json")) == (BENCH / f"{name}.md").read_text(encoding="utf-8")
 
 
