@@ -234,7 +234,10 @@ def generation(mine: dict[str, Prepared], adapters: LoRA, peers: list[Peer], loa
             raise UserError(f"only {agreed:.0%} of the answers of both sides agree; no use to time them")
         # Those of rounded weights end elsewhere, so each side has its own count.
         read = sum(map(len, prompts))
-        return {side: read + sum(len(answer) + 1 for answer in answers) for side, answers in found.items()}
+        return {
+            side: read + sum(min(len(answer) + 1, new) for answer in answers)  # with the end, where it was written
+            for side, answers in found.items()
+        }
 
     sides = {side: lambda each=each: ours(each.model.params) for side, each in mine.items()}
     return Phase(sides | {each.name: lambda each=each: other(each) for each in peers}, useful)

@@ -15,9 +15,12 @@ from rich.console import Console
 
 from experiments import bench, bench_measure, bench_phases
 from experiments.torch_baseline import flow
-from fedrouter_jax import embed, generate, lora, peft_io
+from fedrouter_jax import client, embed, experiment, generate, lora, peft_io
+from fedrouter_jax.data import packing, schedule, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models.hf import load_folder
+from fedrouter_jax.presets import smoke
+from fedrouter_jax.types import Phase
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=8.0, dropout=0.0)
 PAD = 256
@@ -174,3 +177,69 @@ def test_sides_are_compared_by_their_first_call_and_then_take_turns():
         with pytest.raises(UserError, match=f"losses: 'ours' and 'published' differ by {gap}, more than 1.0e-02"):
             bench_measure.timed("train", bench_phases.Phase(sides, useful), 2, "float32", Console(quiet=True))
         assert calls == ["ours", "published"]  # nothing is timed
+
+
+def test_the_flow_trains_as_we_do(sides):
+    """A lane's steps, clipped, from an adapter: that of the flow and ours end at the same adapter and losses."""
+    decoder, params, adapters, model, bank, rows = sides
+    local = client.LocalConfig(steps=4, batch=3)
+    steps = [rows[start : start + 3] for start in (0, 3, 6, 9)]
+    time, predicted = packing.shape([[row for step in steps for row in step]], 3, 1)
+    batch = schedule.stack([packing.batch([step], 3, time, predicted) for step in steps])
+    update = client.make_client_update(decoder, CONFIG, local)
+    start = {"main": jax.tree.map(lambda leaf: leaf[None], adapters[0])}
+    keys, phases = jax.random.split(jax.random.key(0), 1), (Phase(train=True, weights={"main": 1.0}),)
+    found, losses = jax.jit(partial(update, phases=phases))(params, start, batch, 5e-2, keys)
+    expected = bench_phases.in_torch(jax.tree.map(lambda leaf: leaf[0], found["main"]), "cpu")
+    for each in FLOWS:
+        trained, seen = flow.train_client(model, bank[0], steps, 5e-2, PAD, each)
+        np.testing.assert_allclose(seen, np.asarray(losses.loss)[0], rtol=1e-4)
+        for name, leaf in expected.items():
+            torch.testing.assert_close(trained[name], leaf, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("each", FLOWS)
+def test_batches_of_the_tuned_flow_hold_rows_of_like_length(each):
+    lengths = [5, 1, 4, 2, 3]
+    expected = [[1, 3], [4, 2], [0]] if each is flow.BEST_EFFORT else [[0, 1], [2, 3], [4]]
+    assert list(flow.batches(lengths, each, 2)) == expected
+
+
+def test_the_tuned_flow_computes_the_head_for_answers_only(sides, monkeypatch):
+    model, rows = sides[3], sides[5][:3]
+    kept, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: kept.append(given.get("logits_to_keep")) or forward(**given))
+    for each in FLOWS:
+        flow.loss_of(model, rows, PAD, each)
+    assert kept == [None, max(len(row.response) for row in rows) + 1]
+
+
+def test_useful_tokens_are_those_of_the_rows_without_padding(monkeypatch):
+    """Of each phase, from the rows themselves; and sides that answer otherwise are refused."""
+    prepared = experiment.prepare(smoke())
+    load = bench_phases.Load(texts=6, steps=2, batch=2, prompts=5, new=4, clients=3, rounds=1)
+    size = prepared.model.config.width
+    same, tokenizer = {"published": np.ones((6, size)), "ours": np.ones((6, size))}, prepared.model.tokenizer
+    texts = tokens.encode_texts(tokenizer, bench_phases.texts_of(prepared, load), prepared.config.data.max_length)
+    assert bench_phases.embedding({"ours": prepared}, [], load).useful(same) == {"": sum(map(len, texts))}
+    with pytest.raises(UserError, match="embeddings: 'ours' and 'published' differ"):
+        bench_phases.embedding({"ours": prepared}, [], load).useful(same | {"ours": np.full((6, size), 1.01)})
+
+    here = bench_phases.Peer("published", flow.PUBLISHED, type("Here", (), {"device": "cpu"}))
+    adapters = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), bench_phases.fresh(prepared))
+    phase = bench_phases.generation({"ours": prepared}, adapters, [here], load, 4)
+    read = sum(len(prepared.test[row].prompt) for row in bench_phases.asked(prepared, load))
+    answers = [[1, 2], [3], [], [4, 5, 6], [7]]
+    found = {"ours": answers, "published": answers, "best effort": [[1, 2, 3, 4]] * 5}
+    assert phase.useful(found) == {
+        "ours": read + 12,
+        "published": read + 12,
+        "best effort": read + 20,
+    }  # cut before their end
+    with pytest.raises(UserError, match="only 40% of the answers of both sides agree"):
+        phase.useful(found | {"ours": [*answers[:2], *[[9]] * 3]})
+
+    kmeans = bench_phases.clustering(load)
+    assert kmeans.useful({"ours": np.ones(3), "scikit-learn": np.full(3, 1.005)}) == {"": 3 * bench_phases.POINTS}
+    with pytest.raises(UserError, match="different inertias"):
+        kmeans.useful({"ours": np.ones(3), "scikit-learn": np.full(3, 1.1)})
