@@ -114,6 +114,41 @@ def test_the_headline_tables_and_gains_are_those_of_the_runs(runs):
 
 
 @pytest.mark.parametrize(
+    ("scenario", "methods", "gains"),
+    [
+        ("dual", "feddpa-t fedit local fedsa clustered fedrouter fedrouter+ oracle", "fedrouter+ fedrouter"),
+        ("single", "fedit local fedsa clustered fedrouter+", "fedrouter+"),
+    ],
+)
+def test_the_tables_of_the_papers_budget_are_those_of_the_runs(scenario, methods, gains):
+    """docs/results.md: scores with and without QQP, and gains over the best baseline."""
+    runs = summaries.load(RESULTS / "table1-full" / "runs")
+    tables = [table1_tables.cells(runs, without) for without in ((), LABELS)]
+    columns = [(table, part) for table in tables for part in ("personalised", "generalisation")]
+
+    shown = [re.sub("[*`]", "", line).split(" | ") for line in SAID.splitlines()]
+
+    def short(text):
+        return re.sub(r"\b0\.", ".", text.removeprefix("+"))
+
+    for method in [table1_tables.UNTRAINED, *methods.split()]:
+        scores = [[table[scenario, part, method][seed] for seed in range(5)] for table, part in columns]
+        cells = [short(table1_tables.text(values, False)) for values in scores]
+        assert any(
+            line[0].startswith(f"| {method}") and " | ".join(line[1:]) == " | ".join(cells) + " |" for line in shown
+        )
+    for ours in gains.split():
+        wanted = []
+        for table, part in columns:
+            gain = table1_tables.gain(table, (scenario, part), ours, max)
+            percent, over, lead = re.fullmatch(r"(\S+) % over (\S+) \((\S+ ± \S+); 5 seeds\)", gain).groups()
+            percent = percent[0] + short(percent[1:])
+            wanted.append(re.escape(percent) + f" %( over {over})? " + re.escape(f"({short(lead)})"))
+        pattern = re.compile(r"\| [^|]* \| " + r" \| ".join(wanted) + r" \|", re.IGNORECASE)
+        assert any(pattern.fullmatch(" | ".join(line)) for line in shown)
+
+
+@pytest.mark.parametrize(
     ("method", "seeds"),
     [
         ("clustered", 20),
