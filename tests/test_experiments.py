@@ -119,9 +119,11 @@ def test_means_that_are_compared_are_of_the_same_seeds():
         for method, score, seeds in (("fedrouter", 0.48, 4), ("fedit", 0.38, 4), ("local", 0.3, 2), ("ifca", 0.9, 1))
         for seed in range(seeds)
     }
+    found["dual-flora-9"] = made("flora", 9, 0.95)  # once, with a seed that no other has
     lines = table1_tables.scores(table1_tables.cells(found), tuple(METHODS))
     row = {line.split("|")[1].strip(): line for line in lines}
-    for method, cell in (("fedrouter", "**0.490 ± 0.127**"), ("local", "0.310 ± 0.127"), ("ifca", "0.900")):
+    wanted = {"fedrouter": "**0.490 ± 0.127**", "local": "0.310 ± 0.127", "ifca": "0.900", "flora": "0.950"}
+    for method, cell in wanted.items():
         assert f"| {cell} |" in row[method]
     assert "over fedit (+0.100 ± 0.000; 4 seeds)" in row["**fedrouter, gain over the best baseline**"]
 
@@ -206,6 +208,13 @@ def test_only_some_runs_of_a_study_can_be_asked_for():
     assert all(chosen[name] is made[name] for name in chosen) and studies.chosen("rate-0.5b", made, ()) == made
     with pytest.raises(UserError, match="study rate-0.5b has no runs 'local-0.001'; choose --only among .*fedit-0.005"):
         studies.chosen("rate-0.5b", made, ("fedit-0.005", "local-0.001"))
+
+
+def test_a_smoke_run_is_of_the_tiny_model_and_of_tasks_that_it_has():
+    smokes = {name: studies.configs(name, studies.Studies(seeds=5, smoke=True)) for name in studies.STUDIES}
+    assert [*smokes["unseen"]] == ["fedrouter+-none-0", "fedrouter+-headline-0"]
+    assert all(len(made) <= 2 and {config.model for config in made.values()} == {"tiny"} for made in smokes.values())
+    assert len(table1.configs(table1.Table1(smoke=True))) == 2
 
 
 def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
