@@ -115,7 +115,9 @@ def left_out(found: dict) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of several, standard deviation."""
+    """Mean and, of several, standard deviation; nothing of none."""
+    if not values:
+        return ""
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 

@@ -138,8 +138,9 @@ def main(options: Studies) -> None:
     unknown = sorted(set(options.study) - set(STUDIES))
     if unknown:
         raise UserError(f"no study is called {unknown[0]!r}; choose among {', '.join(STUDIES)}")
-    if options.redraw and not any(out.glob("*/*.json")):
-        raise UserError(f"{out} holds no summaries to draw; run without --redraw, or choose another --out")
+    for folder in map(out.joinpath, options.study) if options.study else (out,):
+        if options.redraw and not any(folder.glob("*.json" if options.study else "*/*.json")):
+            raise UserError(f"{folder} holds no summaries to draw; run without --redraw, or choose another --out")
     for name in options.study or (tuple(STUDIES)[:2] if options.smoke else tuple(STUDIES)):
         kept = out / name
         if not options.redraw:

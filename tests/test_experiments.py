@@ -199,6 +199,8 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
         table1.main(table1.Table1(redraw=True, out=tmp_path))
     with pytest.raises(UserError, match="clients holds no run of the study to draw; remove other.json"):
         studies.main(studies.Studies(redraw=True, out=tmp_path))
+    with pytest.raises(UserError, match="rounds holds no summaries to draw"):
+        studies.main(studies.Studies(("rounds",), redraw=True, out=tmp_path))
 
 
 def test_only_some_runs_of_a_study_can_be_asked_for():

@@ -106,6 +106,7 @@ def test_silhouettes_of_a_measurement_that_was_stopped_are_drawn_as_far_as_it_go
     recipes = [[line.get_label() for line in axes.lines if line.get_marker() == "."] for axes in figure.axes]
     assert recipes[0] == recipes[2] == ["paper", "shallow", "refined", "refined, first token kept"]
     assert recipes[1] == recipes[3] == ["paper"]
+    assert "nan" not in clustering_figures.table(clusters | {"records": clusters["records"][:16]})
 
 
 @pytest.mark.parametrize("folder", [".", "h200", "no-matrix-units"])
