@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,8 @@ from experiments import (
 )
 from experiments.methods import HEADLINE, LABELS
 from fedrouter_jax import records, report
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.plan import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, BENCH = ROOT / "docs" / "results", ROOT / "docs" / "bench"
@@ -221,6 +224,8 @@ def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
 def test_a_bench_is_that_of_its_measurement(folder):
     found = read(BENCH / folder / "bench.json")
     assert bench.markdown(found) == (BENCH / folder / "bench.md").read_text(encoding="utf-8")
+    blocks = jax.tree.leaves(param_shapes(SHAPES["smollm2-135m"])["blocks"])
+    assert found["flops_a_token"] == 4 * sum(leaf.size for leaf in blocks)  # forward and back, none for frozen weights
 
 
 def test_the_readmes_speeds_are_those_of_the_bench():
