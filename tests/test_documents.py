@@ -220,7 +220,7 @@ def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
     assert f"Without QQP it is {mean:.3f} ± {half:.3f} behind".replace("0.", ".") in SAID
 
 
-@pytest.mark.parametrize("folder", [".", "h200"])
+@pytest.mark.parametrize("folder", [".", "amx-cores", "no-matrix-units", "h200"])
 def test_a_bench_is_that_of_its_measurement(folder):
     found = read(BENCH / folder / "bench.json")
     assert bench.markdown(found) == (BENCH / folder / "bench.md").read_text(encoding="utf-8")
@@ -254,6 +254,35 @@ def test_the_readmes_ratios_of_a_machine_are_those_of_its_bench(folder, kind):
     published = [mine / rate["published"] for mine, rate in zip(ours, peers, strict=True)]
     tuned = [mine / max(rate["best effort"], rate["best effort, bf16"]) for mine, rate in zip(ours, peers, strict=True)]
     assert "| {:.2f}, {:.2f}, {:.2f} | {:.2f}, {:.2f}, {:.2f} |".format(*published, *tuned) in README
+
+
+def test_the_ratios_beside_the_targets_are_those_of_the_benches_and_bold_where_one_is_met():
+    mixed, plain = (".", "faster-cores", "amx-cores"), ("no-matrix-units", ".", "faster-cores", "amx-cores")
+    machines = [*((folder, ", mixed") for folder in mixed), *((folder, "") for folder in plain)]
+    rates = [
+        {name: bench.rates(phase) for name, phase in read(BENCH / folder / "bench.json")["phases"].items()}
+        for folder, _ in machines
+    ]
+
+    def row(label, target, ratios, digits=2):
+        shown = [f"{ratio:.{digits}f}".removeprefix("0") for ratio in ratios]
+        cells = [f"**{text}**" if ratio >= target else text for ratio, text in zip(ratios, shown, strict=True)]
+        return f"{label} | {target} | " + " | ".join(cells) + " |"
+
+    names = {"embed": "embed", "train a round": "train a round, 8 lanes", "routed generation": "routed generation"}
+    for targets, sides in (
+        ((2.5, 2, 4), ("published",)),
+        ((1.3, 1.3, 2), ("best effort", "best effort, bf16")),
+    ):
+        for (name, label), target in zip(names.items(), targets, strict=True):
+            found = [
+                rate[name]["ours" + kind] / max(rate[name][side] for side in sides)
+                for rate, (_, kind) in zip(rates, machines, strict=True)
+            ]
+            assert row(f"| {label}", target, found) in SAID
+    kmeans = [rate["K-Means"]["ours"] / rate["K-Means"]["scikit-learn"] for rate in rates[3:]]
+    label, cells = row("| K-Means, 64 clients (scikit-learn)", 10, kmeans, 1).split(" | 10 | ")
+    assert f"{label} | 10 | | | | {cells}" in SAID
 
 
 def test_the_speeds_on_gpus_are_those_of_the_benches():
