@@ -244,3 +244,17 @@ def test_useful_tokens_are_those_of_the_rows_without_padding(monkeypatch):
     assert kmeans.useful({"ours": np.ones(3), "scikit-learn": np.full(3, 1.005)}) == {"": 3 * bench_phases.POINTS}
     with pytest.raises(UserError, match="different inertias"):
         kmeans.useful({"ours": np.ones(3), "scikit-learn": np.full(3, 1.1)})
+
+
+def test_both_sides_train_on_the_same_tokens(monkeypatch):
+    """Those that are useful are those of our packs, as the flow's rows have them."""
+    config = smoke()
+    prepared = experiment.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, clients=8)))
+    packed, round_inputs = [], experiment.round_inputs
+    monkeypatch.setattr(experiment, "round_inputs", lambda *given: packed.append(round_inputs(*given)) or packed[0])
+    monkeypatch.setattr(flow, "get_peft_model_state_dict", lambda model: {})
+    phase = bench_phases.training({"ours": prepared}, [bench_phases.Peer("published", flow.PUBLISHED, None)])
+    losses = np.ones((8, 2))
+    assert phase.useful({"ours": losses, "published": losses}) == {"": (packed[0][1].rows.packs.segments > 0).sum()}
+    with pytest.raises(UserError, match="losses: 'ours' and 'published' differ"):
+        phase.useful({"ours": losses, "published": losses + 0.011})
