@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import hlo
+from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.plan import SHAPES
 
 BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"
 LIBTPU = Path(sys.prefix) / "tpu" / "libtpu" / "libtpu.so"
@@ -96,3 +98,8 @@ def test_the_table_of_compiled_programs_is_that_of_their_json(monkeypatch):
 
     found = json.loads((BENCH / "ahead.json").read_text(encoding="utf-8"))
     assert ahead.markdown(found) == (BENCH / "ahead.md").read_text(encoding="utf-8")
+    for row in found["rows"]:
+        if "share_of_peak" in row:  # by packs of 512 tokens, four operations a parameter of the blocks
+            blocks = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(SHAPES[row["shape"]])["blocks"]))
+            peak = row["cycles_a_pack"] * ahead.TARGETS[row["target"]].flops_a_cycle * row["model_parallel"]
+            assert row["share_of_peak"] == pytest.approx(4 * blocks * 512 / peak)

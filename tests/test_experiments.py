@@ -312,6 +312,19 @@ def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
         assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)
 
 
+def test_the_loss_of_a_base_is_that_of_a_token(monkeypatch):
+    lengths = []
+
+    def losses(config, params, rows, *_):
+        lengths.extend(len(row.response) for row in rows)
+        return np.arange(len(rows))
+
+    monkeypatch.setattr(precision.likelihood, "losses", losses)
+    monkeypatch.setattr(precision.generate, "generate", lambda config, params, prompts, *_, **__: [[]] * len(prompts))
+    rows, found = precision.measure(smoke())
+    assert found["loss"] == pytest.approx(np.dot(lengths, range(rows)) / sum(lengths)) and len({*lengths}) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -355,12 +368,14 @@ def test_the_limit_is_measured_on_all_devices(tmp_path):
 
 def test_training_is_measured_beside_the_limit(tmp_path, monkeypatch):
     options = limit.Limit(dtypes=("mixed",), packs=3, lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
-    cache = jax.config.jax_compilation_cache_dir
+    cache, kinds = jax.config.jax_compilation_cache_dir, []
+    monkeypatch.setattr(limit, "matrix_rate", lambda dtype: kinds.append(dtype) or 1e9)
     try:
         limit.main(options)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
     (row,) = json.loads((tmp_path / "limit.json").read_text())["rows"]
+    assert kinds == ["bfloat16"]  # what the matrices are multiplied in
     batch, useful = limit.rows_of_a_turn(limit.SMALL, options)
     assert row["useful_tokens"] == useful == (batch.rows.packs.segments > 0).sum()
     assert max(batch.count.ravel()) <= 3  # so a step is one turn, whose empty packs are computed, too

@@ -1,12 +1,15 @@
 """What the experiments make of a clock: rates, times that are compared, processes that start."""
 
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 from rich.console import Console
 
-from experiments import growth, rates, startup
+from experiments import growth, profiled, rates, startup
 from fedrouter_jax.presets import smoke
 
 QUIET = Console(quiet=True)
@@ -59,3 +62,18 @@ def test_only_the_first_process_finds_nothing_that_was_kept(monkeypatch, tmp_pat
     assert [len(held) for _, held in folders] == [0, 1, 2, 3] and len({folder for folder, _ in folders}) == 1
     shown = (tmp_path / "startup.md").read_text()
     assert "| nothing kept from earlier | 9.0 |" in shown and "kept, median of 3 | 3.0 |" in shown
+
+
+def test_kernels_of_a_kind_are_added_up_in_seconds(monkeypatch):
+    @contextmanager
+    def trace(folder):
+        (Path(folder) / "one.xplane.pb").touch()
+        yield
+
+    kernels = [("dot.1", 2e9), ("fmha", 1e9), ("dot_1", 3e9), ("MemcpyD2D", 5e8)]
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda path: kernels)
+    monkeypatch.setattr(profiled, "events", iter)
+    text = '  %dot.1 = f32[8] dot(%a, %b), metadata={op_name="jit(train)/blocks/q_proj/dot_general"}\n'
+    program = type("Program", (SimpleNamespace,), {"__call__": lambda self: ()})(as_text=lambda: text)
+    assert profiled.profiled(program) == {"frozen matrices": 5, "attention": 1, "copies": 0.5}
