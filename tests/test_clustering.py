@@ -1,14 +1,17 @@
-"""What the experiment on clusters measures, on points whose clusters are known."""
+"""What the experiment on clusters measures, on points whose clusters are known, and what it makes of damaged files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import clustering
+from experiments import clustering, clustering_figures
 from fedrouter_jax import routing
 from fedrouter_jax.data.rows import Row
+from fedrouter_jax.errors import UserError
 
+MEASURED = Path(__file__).resolve().parents[1] / "docs" / "results" / "clustering" / "clustering.json"
 TASKS = ("a", "b", "c")
 
 
@@ -101,3 +104,37 @@ def test_a_measurement_goes_on_with_fewer_seeds_than_there_are(tmp_path, monkeyp
     found = json.loads((tmp_path / "clustering.json").read_text())["records"]
     assert [record["recipe"] for record in found[:2]] == ["paper", "refined"] and len(found) == 12
     assert {record["seed"] for record in found[8:]} == {1}
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+@pytest.mark.parametrize(
+    "text, expected", [("{", "not a JSON object"), ("{}", "Field required"), ('{"records": [{}]}', "Field required")]
+)
+def test_a_damaged_measurement_of_clusters_is_named(text, expected, redraw, tmp_path):
+    (tmp_path / "clustering.json").write_text(text)
+    with pytest.raises(UserError, match=f"clustering.json: .*{expected}.*; restore the file, or remove it"):
+        clustering.main(clustering.Clustering(smoke=True, redraw=redraw, out=tmp_path))
+
+
+def test_a_measurement_of_clusters_that_was_stopped_is_drawn_as_far_as_it_got(tmp_path):
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    whole = clustering_figures.left_out(found)
+    last = next(i for i, r in enumerate(found["records"]) if (r["set"], r["seed"]) == ("the other five", 1))
+    assert clustering_figures.left_out(found | {"records": found["records"][: last + 2]}) == whole[:6]
+    (tmp_path / "clustering.json").write_text(json.dumps(found | {"records": found["records"][:1]}))
+    with pytest.raises(UserError, match="holds no picture of 'refined' yet"):
+        clustering_figures.draw(tmp_path)
+
+
+def test_recipes_without_the_one_that_is_drawn_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--recipes lacks 'refined'"):
+        clustering.main(clustering.Clustering(recipes=("paper",), smoke=True, out=tmp_path))
+
+
+@pytest.mark.parametrize("wrong, expected", [(0, 1.0), (4, 0.8)])
+def test_clustering_accuracy_matches_clusters_to_tasks(wrong, expected):
+    tasks = [np.repeat([0, 1], 5), np.repeat([0, 1], 5)]
+    labels = np.stack([1 - tasks[0], tasks[1]]).astype(np.int32)  # the numbers of clusters mean nothing
+    labels[0, :wrong] = 0
+    found = routing.Enrolment(np.array([[1, 0], [0, 1]]), 2, (), labels, {})
+    assert clustering.accuracy(found, tasks, 2) == (expected, expected)

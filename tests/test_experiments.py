@@ -1,34 +1,15 @@
 """The experiments' own arithmetic: summaries, intervals, the table. The runs behind them are tested elsewhere."""
 
-import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.stats import ttest_1samp
 
-from experiments import (
-    bench,
-    clustering,
-    clustering_figures,
-    hlo,
-    limit,
-    precision,
-    profiled,
-    studies,
-    summaries,
-    table1,
-    table1_tables,
-)
+from experiments import studies, summaries, table1, table1_tables
 from experiments.methods import METHODS
-from fedrouter_jax import routing
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -225,50 +206,6 @@ def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "samsum"]
 
 
-@pytest.mark.parametrize("redraw", [True, False])
-@pytest.mark.parametrize(
-    "text, expected", [("{", "not a JSON object"), ("{}", "Field required"), ('{"records": [{}]}', "Field required")]
-)
-def test_a_damaged_measurement_of_clusters_is_named(text, expected, redraw, tmp_path):
-    (tmp_path / "clustering.json").write_text(text)
-    with pytest.raises(UserError, match=f"clustering.json: .*{expected}.*; restore the file, or remove it"):
-        clustering.main(clustering.Clustering(smoke=True, redraw=redraw, out=tmp_path))
-
-
-def test_a_measurement_of_clusters_that_was_stopped_is_drawn_as_far_as_it_got(tmp_path):
-    found = json.loads((ROOT / "docs" / "results" / "clustering" / "clustering.json").read_text(encoding="utf-8"))
-    whole = clustering_figures.left_out(found)
-    last = next(i for i, r in enumerate(found["records"]) if (r["set"], r["seed"]) == ("the other five", 1))
-    assert clustering_figures.left_out(found | {"records": found["records"][: last + 2]}) == whole[:6]
-    (tmp_path / "clustering.json").write_text(json.dumps(found | {"records": found["records"][:1]}))
-    with pytest.raises(UserError, match="holds no picture of 'refined' yet"):
-        clustering_figures.draw(tmp_path)
-
-
-def test_no_name_in_a_figure_lies_over_another():
-    results = ROOT / "docs" / "results"
-    clusters = json.loads((results / "clustering" / "clustering.json").read_text(encoding="utf-8"))
-    tables = (results / f"table1{end}" / "runs" for end in ("", "-long", "-full"))
-    benches = (ROOT / "docs" / "bench").glob("*cores/bench.json")
-    figures = [
-        clustering_figures.silhouettes(clusters),
-        clustering_figures.others(clusters),
-        *(table1_tables.figure(summaries.load(path)) for path in tables),
-        *(studies.figure(path.name, summaries.load(path)) for path in (results / "studies").iterdir() if path.is_dir()),
-        *(bench.figure(json.loads(path.read_text(encoding="utf-8"))) for path in benches),
-    ]
-    for figure in figures:
-        FigureCanvasAgg(figure).draw()
-        boxes = {}
-        for axes in figure.axes:
-            ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
-            for text in (*ticks, axes.xaxis.label, axes.yaxis.label, axes.title):
-                if any(map(str.isalpha, text.get_text())):  # numbers are placed by matplotlib itself
-                    boxes[text] = text.get_window_extent()
-        for one, other in itertools.combinations(boxes, 2):
-            assert not boxes[one].overlaps(boxes[other]), (one, other)
-
-
 def test_no_committed_run_would_run_again():
     """What the sweeps would run today is what their committed summaries hold."""
     results = ROOT / "docs" / "results"
@@ -282,114 +219,3 @@ def test_no_committed_run_would_run_again():
         of_study = studies.configs(folder.name, studies.Studies(seeds=5))
         for name in summaries.load(folder):
             assert summaries.known(folder / f"{name}.json", of_study[name]), name
-
-
-def test_recipes_without_the_one_that_is_drawn_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--recipes lacks 'refined'"):
-        clustering.main(clustering.Clustering(recipes=("paper",), smoke=True, out=tmp_path))
-
-
-@pytest.mark.parametrize("wrong, expected", [(0, 1.0), (4, 0.8)])
-def test_clustering_accuracy_matches_clusters_to_tasks(wrong, expected):
-    tasks = [np.repeat([0, 1], 5), np.repeat([0, 1], 5)]
-    labels = np.stack([1 - tasks[0], tasks[1]]).astype(np.int32)  # the numbers of clusters mean nothing
-    labels[0, :wrong] = 0
-    found = routing.Enrolment(np.array([[1, 0], [0, 1]]), 2, (), labels, {})
-    assert clustering.accuracy(found, tasks, 2) == (expected, expected)
-
-
-def test_fewer_bits_take_fewer_bytes_and_hardly_move_the_loss():
-    base = smoke()
-    config = replace(base, data=replace(base.data, mix_rows=6))
-    found = {
-        name: precision.measure(replace(config, dtype=dtype, quantise=quantise))[1]
-        for name, (dtype, quantise) in precision.PRECISIONS.items()
-    }
-    whole = found["float32"]
-    assert found["bfloat16"]["bytes"] == whole["bytes"] / 2 and found["mixed"]["bytes"] < 0.51 * whole["bytes"]
-    assert found["nf4"]["block_bytes"] < whole["block_bytes"] / 5 and found["int8"]["bytes"] < whole["bytes"]
-    for row in found.values():
-        assert abs(row["loss"] - whole["loss"]) < 0.1 and row["loss"] < 2 * np.log(300)
-
-
-def test_the_loss_of_a_base_is_that_of_a_token(monkeypatch):
-    lengths = []
-
-    def losses(config, params, rows, *_):
-        lengths.extend(len(row.response) for row in rows)
-        return np.arange(len(rows))
-
-    monkeypatch.setattr(precision.likelihood, "losses", losses)
-    monkeypatch.setattr(precision.generate, "generate", lambda config, params, prompts, *_, **__: [[]] * len(prompts))
-    rows, found = precision.measure(smoke())
-    assert found["loss"] == pytest.approx(np.dot(lengths, range(rows)) / sum(lengths)) and len({*lengths}) > 1
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("jit(train)/transpose(jvp(Decoder))/blocks/attention/bkgqd,bksd->bkgqs/dot_general", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
-        ("jit(train)/jvp(Decoder)/blocks/q_proj/adapter/dot_general", "adapters"),
-        ("jit(train)/jvp(Decoder)/blocks/q_proj/dot_general", "frozen matrices"),
-        ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_NNT", "frozen matrices"),
-        ("jit(train)/jvp(loss)/reduce_max", "head and loss"),
-        ("jit(train)/jvp(norm)/mul", "norms"),
-        ("MemcpyD2D", "copies"),
-        ("jit(train)/jvp(Decoder)/blocks/jit(silu)/mul", profiled.REST),
-    ],
-)
-def test_a_kernel_is_of_the_kind_its_name_says(name, kind):
-    assert profiled.kind_of(name) == kind
-
-
-def test_a_product_that_lost_its_name_goes_by_that_of_what_it_reads():
-    named = 'metadata={op_name="jit(f)/attention/slice"}'
-    text = f"""
-  %slice.1 = f32[3,64,64] copy(%p.1), {named}
-  %ynn_fusion.2 = f32[3,64,64] fusion(%slice.1, %p.2), backend_config={{"fusion_config":{{"kind":"__ynn_fusion"}}}}
-  ROOT %dot.3 = f32[3,64,64] dot(%p.2, %slice.1), metadata={{stack_frame_id=3}}
-  %copy.4 = f32[3,64,64] copy(%slice.1)
-"""
-    assert hlo.names(text) == {"slice.1": "jit(f)/attention/slice", "ynn_fusion.2": "jit(f)/attention/slice"}
-
-
-def test_the_limit_is_measured_on_all_devices(tmp_path):
-    options = ["--dtypes", "float32", "--lanes", "2", "--groups", "2", "--smoke", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "experiments.limit", *options]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}, check=True, capture_output=True)
-    found = json.loads((tmp_path / "limit.json").read_text())
-    assert found["devices"] == 2 and "2 devices" in (tmp_path / "limit.md").read_text()
-    (row,) = found["rows"]
-    same = limit.Limit(lanes=2, groups=2, smoke=True)
-    assert row["useful_tokens"] == limit.rows_of_a_turn(limit.SMALL, same)[1]  # of both devices
-    assert row["tokens_a_second"] > 0
-
-
-def test_training_is_measured_beside_the_limit(tmp_path, monkeypatch):
-    options = limit.Limit(dtypes=("mixed",), packs=3, lanes=2, groups=2, smoke=True, profile=True, out=tmp_path)
-    cache, kinds = jax.config.jax_compilation_cache_dir, []
-    monkeypatch.setattr(limit, "matrix_rate", lambda dtype: kinds.append(dtype) or 1e9)
-    try:
-        limit.main(options)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
-    (row,) = json.loads((tmp_path / "limit.json").read_text())["rows"]
-    assert kinds == ["bfloat16"]  # what the matrices are multiplied in
-    batch, useful = limit.rows_of_a_turn(limit.SMALL, options)
-    assert row["useful_tokens"] == useful == (batch.rows.packs.segments > 0).sum()
-    assert max(batch.count.ravel()) <= 3  # so a step is one turn, whose empty packs are computed, too
-    assert row["useful_share"] == useful / (3 * batch.count.size * batch.rows.lane.shape[-1])
-    assert row["flops"] == pytest.approx(4 * row["block_parameters"] * row["tokens_a_second"])
-    assert row["share"] == pytest.approx(row["flops"] / row["matrix_rate"])
-    shown = (tmp_path / "limit.md").read_text()
-    assert f"**{100 * row['share']:.0f} %**" in shown
-    named = {*profiled.KINDS, profiled.REST}
-    assert {"frozen matrices", "attention", "adapters", "head and loss", "norms"} <= set(row["profile"]) <= named
-    total = sum(row["profile"].values())
-    assert f" | {100 * row['profile']['attention'] / total:.0f} | " in shown.splitlines()[-1]
-    with pytest.raises(UserError, match="no shape is called 'gpt'"):
-        limit.main(limit.Limit(shapes=("gpt",)))
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="--groups is 3, but there are 2 devices; give a multiple"):
-        limit.main(limit.Limit(groups=3))

@@ -1,10 +1,12 @@
 """Figures show what the tables beside them say."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from experiments import bench, clustering_figures, studies, summaries, table1_tables
@@ -124,3 +126,26 @@ def test_bars_of_a_bench_are_rates_of_the_table_and_ours_have_a_colour_of_their_
             assert (bar.get_facecolor()[:3] == to_rgb("#d55e00")) == side.startswith("ours")
             assert np.median(1 / np.array(dots[side].get_xdata())) == pytest.approx(1 / bar.get_width())
             assert len(dots[side].get_xdata()) == len(phase["seconds"][side])
+
+
+def test_no_name_in_a_figure_lies_over_another():
+    clusters = json.loads((RESULTS / "clustering" / "clustering.json").read_text(encoding="utf-8"))
+    tables = (RESULTS / f"table1{end}" / "runs" for end in ("", "-long", "-full"))
+    benches = RESULTS.with_name("bench").glob("*cores/bench.json")
+    figures = [
+        clustering_figures.silhouettes(clusters),
+        clustering_figures.others(clusters),
+        *(table1_tables.figure(summaries.load(path)) for path in tables),
+        *(studies.figure(path.name, summaries.load(path)) for path in (RESULTS / "studies").iterdir() if path.is_dir()),
+        *(bench.figure(json.loads(path.read_text(encoding="utf-8"))) for path in benches),
+    ]
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()
+        boxes = {}
+        for axes in figure.axes:
+            ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+            for text in (*ticks, axes.xaxis.label, axes.yaxis.label, axes.title):
+                if any(map(str.isalpha, text.get_text())):  # numbers are placed by matplotlib itself
+                    boxes[text] = text.get_window_extent()
+        for one, other in itertools.combinations(boxes, 2):
+            assert not boxes[one].overlaps(boxes[other]), (one, other)
