@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import time as clock
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -89,6 +89,8 @@ def main(options: Limit) -> None:
         raise UserError(f"--groups is {options.groups}, but there are {devices} devices; give a multiple of that")
     if options.profile:  # a program kept from earlier may go by the names of earlier code
         jax.config.update("jax_compilation_cache_dir", None)
+    if options.smoke:
+        options = replace(options, turns=1)
     shapes = {"small": SMALL} if options.smoke else {name: SHAPES.get(name) for name in options.shapes}
     unknown = [name for name, shape in shapes.items() if shape is None]
     if unknown:
@@ -142,7 +144,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     compiled = train.lower(base, adapters, batch).compile()
     jax.block_until_ready(compiled(base, adapters, batch))
     seconds, matrix = [], []
-    for _ in range(1 if options.smoke else options.turns):
+    for _ in range(options.turns):
         matrix.append(matrix_rate("float32" if dtype == "float32" else "bfloat16"))
         before = clock.perf_counter()
         jax.block_until_ready(compiled(base, adapters, batch))

@@ -230,9 +230,9 @@ def setting(found: dict[str, dict]) -> list[str]:
         precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
         what = (
             f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
-            f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows, equal "
-            f"for all methods; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at most "
-            f"{data['test_rows']} test rows a client, {data['mix_rows']} of the mix"
+            f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows a "
+            f"client in every method; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at "
+            f"most {data['test_rows']} test rows a client, {data['mix_rows']} of the mix"
         )
         said.setdefault(what, set()).add(summary["device"])
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
