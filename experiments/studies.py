@@ -211,7 +211,13 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     basis = next(iter(table.values()))
     first = {str(number): summary for number, summary in enumerate(basis)}
     lines = [f"# Study: {study.what}", "", "The first row, from which the others differ in that alone:", ""]
-    lines += [*table1_tables.setting(first), ""]
+    *about, seeds = table1_tables.setting(first)
+    if len({len(same) for same in table.values()}) > 1:
+        seeds = (
+            "Mean ± half of the 95 % interval over as many seeds, from 0 on, as a row says; without ±: one seed. "
+            "Generalisation: the mix of all tasks."
+        )
+    lines += [*about, seeds, ""]
     tasks = sorted({task for same in table.values() for s in same for part in parts for task in by_task(s, part)})
     columns = [name, "method", "seeds", *parts, *tasks, "rows clustered right", "own texts routed right"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
