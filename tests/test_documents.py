@@ -1,38 +1,19 @@
-"""README and docs/results.md say what the committed JSON says, and the committed tables are made from it."""
+"""README and docs/results.md say of scores and clusters what the committed JSON says; the tables are made from it."""
 
 import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from experiments import (
-    bench,
-    clustering_figures,
-    growth,
-    limit,
-    precision,
-    profiled,
-    startup,
-    studies,
-    summaries,
-    table1_tables,
-)
+from experiments import clustering_figures, studies, summaries, table1_tables
 from experiments.methods import HEADLINE, LABELS
 from fedrouter_jax import records, report
-from fedrouter_jax.models.decoder import param_shapes
-from fedrouter_jax.plan import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, BENCH = ROOT / "docs" / "results", ROOT / "docs" / "bench"
+RESULTS = ROOT / "docs" / "results"
 README, SAID = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
-
-
-def read(path: Path) -> dict:
-    """A committed JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +62,7 @@ def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
 
 @pytest.mark.parametrize("name", ["clustering", "clustering-qwen2.5-coder-0.5b"])
 def test_the_clusters_are_those_of_the_committed_json(name):
-    found = read(RESULTS / name / "clustering.json")
+    found = json.loads((RESULTS / name / "clustering.json").read_text(encoding="utf-8"))
     assert clustering_figures.table(found) == (RESULTS / name / "clustering.md").read_text(encoding="utf-8")
     for recipe in ("paper", "refined"):
         cells, ks = [], []
@@ -236,134 +217,3 @@ def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
     in_words = ([np.mean([each[task] for task in each if task not in LABELS]) for each in same] for same in by_task)
     mean, half = summaries.interval([mine - other for mine, other in zip(*in_words, strict=True)])
     assert f"Without QQP it is {mean:.3f} ± {half:.3f} behind".replace("0.", ".") in SAID
-
-
-@pytest.mark.parametrize("folder", [".", "amx-cores", "no-matrix-units", "h200"])
-def test_a_bench_is_that_of_its_measurement(folder):
-    found = read(BENCH / folder / "bench.json")
-    assert bench.markdown(found) == (BENCH / folder / "bench.md").read_text(encoding="utf-8")
-    blocks = jax.tree.leaves(param_shapes(SHAPES["smollm2-135m"])["blocks"])
-    assert found["flops_a_token"] == 4 * sum(leaf.size for leaf in blocks)  # forward and back, none for frozen weights
-
-
-def test_the_readmes_speeds_are_those_of_the_bench():
-    speed = (BENCH / "bench.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in speed.splitlines() if line.startswith("| ")]
-    measured = {cells[0]: [cells[1], *cells[3:]] for cells in lines}  # README leaves the first calls out
-    for shown, phase in (
-        ("embed (tokens)", "embed, mixed (tokens)"),
-        ("train a round (tokens)", "train a round, mixed (tokens)"),
-        ("routed generation (tokens)", "routed generation, mixed (tokens)"),
-        ("K-Means (rows; float32)", "K-Means (rows)"),
-        ("all of it, 6 rounds (seconds)", "all of it, mixed, 6 rounds (seconds)"),
-    ):
-        assert " | ".join([f"| {shown}", *measured[phase]]) + " |" in README
-
-
-@pytest.mark.parametrize(
-    ("folder", "kind"),
-    [(".", ", mixed"), ("faster-cores", ", mixed"), ("amx-cores", ", mixed"), ("no-matrix-units", "")],
-)
-def test_the_readmes_ratios_of_a_machine_are_those_of_its_bench(folder, kind):
-    found = read(BENCH / folder / "bench.json")
-    names = ("embed", "train a round", "routed generation")
-    peers = [bench.rates(found["phases"][name]) for name in names]
-    ours = [rate["ours" + kind] for rate in peers]
-    published = [mine / rate["published"] for mine, rate in zip(ours, peers, strict=True)]
-    tuned = [mine / max(rate["best effort"], rate["best effort, bf16"]) for mine, rate in zip(ours, peers, strict=True)]
-    assert "| {:.2f}, {:.2f}, {:.2f} | {:.2f}, {:.2f}, {:.2f} |".format(*published, *tuned) in README
-
-
-def test_the_ratios_beside_the_targets_are_those_of_the_benches_and_bold_where_one_is_met():
-    mixed, plain = (".", "faster-cores", "amx-cores"), ("no-matrix-units", ".", "faster-cores", "amx-cores")
-    machines = [*((folder, ", mixed") for folder in mixed), *((folder, "") for folder in plain)]
-    rates = [
-        {name: bench.rates(phase) for name, phase in read(BENCH / folder / "bench.json")["phases"].items()}
-        for folder, _ in machines
-    ]
-
-    def row(label, target, ratios, digits=2):
-        shown = [f"{ratio:.{digits}f}".removeprefix("0") for ratio in ratios]
-        cells = [f"**{text}**" if ratio >= target else text for ratio, text in zip(ratios, shown, strict=True)]
-        return f"{label} | {target} | " + " | ".join(cells) + " |"
-
-    names = {"embed": "embed", "train a round": "train a round, 8 lanes", "routed generation": "routed generation"}
-    for targets, sides in (
-        ((2.5, 2, 4), ("published",)),
-        ((1.3, 1.3, 2), ("best effort", "best effort, bf16")),
-    ):
-        for (name, label), target in zip(names.items(), targets, strict=True):
-            found = [
-                rate[name]["ours" + kind] / max(rate[name][side] for side in sides)
-                for rate, (_, kind) in zip(rates, machines, strict=True)
-            ]
-            assert row(f"| {label}", target, found) in SAID
-    kmeans = [rate["K-Means"]["ours"] / rate["K-Means"]["scikit-learn"] for rate in rates[3:]]
-    label, cells = row("| K-Means, 64 clients (scikit-learn)", 10, kmeans, 1).split(" | 10 | ")
-    assert f"{label} | 10 | | | | {cells}" in SAID
-
-
-def test_the_speeds_on_gpus_are_those_of_the_benches():
-    gpu = BENCH / "h200"
-    found = read(gpu / "bench.json")
-    peers, share = found["phases"], found["useful_share"]
-    ours, layer = (np.median(peers["train a round"]["seconds"][side]) for side in ("ours", "best effort"))
-    assert f"and then {layer:.1f} s a round" in SAID and f"ours, at {ours:.2f} s".replace("0.", ".") in SAID
-    spent = {what: np.median(found) for what, found in read(gpu / "compiled.json")["seconds"].items()}
-    assert "{model:.2f} s; with a layer compiled {layer:.2f}, with nothing {nothing:.2f}".format(**spent) in SAID
-    less = 100 * (1 - spent["model"] / spent["layer"])
-    assert f"{less:.0f} per cent less than the one in the table, where both were timed" in SAID
-    assert f"about {spent['model'] / ours:.0f} times as fast" in SAID
-    useful = "{:.0f} per cent in embedding, {:.0f} in training (a loop over blocks), {:.0f} in reading"
-    assert useful.format(*(100 * share[name] for name in ("embed", "train", "read"))) in SAID
-    ratios = {}
-    for phase in ("embed", "train a round", "routed generation", "read prompts", "K-Means"):
-        rate = bench.rates(peers[phase])
-        ratios[phase] = [rate["ours"] / rate[side] for side in rate if not side.startswith("ours")]
-        for side in {"published", "best effort", "scikit-learn"} & set(rate):
-            assert f"| {rate['ours']:,.0f} |" in SAID and f"| {rate[side]:,.0f} |" in SAID
-            ratio = rate["ours"] / rate[side]
-            assert any(f"**{ratio:.{digits}f}**" in SAID for digits in (0, 1, 2))
-    train, write, embed = (ratios[phase] for phase in ("train a round", "routed generation", "embed"))
-    assert "| embed | {:.1f} | {:.2f} |".format(*embed) in README
-    assert "| train a round | {:.1f} | {:.1f}, compiled layer by layer".format(*train) in README
-    assert "| routed generation | {:.1f} | {:.1f} |".format(*write) in README
-    assert "| K-Means | {:.0f}, scikit-learn".format(*ratios["K-Means"]) in README
-    rate = bench.rates(read(BENCH / "h100" / "bench.json")["phases"]["train a round"])
-    trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
-    assert f"on an H100 (commit 8b6811e) | {trained} |" in SAID
-    for row in read(gpu / "training.json")["rows"]:
-        assert f"{row['tokens_a_second']:,}" in SAID
-
-
-def test_the_speeds_of_a_device_for_each_core_are_those_measured():
-    rates = {"mixed": [], "float32": []}
-    for name in ("one-1", "one-2", "two-1", "two-2"):
-        for row in read(BENCH / "cores" / f"{name}.json")["rows"]:
-            rates[row["dtype"]].append(f"{row['tokens_a_second']:.0f}")
-    mixed = "{} and {} on one, {} and {} on two in mixed precision".format(*rates["mixed"])
-    assert mixed + ", {} and {}, {} and {} in float32".format(*rates["float32"]) in SAID
-
-
-@pytest.mark.parametrize(("name", "script"), [("growth", growth), ("precision", precision), ("startup", startup)])
-def test_what_was_measured_once_is_as_it_was_measured(name, script):
-    assert script.markdown(read(BENCH / f"{name}.json")) == (BENCH / f"{name}.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("folder", ["h100", "profile", "."])
-def test_training_beside_the_limit_is_that_measured(folder):
-    measured = read(BENCH / folder / "limit.json")
-    assert limit.markdown(measured) == (BENCH / folder / "limit.md").read_text(encoding="utf-8")
-    if folder == "h100":
-        for row in measured["rows"]:
-            parts, total = row["profile"], sum(row["profile"].values())
-            times = [
-                f"{100 * parts[kind] / total:.0f}" for kind in (*profiled.KINDS, profiled.REST) if kind != "optimiser"
-            ]
-            cells = f"{row['tokens_a_second']:,.0f} ({100 * row['share']:.0f} %) | {' | '.join(times)}"
-            assert f"| {cells} |" in SAID
-    if folder == ".":
-        shares = {(row["shape"], row["dtype"]): round(100 * row["share"]) for row in measured["rows"]}
-        floats, mixed = ([shares[shape, dtype] for shape in limit.Limit().shapes] for dtype in ("float32", "mixed"))
-        assert "SmolLM2-135M {} per cent of the float32 rate,\n360M {}, Llama 3.2 1B {};".format(*floats) in SAID
-        assert "in mixed precision {}, {} and {} of the bfloat16 rate".format(*mixed) in SAID
