@@ -268,8 +268,8 @@ def route(arguments: list[str]) -> None:
     with progress() as track:
         answers = serve.route(parsed.run, texts, parsed.client, track if parsed.rows else silent, references)
     note_unfinished(parsed.run)
-    note_cut([number for number, answer in enumerate(answers, start=1) if answer["cut"]], parsed.run)
-    note_scores([answer for answer in answers if "reference" in answer])
+    for line in serve.notes(parsed.run, answers):
+        print(f"note: {line}", file=sys.stderr)
     if parsed.json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
@@ -280,22 +280,6 @@ def route(arguments: list[str]) -> None:
         distances = " ".join(f"{value:.3f}" for value in answer["distances"])
         table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))
     Console().print(table)
-
-
-def note_cut(texts: list[int], run: Path) -> None:
-    """Say on stderr which texts, counted from 1, were too long for a run."""
-    if texts:
-        length = config_lib.load(run / "config.json").data.max_length
-        shown = ", ".join(map(str, texts[:10])) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
-        print(f"note: longer than --max-length {length}, so cut at its end: text {shown}", file=sys.stderr)
-
-
-def note_scores(answers: list[dict]) -> None:
-    """Say on stderr how near answers come to those that were known, in the mean over texts."""
-    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact": "exact match"}
-    if answers:
-        means = (f"{name} {sum(a[key] for a in answers) / len(answers):.3f}" for key, name in names.items())
-        print(f"note: beside {len(answers)} known answers: {', '.join(means)}", file=sys.stderr)
 
 
 def note_unfinished(run: Path) -> None:

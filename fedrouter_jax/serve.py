@@ -95,5 +95,19 @@ def questions_of(path: Path, run: Path) -> tuple[Row, ...]:
     return sources.read_questions(path, experiment.columns(runs.read_config(run).data.columns))
 
 
+def notes(run: Path, answers: Sequence[dict]) -> list[str]:
+    """What should be known of the answers of `route`: which texts were cut, and how near they come to known ones."""
+    lines = []
+    if cut := [number for number, answer in enumerate(answers, start=1) if answer["cut"]]:
+        length = runs.read_config(run).data.max_length
+        shown = ", ".join(map(str, cut[:10])) + (f" and {len(cut) - 10} more" if len(cut) > 10 else "")
+        lines.append(f"longer than --max-length {length}, so cut at its end: text {shown}")
+    if known := [answer for answer in answers if "reference" in answer]:
+        names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact": "exact match"}
+        means = (f"{name} {np.mean([answer[key] for answer in known]):.3f}" for key, name in names.items())
+        lines.append(f"beside {len(known)} known answers: {', '.join(means)}")
+    return lines
+
+
 def _named(name: str, weight: float) -> str:
     return name if weight == 1 else f"{name} ({weight:.2f})"
