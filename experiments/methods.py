@@ -9,7 +9,7 @@ from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
-OURS = ("fedrouter+", "fedrouter", "fedrouter-warm", "fedrouter-a", "fedrouter-sum", "fedrouter-soft")  # no baselines
+OURS = ("fedrouter+", "fedrouter", *(name for name in STRATEGIES if name.startswith("fedrouter-")))  # no baselines
 FIRST = (
     "fedrouter+",
     "fedrouter",

@@ -255,7 +255,7 @@ def test_weights_of_several_named_adapters_are_in_the_order_they_serve_in(federa
 
 
 def test_what_no_phase_moves_is_not_sent(federation):
-    """FedDPA-F's last rounds are private; FedLEASE's scores rest in the first."""
+    """FedDPA-F's last rounds are private; FedLEASE's scores rest in the first; of RoLoRA's halves one does."""
 
     def sent(strategy):
         held = begin(federation, strategy).bank
@@ -263,6 +263,9 @@ def test_what_no_phase_moves_is_not_sent(federation):
 
     adapter = sent(BY_NAME["fedit"])[0]
     assert sent(feddpa_f(private=0.4)) == [adapter] * 3 + [0] * 2
+    half = sum(leaf.nbytes for leaf in federation.adapters["main"].b.values())
+    assert sent(BY_NAME["rolora"]) == [half, adapter - half] * 2 + [half]
+    assert sent(BY_NAME["fedrouter-b"]) == sent(BY_NAME["ffalora"]) == [half] * 5
     first, *later = sent(BY_NAME["fedlease"])
     scores = 7 * 4 * sum(a.shape[0] * a.shape[1] for a in federation.adapters["main"].a.values())  # 2 M - 1, float32
     assert first == adapter and later == [adapter + scores] * 4

@@ -6,9 +6,26 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import BY_NAME, CLIENTS, CLUSTERS, KEY, LOCAL, LORA, SLOTS, assert_close, begin, inputs, nudge, play, told
+import pytest
+from helpers import (
+    BY_NAME,
+    CLIENTS,
+    CLUSTERS,
+    KEY,
+    LOCAL,
+    LORA,
+    SLOTS,
+    assert_close,
+    begin,
+    inputs,
+    nudge,
+    play,
+    rate,
+    told,
+)
 
 from fedrouter_jax import bank, client, routing
+from fedrouter_jax import federation as federation_lib
 from fedrouter_jax.strategies import (
     clustered,
     feddpa_f,
@@ -16,11 +33,13 @@ from fedrouter_jax.strategies import (
     fedit,
     fedrouter,
     fedrouter_a,
+    fedrouter_b,
     fedrouter_soft,
     fedrouter_warm,
     ffalora,
     flora,
     ifca,
+    rolora,
 )
 from fedrouter_jax.types import FederationState, LoRA, View
 
@@ -147,6 +166,33 @@ def test_fedex_loses_nothing_of_the_mean_of_the_products(federation):
     params = federation.model.params
     old, new = (tree["blocks"]["q_proj"]["kernel"] for tree in (params, strategy.base(state, params)))
     assert_close(new, old + LORA.scale * state.memory["q_proj"])
+
+
+@pytest.mark.parametrize("strategy", [rolora(), fedrouter_b()], ids=lambda s: s.name)
+def test_where_one_half_stands_still_averages_are_exact(federation, strategy):
+    """A slot becomes the mean of the products that its clients trained, whichever half it was."""
+    state, params = begin(federation, strategy), federation.model.params
+    for t in (1, 2):
+        work, batch = inputs(federation, t, together=CLIENTS)
+        group, keys = jax.tree.map(lambda leaf: leaf[0], batch), jax.random.split(KEY, CLIENTS)
+        slots = np.asarray(federation_lib.slots(state, work)[jax.tree.leaves(strategy.owners)[-1]])
+        lanes = federation.update(params, strategy.ask(state, work), group, rate(t), keys, strategy.phases(t, 5))[0]
+        before, state, trained = state.bank["main"], told(strategy, state, work, lanes), lanes["main"]
+        after, moves = bank.serving(state.bank), strategy.name == "rolora" and t == 2
+        stands = [jnp.allclose(after.a[module], a, atol=1e-6) for module, a in before.a.items()]
+        assert not any(stands) if moves else all(stands)  # but for the last digit of a mean of equals
+        assert len(set(slots.tolist())) < CLIENTS  # some meet
+        for slot in set(slots.tolist()):
+            weight = work.weight * (slots == slot)
+            for module, a in trained.a.items():
+                mean = jnp.einsum("k,kldr,klro->ldo", weight / weight.sum(), a, trained.b[module])
+                assert_close(after.a[module][slot] @ after.b[module][slot], mean)
+
+
+def test_fedrouter_b_with_one_cluster_is_ffa_lora(federation):
+    one = federation.enrolment._replace(table=jnp.zeros_like(federation.enrolment.table), clusters=1)
+    found = play(federation._replace(enrolment=one), fedrouter_b(), federation.update)[0].bank
+    assert_close(found, play(federation, ffalora(), federation.update)[0].bank)
 
 
 def test_fedex_with_one_client_is_fedit(federation):

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
-from fedrouter_jax.strategies.collaboration import fedrouter_a, fedrouter_soft, fedrouter_sum, fedrouter_warm
+from fedrouter_jax.strategies.collaboration import (
+    fedrouter_a,
+    fedrouter_b,
+    fedrouter_soft,
+    fedrouter_sum,
+    fedrouter_warm,
+)
 from fedrouter_jax.strategies.fedalt import fedalt
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedex import fedex
@@ -20,6 +26,7 @@ from fedrouter_jax.strategies.flora import flora
 from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
 from fedrouter_jax.strategies.oracle import oracle
+from fedrouter_jax.strategies.rolora import rolora
 from fedrouter_jax.types import Strategy
 
 STRATEGIES = {
@@ -31,6 +38,7 @@ STRATEGIES = {
     "feddpa-f": feddpa_f,
     "clustered": clustered,
     "ffalora": ffalora,
+    "rolora": rolora,
     "fedex": fedex,
     "flora": flora,
     "ifca": ifca,
@@ -38,6 +46,7 @@ STRATEGIES = {
     "fedlease": fedlease,
     "fedrouter-warm": fedrouter_warm,
     "fedrouter-a": fedrouter_a,
+    "fedrouter-b": fedrouter_b,
     "fedrouter-sum": fedrouter_sum,
     "fedrouter-soft": fedrouter_soft,
     "oracle": oracle,

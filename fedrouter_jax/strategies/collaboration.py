@@ -1,11 +1,12 @@
-"""FedRouter whose tasks help each other: four ways that could be better than the plain method.
+"""FedRouter whose adapters learn or answer otherwise: five ways that could be better than the plain method.
 
-FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open.
+FedRouter's paper (arXiv 2604.00050) names collaboration across tasks as open; the first four are of that kind.
 
     fedrouter-warm   the first third of the rounds averages over everybody: all tasks start from one that has seen them
     fedrouter-a      one A for all tasks, a B for each: A averaged over everybody, as in FedSA-LoRA (arXiv 2410.01463)
     fedrouter-sum    an adapter of all tasks plus one of the text's own, trained together as their sum
     fedrouter-soft   trained as FedRouter; a text is answered by its two nearest adapters, mixed by their distances
+    fedrouter-b      one A as it was drawn, a B for each: averages inside a task are exact, as in FFA-LoRA (2403.12313)
 """
 
 import jax
@@ -17,6 +18,7 @@ from fedrouter_jax.strategies.fedrouter import OWNERS, fedrouter, nearest_slot
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
 SHARED_A = {"main": LoRA(a="shared", b="cluster")}
+FIXED_A = {"main": LoRA(a="fixed", b="cluster")}
 SUM = {"main": "cluster", "common": "shared"}
 
 
@@ -43,6 +45,15 @@ def fedrouter_warm(together: int = 2) -> Strategy:
 def fedrouter_a() -> Strategy:
     """One A, a B for every global cluster. Averaged: A over all, B inside a cluster. Private: rows and their labels."""
     return Strategy("fedrouter-a", SHARED_A, *owned(SHARED_A), nearest_slot, enrolling="clustering")
+
+
+def fedrouter_b() -> Strategy:
+    """One fixed A, a B for every global cluster. Averaged: B inside a cluster. Private: rows and their labels."""
+
+    def phases(round, rounds):
+        return (Phase(train={"main": LoRA(a=False, b=True)}, weights={"main": 1.0}),)
+
+    return Strategy("fedrouter-b", FIXED_A, *owned(FIXED_A), nearest_slot, enrolling="clustering", phases=phases)
 
 
 def fedrouter_sum() -> Strategy:
