@@ -53,13 +53,16 @@ class Prepared(NamedTuple):
     round: Callable | None = None  # the jitted round
 
 
-def prepare(config: Config, model: Model | None = None, strategy: Strategy | None = None) -> Prepared:
+def prepare(
+    config: Config, model: Model | None = None, strategy: Strategy | None = None, dataset: Dataset | None = None
+) -> Prepared:
     """Load and lay out everything; raises `UserError` for bad input.
 
-    `model` is the config's model where it is loaded already; `strategy` is one of your own, in place of the config's.
+    `model` and `dataset` are the config's model and rows where they are in memory already; `strategy` is one of your
+    own, in place of the config's.
     """
     on = mesh.make(config.compute.model_parallel)
-    dataset = sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
+    dataset = dataset or sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
     split = partition(dataset, data, config.seed)
     model = model or load_model(config.model, config.dtype, config.quantise)

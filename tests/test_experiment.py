@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, export, mesh, peft_io, plan, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
-from fedrouter_jax.data import packing, tokens
+from fedrouter_jax.data import packing, synthetic, tokens
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import model_config
@@ -50,6 +50,17 @@ def test_texts_are_embedded_by_the_recipe_of_the_config():
     expected = embed.embed(model.config, model.params, ids, 1 / 6, skip=1)
     np.testing.assert_allclose(experiment.embed_texts(prepared, texts), expected, rtol=1e-4, atol=1e-5)
     assert embed.blocks(model.config, 1 / 6) == 1  # of two blocks, never none
+
+
+def test_rows_in_memory_are_dealt_as_those_of_files(tmp_path):
+    rows = synthetic.make(1)
+    for name, part in (("train", rows.train), ("test", rows.test)):
+        lines = [json.dumps(dict(zip(("instruction", "output", "task"), row[:3], strict=True))) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    of_files = dataclasses.replace(smoke(), data=dataclasses.replace(smoke().data, data=str(tmp_path)))
+    found, expected = experiment.prepare(smoke(), dataset=rows), experiment.prepare(of_files)
+    assert (found.partition, found.train, found.test) == (expected.partition, expected.train, expected.test)
+    assert found.train != experiment.prepare(smoke()).train  # of another seed
 
 
 def test_embeddings_that_are_not_finite_are_refused():
