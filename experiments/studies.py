@@ -42,7 +42,8 @@ class Study(NamedTuple):
     model: str | None = None  # the base model, where it is not Table 1's (the smoke run's is always tiny)
 
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # of a study's methods (Okabe and Ito's, told apart by all)
+# Of a study's methods: Okabe and Ito's, told apart by all, and a grey for their yellow.
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 def peak_rate(rate: float) -> dict[str, Any]:
@@ -78,7 +79,8 @@ STUDIES = {
         lambda alpha: {"data": {"scenario": "dirichlet", "mixture_alpha": alpha}},
     ),
     "newcomers": Study(
-        "of six clients, those that join after training", (0, 1, 2), lambda n: {"data": {"clients": 6, "newcomers": n}}
+        "of six clients, those that join after training", (0, 1, 2), lambda n: {"data": {"clients": 6, "newcomers": n}},
+        ("fedrouter", "fedit", "clustered", "ifca", "fedlease", "feddpa-t", "fedalt", "local"),
     ),
     "shift": Study(
         "places by which clients' tests are shifted, any adapter allowed", (0, 1, 2),
