@@ -142,6 +142,7 @@ def test_the_tables_of_the_papers_budget_are_those_of_the_runs(scenario, methods
         ("ifca", 5),
         ("flora", 5),
         ("ffalora", 10),
+        ("rolora", 5),
         ("fedalt", 5),
         ("fedprox", 5),
         ("fedavgm", 5),
