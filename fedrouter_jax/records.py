@@ -107,10 +107,14 @@ def _choices(run: Run) -> dict[str, Any]:
 
 
 def _label(name: str, run: Run, varying: set[str]) -> str:
-    """A name and what sets it apart: model and data, then one or two choices, or the directory where they are more."""
+    """A name and what sets it apart: model and data, then one or two choices, or the directory where they are more.
+
+    Turns are told of where the server orders them: most methods have none.
+    """
     choices = _choices(run)
     others = [key for key in choices if key in varying - {"model", "data"}]
-    shown = [key for key in ("model", "data") if key in varying] + (others if len(others) <= 2 else [])
+    told = [key for key in others if key != "turns" or choices[key] != "own"]
+    shown = [key for key in ("model", "data") if key in varying] + (told if len(others) <= 2 else [])
     apart = [f"{key} {brief(choices[key])}" for key in shown] + ([run.path.resolve().name] if len(others) > 2 else [])
     return f"{name} ({', '.join(apart)})" if apart else name
 

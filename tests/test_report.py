@@ -87,6 +87,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path):
     assert len(records.read_all([paths[0], paths[0] / ".", paths[1]])) == 2
     coded = make_run(tmp_path / "coded", quantise="int8", seed=2)
     assert list(table_of([paths[0], coded], "Scores"))[:2] == [f"base model (quantise {q})" for q in ("none", "int8")]
+    ordered = make_run(tmp_path / "ordered", rounds=replace(CONFIG.rounds, turns="staggered"))
+    labels = ["fedrouter", "fedit", "fedrouter (turns staggered)"]  # FedIT has no turns
+    assert list(table_of([paths[0], paths[2], ordered], "Scores"))[1:] == labels
     twice = make_run(tmp_path / "twice", seed=0)
     many = [
         make_run(tmp_path / f"m{i}" / "x", seed=7, lora=replace(CONFIG.lora, rank=i, alpha=i, dropout=i / 9))
