@@ -18,13 +18,17 @@ Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by 
 
 
 def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "rouge1") -> Cells:
-    """What the tables show; the base model is a method. `without` some tasks: the mean over the others."""
+    """What the tables show; the base model is a method. `without` some tasks: the mean over the others.
+
+    All runs of a seed have scored the base model, on other devices by a few thousandths otherwise: those of the method
+    that comes first are shown.
+    """
     table: Cells = {}
-    for name, summary in found.items():
-        scenario, _, rest = name.partition("-")
-        method, seed = rest.rpartition("-")[0], summary["config"]["seed"]
-        if method not in METHODS:
-            continue  # of another version: it has no row, so no row may be compared with it
+    # Those of other versions have no row, so no row may be compared with them.
+    known = {name: method for name in found if (method := name.partition("-")[2].rpartition("-")[0]) in METHODS}
+    for name, method in sorted(known.items(), key=lambda pair: -list(METHODS).index(pair[1])):  # the first has the word
+        scenario, summary = name.partition("-")[0], found[name]
+        seed = summary["config"]["seed"]
         own = {"personalised": "personalised", "generalisation": "generalisation"}
         base = {"personalised": "base", "generalisation": "base_generalisation"}
         for who, parts in ((method, own), (UNTRAINED, base)):

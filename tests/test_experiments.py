@@ -73,6 +73,14 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
     assert table1_tables.markdown(found).splitlines() == lines
 
 
+def test_the_base_model_is_that_of_the_method_that_comes_first():
+    """Whichever of the names sorts first or last: another method in the table does not change its row."""
+    found = {f"dual-{method}-0": made(method, 0, 0.4) for method in ("clustered", "fedrouter", "rolora", "unheard-of")}
+    for number, name in enumerate(sorted(found)):
+        found[name]["scores"]["base"]["rouge1"]["mean"] = 0.1 + 0.01 * number
+    assert table1_tables.cells(found)["dual", "personalised", table1_tables.UNTRAINED] == {0: pytest.approx(0.11)}
+
+
 def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
     found = {
         f"dual-{method}-{seed}": made(method, seed, 0.4)
