@@ -40,6 +40,7 @@ class Study(NamedTuple):
     methods: tuple[str, ...] = ("fedrouter", "fedit")
     smoke: tuple = ()  # values of the smoke run, where they are not the first two
     model: str | None = None  # the base model, where it is not Table 1's (the smoke run's is always tiny)
+    rows: str | None = None  # a folder of rows beside that of --data, where it is not that (nor in the smoke run)
 
 
 # Of a study's methods: Okabe and Ito's, told apart by all, and a grey for their yellow.
@@ -69,6 +70,10 @@ STUDIES = {
     "routing": Study(
         "routing of a client's own texts", ("local", "global", "oracle"),
         lambda mode: {"evaluation": {"personalised_routing": mode}}, ("fedrouter",),
+    ),
+    "eight-tasks": Study(
+        "clients that hold two of flan8's eight tasks each", (8,), lambda n: {"data": {"clients": n, "mix_rows": 48}},
+        ("fedrouter+", "fedit", "clustered"), rows="flan8",
     ),
     "recipe": Study(
         "embedding recipe", ("paper", "standardised", "refined"),
@@ -165,6 +170,8 @@ def configs(name: str, options: Studies) -> dict:
     seeds, values, methods = options.seeds, study.values, study.methods
     if study.model and not options.smoke:
         basis = replace(basis, model=study.model)
+    if study.rows and not options.smoke:
+        basis = replace(basis, data=replace(basis.data, data=str(Path(options.data).parent / study.rows)))
     if options.smoke:
         seeds, values, methods = 1, study.smoke or values[:2], methods[:1]
     made = {}

@@ -204,6 +204,8 @@ def test_only_some_runs_of_a_study_can_be_asked_for():
 def test_a_smoke_run_is_of_the_tiny_model_and_of_tasks_that_it_has():
     smokes = {name: studies.configs(name, studies.Studies(seeds=5, smoke=True)) for name in studies.STUDIES}
     assert [*smokes["unseen"]] == ["fedrouter+-none-0", "fedrouter+-headline-0"]
+    other = studies.configs("eight-tasks", studies.Studies(data="rows/flan4"))["fedit-8-0"]
+    assert (other.data.data, smokes["eight-tasks"]["fedrouter+-8-0"].data.data) == ("rows/flan8", "synthetic")
     assert all(len(made) <= 2 and {config.model for config in made.values()} == {"tiny"} for made in smokes.values())
     assert len(table1.configs(table1.Table1(smoke=True))) == 2
 
