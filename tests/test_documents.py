@@ -159,6 +159,11 @@ def test_the_leads_in_all_are_those_of_the_runs(method, runs):
     assert leads_in("all", method, 5, table1_tables.cells(runs)) in SAID
 
 
+@pytest.mark.parametrize("method", ["ffalora", "fedex"])
+def test_the_leads_in_single_are_those_of_the_runs(method, runs):
+    assert leads_in("single", method, 5, table1_tables.cells(runs)) in SAID
+
+
 def leads_in(scenario: str, method: str, seeds: int, found: table1_tables.Cells) -> str:
     """A line of a table of leads: a method's scores and how far `fedrouter+` is ahead."""
     cells = [f"| `{method}`"]
