@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fedrouter_jax import bank, routing
 from fedrouter_jax.federation import owned
 from fedrouter_jax.strategies.fedrouter import OWNERS, fedrouter, nearest_slot
+from fedrouter_jax.strategies.ffalora import b_alone
 from fedrouter_jax.types import LoRA, Phase, Strategy
 
 SHARED_A = {"main": LoRA(a="shared", b="cluster")}
@@ -49,11 +50,7 @@ def fedrouter_a() -> Strategy:
 
 def fedrouter_b() -> Strategy:
     """One fixed A, a B for every global cluster. Averaged: B inside a cluster. Private: rows and their labels."""
-
-    def phases(round, rounds):
-        return (Phase(train={"main": LoRA(a=False, b=True)}, weights={"main": 1.0}),)
-
-    return Strategy("fedrouter-b", FIXED_A, *owned(FIXED_A), nearest_slot, enrolling="clustering", phases=phases)
+    return Strategy("fedrouter-b", FIXED_A, *owned(FIXED_A), nearest_slot, enrolling="clustering", phases=b_alone)
 
 
 def fedrouter_sum() -> Strategy:

@@ -12,8 +12,9 @@ OWNERS = {"main": LoRA(a="fixed", b="shared")}
 
 def ffalora() -> Strategy:
     """One fixed A, one B. Averaged: B. Private: nothing."""
+    return Strategy("ffalora", OWNERS, *owned(OWNERS), only_slot, phases=b_alone)
 
-    def phases(round, rounds):
-        return (Phase(train={"main": LoRA(a=False, b=True)}, weights={"main": 1.0}),)
 
-    return Strategy("ffalora", OWNERS, *owned(OWNERS), only_slot, phases=phases)
+def b_alone(round, rounds):
+    """The `phases` of an adapter whose A stands still."""
+    return (Phase(train={"main": LoRA(a=False, b=True)}, weights={"main": 1.0}),)
