@@ -207,6 +207,32 @@ def test_what_is_said_of_the_middle_models_rate_is_what_its_runs_say():
     assert f"per cent less ({told(-losses[0])}, {told(-losses[1])}), in five of five each" in SAID
 
 
+def test_what_is_said_of_eight_tasks_is_what_their_runs_say():
+    found = summaries.load(RESULTS / "studies" / "eight-tasks")
+    parts, methods = ("personalised", "generalisation"), ("fedrouter+", "fedit", "clustered")
+
+    def short(value, digits=3):
+        return f"{value:.{digits}f}".removeprefix("0")
+
+    means = {}
+    for part in parts:
+        values = {m: [summaries.score(found[f"{m}-8-{seed}"], part) for seed in (0, 1)] for m in methods}
+        own = part == "personalised"
+        names = ("FedRouter+ {} on own rows", "FedIT {}", "Clustered {}") if own else ("{}",) * 3
+        pairs = [" and ".join(map(short, values[m])) for m in methods]
+        assert ", ".join(name.format(pair) for name, pair in zip(names, pairs, strict=True)) in SAID
+        shown = [short(np.mean(values[m])) for m in methods]
+        scored = "scores {}, FedIT {}, Clustered {}" if own else "on the mix {}, {} and {}"
+        assert scored.format(*shown) in README
+        for m in methods:
+            means[m, part] = np.mean([summaries.score(found[f"{m}-8-{seed}"], part, "loss") for seed in (0, 1)])
+    told = (f"{' / '.join(short(means[m, part]) for part in parts)}" for m in methods)
+    assert "{}, FedIT {}, Clustered {}, so".format(*told) in SAID
+    less = [100 * (1 - means["fedrouter+", part] / means["fedit", part]) for part in parts]
+    assert "{:.1f} and {:.1f} per cent less than FedIT's".format(*less) in SAID
+    assert all(f"{value:.1f} per cent less" in README for value in less)
+
+
 @pytest.mark.parametrize("method", ["fedit", "clustered", "fedlease"])
 def test_the_leads_with_the_middle_model_are_those_of_its_runs(method):
     found = summaries.load(RESULTS / "studies" / "rate-0.5b")
