@@ -282,7 +282,9 @@ def settle(prepared: Prepared, state: FederationState) -> FederationState:
     together = config.compute.lanes_together
     batch = schedule.batches(work, rows, 1, local.steps, local.batch, *prepared.pack, config.seed, together)
     loss, params = client.make_client_loss(prepared.model.config, config.lora), prepared.model.params
-    return choose(state, work, jax.jit(lambda adapters: map_losses(loss, params, adapters, work, batch, 1)))
+    # The base is an argument: as a constant of the program it would be compiled into it.
+    losses = jax.jit(lambda params, adapters, batch: map_losses(loss, params, adapters, work, batch, 1))
+    return choose(state, work, lambda adapters: losses(params, adapters, batch))
 
 
 def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:
