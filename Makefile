@@ -44,4 +44,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -156,7 +156,7 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
         row[: len(found)] = found
     enrolment = routing.Enrolment(table, SLOTS, router, padded, {})
     members = experiment.members(prepared, enrolment)
-    work, batch = experiment.round_inputs(prepared, members, 1)
+    work, _ = experiment.round_inputs(prepared, members, 1)
     steps, size = config.local.steps, config.local.batch
     lanes = []
     for c, k, weight in zip(work.client, work.cluster, work.weight, strict=True):
@@ -168,8 +168,8 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
     rate = float(client.learning_rate(config.local, config.rounds.rounds, 1))
 
     def ours(prepared):
-        state = experiment.start(prepared, enrolment)
-        return [lane["loss"] for lane in experiment.train_round(prepared, state, work, batch)[1]["lanes"]]
+        state, inputs = experiment.start(prepared, enrolment), experiment.round_inputs(prepared, members, 1)
+        return [lane["loss"] for lane in experiment.train_round(prepared, state, *inputs)[1]["lanes"]]
 
     compiled: dict[str, tuple[Any, Callable]] = {}
 

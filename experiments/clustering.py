@@ -37,6 +37,7 @@ from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.models.load import DEFAULT
 from fedrouter_jax.terminal import guarded, parse, progress, show_markdown
 
+FLAN4 = ("gigaword", "glue_qqp", "samsum", "web_nlg_en")  # the paper's four tasks, with QQP for BoolQ
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
 REFINED = routing.RECIPES["refined"]
@@ -155,14 +156,18 @@ def rows_by_task(options: Clustering) -> dict[str, list[Row]]:
         folders = [options.data / name for name in ("flan4", "flan8")]
         rows = [row for folder in folders for row in sources.load(str(folder), {}, seed=0).train]
     tasks = sorted({row.task for row in rows})
+    if not (options.smoke or {*FLAN4} <= {*tasks}):
+        raise UserError(
+            f"{options.data} has the tasks {', '.join(tasks)}; expected flan4/ and flan8/ with {', '.join(FLAN4)} "
+            "among them (docs/results.md says where ours come from)"
+        )
     return {task: list(islice(dict.fromkeys(row for row in rows if row.task == task), options.rows)) for task in tasks}
 
 
 def task_sets(tasks: list[str], seeds: int, smoke: bool) -> Iterator[tuple[str, int, list[str]]]:
     """(name, seed, tasks): flan4, flan8, all of them, and five drawn anew for every seed, with the five left out."""
-    flan4 = ["gigaword", "glue_qqp", "samsum", "web_nlg_en"]
     flan8 = [task for task in tasks if task not in ("gigaword", "samsum")]
-    named = {"synthetic": tasks} if smoke else {"flan4": flan4, "flan8": flan8, "all ten": tasks}
+    named = {"synthetic": tasks} if smoke else {"flan4": [*FLAN4], "flan8": flan8, "all ten": tasks}
     for name, held in named.items():
         for seed in range(seeds):
             yield name, seed, held

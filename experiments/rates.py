@@ -24,12 +24,12 @@ def matrix_rate(dtype: str = "float32") -> float:
     return best_rate(lambda: product(a, a).block_until_ready())
 
 
-def best_rate(product: Callable[[], Any], times: int = 5) -> float:
-    """FLOP/s of a product of two square matrices of `matrix_rows()`; the best of several, after one that compiles."""
+def best_rate(product: Callable[[], Any], times: int = 5, rows: int | None = None) -> float:
+    """FLOP/s of a product of two square matrices of `rows`; the best of several, after one that compiles."""
     product()
     best = np.inf
     for _ in range(times):
         before = clock.perf_counter()
         product()
         best = min(best, clock.perf_counter() - before)
-    return 2 * matrix_rows() ** 3 / best
+    return 2 * (rows or matrix_rows()) ** 3 / best

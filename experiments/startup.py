@@ -23,6 +23,7 @@ import numpy as np
 
 from experiments.sweep import at_least_one
 from fedrouter_jax import experiment, files
+from fedrouter_jax.models.load import smollm2_path
 from fedrouter_jax.presets import demo, smoke
 from fedrouter_jax.terminal import guarded, keep_programs, parse, show_markdown
 
@@ -45,6 +46,8 @@ def main(options: Startup) -> None:
     """Measure, write, show."""
     at_least_one(times=options.times)
     preset = "smoke" if options.smoke else "demo"
+    if not options.smoke:
+        smollm2_path()  # says in one line where there is none
     with tempfile.TemporaryDirectory() as empty:
         seconds = [process(preset, empty) for _ in range(1 + options.times)]
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}

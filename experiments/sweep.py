@@ -27,21 +27,33 @@ def at_least_one(**options: int) -> None:
             raise UserError(f"--{name} is {value}; it must be at least 1")
 
 
+def summarised(configs: Mapping[str, Config], kept: Path) -> set[str]:
+    """The runs that have a summary; raises `UserError` where one is of another experiment, which would be lost."""
+    there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}
+    for path in (kept / f"{name}.json" for name in configs if name not in there):
+        if path.exists():
+            raise UserError(f"{path} is of another experiment (other rows, perhaps); choose another --out or remove it")
+    return there
+
+
 def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path | None = None) -> list[Path]:
     """Run what is not finished of `{name: config}` in `out/name`; returns the run directories in that order.
 
     With `kept`, a summary of each run goes there as `name.json`, and a run that has one is not run again.
     """
+    there = summarised(configs, kept) if kept else set()
+    if there:
+        console.print(f"{len(there)} of {len(configs)} runs have a summary in {kept} and are not run again")
     folders: list[Path] = []
     model = loaded = None
     for number, (name, config) in enumerate(configs.items(), 1):
         folder = out / name
         folders.append(folder)
-        if kept and summaries.known(kept / f"{name}.json", config):
+        if name in there:
             continue
         if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
             raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
-        if not (folder / "report.md").exists():
+        if not (runs.finished(folder) and (folder / "report.md").exists()):
             console.rule(f"run {number} of {len(configs)}: {name}")
             wanted = (config.model, config.dtype, config.quantise)
             if loaded != wanted:
@@ -52,7 +64,7 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
                     runs.proceed(folder, track, shared)
                 else:
                     runs.run(config, folder, track, shared)
-            report.write([folder], folder)  # last: a folder with a report is a finished run
+            report.write([folder], folder)
             jax.clear_caches()  # a process may not hold the programs of fifty runs (the kernel limits its mappings)
         if kept:
             summaries.save(folder, kept / f"{name}.json")

@@ -82,7 +82,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
     columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
     methods = [UNTRAINED, *(method for method in METHODS if method in known and method in shown)]
-    rivals = [method for method in methods if method not in BOUNDS]
+    rivals = [method for method in methods if method not in BOUNDS and method != UNTRAINED]
     lines = [f"| {title} | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
     for method in methods:
@@ -91,7 +91,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             values = comparable(table, column)
             most = max((len(values[m]) for m in rivals if m in values), default=0)
             most_seeds = (m for m in rivals if len(values.get(m, ())) == most)
-            best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]))
+            best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]), default=None)
             row.append(text(values[method], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in OURS:
@@ -114,7 +114,7 @@ def beside(table: Cells, first: str = OURS[0]) -> Cells:
 def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
     """Scores of each method of a column: those of the seeds that all with several seeds have; of one, what it has."""
     scores = {m: found for (*c, m), found in table.items() if tuple(c) == column}
-    several = [set(found) for found in scores.values() if len(found) > 1]
+    several = [set(found) for m, found in scores.items() if len(found) > 1 and m != UNTRAINED]
     shared = set.intersection(*several) if several else set()
     return {m: [found[seed] for seed in sorted({*found} & shared or found)] for m, found in scores.items()}
 
@@ -145,7 +145,7 @@ def by_task(found: dict[str, dict]) -> list[str]:
     """A row a (scenario, method): personalised / generalisation ROUGE-1 of each task, mean over seeds."""
     groups = grouped(found)
     tasks = sorted({task for s in found.values() for task in s["scores"]["generalisation"]["rouge1"]["per_task"]})
-    lines = ["## Task by task", "", "ROUGE-1 of clients' own rows / of the mix, mean over seeds.", ""]
+    lines = ["## Task by task", "", "ROUGE-1 of clients' own tasks / of the mix, mean over seeds.", ""]
     lines += [f"| scenario | method | seeds | {' | '.join(tasks)} |", "|---" * (len(tasks) + 3) + "|"]
     for (scenario, method), same in groups.items():
         cells = []

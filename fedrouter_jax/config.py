@@ -312,9 +312,9 @@ def load(path: Path) -> Config:
 
 
 def choices(config: Config) -> dict[str, Any]:
-    """All choices that change results, as JSON has them; rows have a digest of their own, wherever they lie."""
+    """All choices that change results, as JSON has them; rows and weights have digests, wherever they lie."""
     found = json.loads(json.dumps(asdict(config)))
-    del found["compute"], found["data"]["data"]
+    del found["compute"], found["data"]["data"], found["model"]
     flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
     return flat | {
         f"{section}.{key}": value

@@ -84,7 +84,8 @@ def prepare(
         check_unlabelled(config, strategy, dataset.name)
     config_lib.check_length(config, model.config)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
-        routing.check_counts([len(held.train) for held in split.clients], *cluster_counts(config, split))
+        held = [len(held.train) for held in split.clients]
+        routing.check_counts(held, *cluster_counts(config, split), data.newcomers)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
     local, shared = config.local, at_once.groups_of_lanes(config, strategy, cluster_counts(config, split)[0])
     lanes = shared[1]
@@ -125,6 +126,9 @@ def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
             f"{strategy.name} goes by the tasks of rows, but those of {name} have none; map their column with "
             "--columns task=NAME, or choose another --strategy"
         )
+    modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
+    if strategy.enrolling == "clustering" and "oracle" in modes:
+        raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
     if config.strategy in ("ifca", "clustered") and config.cluster.global_clusters is None:
         raise UserError(
             f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "

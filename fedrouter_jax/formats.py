@@ -116,6 +116,7 @@ class Timings(TypedDict):
 
     device: NotRequired[str]
     total: NotRequired[float]
+    taken_over: NotRequired[list[str]]  # from another run of the same sweep
 
 
 def read_json(path: Path, form: Any = dict[str, Any], remedy: str = "delete it and resume the run") -> Any:

@@ -38,10 +38,7 @@ def demo() -> Config:
 
 def flan4(scenario: Scenario) -> Config:
     """The paper's budget (FedRouter, arXiv 2604.00050) on rows of its four tasks; give the rows with --data."""
-    return Config(
-        data=DataConfig(data="flan4", scenario=scenario),
-        evaluation=EvaluationConfig(evaluate_at=(3, 10)),
-    )
+    return Config(data=DataConfig(data="flan4", scenario=scenario))
 
 
 def flan4_flower(scenario: Scenario) -> Config:

@@ -60,6 +60,7 @@ def read(path: Path) -> Run:
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Base models first, one for each model and data; then the runs, those that differ in their seed alone together."""
+    _check_origins(runs)
     varying = {name for run in runs for name, value in _choices(run).items() if value != _choices(runs[0])[name]}
     of_base = {"model", "dtype", "quantise", *(field.name for field in fields(DataConfig))}
     bases: dict[Any, dict[int, Run]] = {}
@@ -91,6 +92,23 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     return [
         row._replace(label=f"{row.label}, {row.runs[0].path}") if labels.count(row.label) > 1 else row for row in rows
     ]
+
+
+def _check_origins(runs: Sequence[Run]) -> None:
+    """Raise `UserError` for runs whose rows or weights have one name and were others."""
+    known: dict[tuple, Run] = {}
+    for run in runs:
+        found = run.clusters or {}
+        for key, named in (("data", run.config.data.data), ("model", run.config.model)):
+            # One file is split by the seed, and synthetic rows are made by it.
+            of = (key, named, run.config.dtype, run.config.quantise, run.config.data.columns, run.config.seed)
+            other = known.setdefault(of, run) if key in found else run
+            if other is not run and other.clusters[key] != found[key]:
+                kind = {"data": "rows", "model": "weights"}[key]
+                raise UserError(
+                    f"{other.path} and {run.path} name the same {kind}, {named}, but these were others then, so their "
+                    "scores do not compare; report them apart"
+                )
 
 
 def setting(run: Run) -> tuple:
@@ -151,7 +169,9 @@ def cost(run: Run) -> dict[str, float]:
         found["optimiser_steps_per_client"] = float(np.mean([r["optimiser_steps_per_client"] for r in run.rounds]))
         found["seconds_training"] = sum(record["seconds"] for record in run.rounds)
         found["rejected_lanes"] = sum("rejected" in lane for record in run.rounds for lane in record["lanes"])
-    return found | ({"seconds_total": run.timings["total"]} if "total" in run.timings else {})
+    # Of a run that took work over from another the rest says nothing.
+    whole = "total" in run.timings and not run.timings.get("taken_over")
+    return found | ({"seconds_total": run.timings["total"]} if whole else {})
 
 
 def notes(run: Run) -> list[str]:

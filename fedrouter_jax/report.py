@@ -217,7 +217,7 @@ def to_csv(runs: Sequence[Run]) -> str:
     out.writerow([*CSV, "value"])
     for run in runs:
         (taken, at), config = latest(run), run.config
-        about = [run.path.resolve().name, config.strategy, brief(config.model), brief(config.data.data)]
+        about = [str(run.path), config.strategy, brief(config.model), brief(config.data.data)]
         about += [config.data.scenario, config.seed, run.scores is not None, at]
         parts = {"clusters": {f"accuracy_{name}": value for name, value in accuracy(run).items()}, "cost": cost(run)}
         for part, metrics in (parts | taken).items():

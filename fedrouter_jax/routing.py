@@ -170,7 +170,7 @@ def enroll(
     points, present, router = _shared_space(embeddings, recipe, founders)
     local_key, local_choice, global_key, global_choice = jax.random.split(key, 4)
 
-    check_counts([len(rows) for rows in embeddings], local, total)
+    check_counts([len(rows) for rows in embeddings], local, total, newcomers)
     silhouettes: dict[str, dict[int, float]] = {}
     counts = np.full(len(embeddings), local or 0)
     if local is None:
@@ -254,18 +254,22 @@ def staggered(enrolment: Enrolment, rounds: int, newcomers: int = 0, each: int =
     return enrolment._replace(table=jnp.asarray(table), labels=labels)
 
 
-def check_counts(rows: Sequence[int], local: int | None, total: int | None) -> None:
-    """Raise `UserError` for cluster counts that clients of so many `rows` cannot fill; None is not checked."""
+def check_counts(rows: Sequence[int], local: int | None, total: int | None, newcomers: int = 0) -> None:
+    """Raise `UserError` for cluster counts that clients of so many `rows` cannot fill; None is not checked.
+
+    The last `newcomers` clients make no global clusters.
+    """
+    founders = len(rows) - newcomers
     client = min(range(len(rows)), key=lambda c: rows[c])
     if local is not None and not 1 <= local <= rows[client]:
         raise UserError(
             f"client {client} has {rows[client]} rows but {local} local clusters were asked for; "
             "lower --local-clusters or raise --train-rows"
         )
-    if local is not None and total is not None and not 1 <= total <= len(rows) * local:
+    if local is not None and total is not None and not 1 <= total <= founders * local:
         raise UserError(
-            f"{total} global clusters were asked for but {len(rows)} clients of {local} local clusters have "
-            f"{len(rows) * local} centres; lower --global-clusters, or raise --local-clusters or --clients"
+            f"{total} global clusters were asked for but {founders} clients of {local} local clusters have "
+            f"{founders * local} centres; lower --global-clusters, or raise --local-clusters or --clients"
         )
 
 

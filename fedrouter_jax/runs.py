@@ -67,11 +67,16 @@ def check_free(out: Path, config: Config) -> None:
             raise UserError(
                 f"{out} holds a run of another config; choose another --out, or resume it: fedrouter resume {out}"
             )
-        if (out / "report.md").exists():
+        if finished(out):
             raise UserError(f"{out} holds this very run, finished; see its report.md, or choose another --out")
         raise UserError(f"{out} holds this very run already; continue it with: fedrouter resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")
+
+
+def finished(out: Path) -> bool:
+    """Whether the run in `out` is at its end: seconds are written last. A report may be of an unfinished run."""
+    return (out / "timings.json").exists()
 
 
 def claim(out: Path, config: Config) -> None:
@@ -230,8 +235,7 @@ def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
     last = config.rounds.rounds
     if done >= last:
         return state
-    with track("training", last) as advance, ThreadPoolExecutor(1) as packer:
-        advance(done)
+    with track("training", last, done) as advance, ThreadPoolExecutor(1) as packer:
         upcoming = packer.submit(experiment.round_inputs, prepared, rows, done + 1)
         for t in range(done + 1, last + 1):
             work, batch = upcoming.result()

@@ -42,9 +42,8 @@ def route(
     data = prepared.config.data
     if client is not None and not 0 <= client < data.clients:
         raise UserError(f"--client {client} is not in this run; its clients are 0 to {data.clients - 1}")
-    personal = "client" in jax.tree.leaves(prepared.strategy.owners) or (
-        prepared.strategy.regroup or prepared.strategy.choose
-    )
+    owned = {"client", "public"} & {*jax.tree.leaves(prepared.strategy.owners)}
+    personal = owned or prepared.strategy.regroup or prepared.strategy.choose
     if client is None and personal:
         raise UserError(f"the answer depends on the client in a {prepared.strategy.name} run; say whose with --client")
     if prepared.strategy.enrolling == "tasks":

@@ -14,7 +14,7 @@ from fedrouter_jax import mesh, processes
 from fedrouter_jax.types import PyTree
 
 Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
-Track = Callable[[str, int], Any]  # (what, rows in all) -> context manager giving `advance(rows, note="")`
+Track = Callable[..., Any]  # (what, rows in all, rows done before) -> context manager giving `advance(rows, note="")`
 
 
 def unseen(rows: int, note: str = "") -> None:
@@ -22,7 +22,7 @@ def unseen(rows: int, note: str = "") -> None:
 
 
 @contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
+def silent(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """The `Track` that shows nothing."""
     yield unseen
 

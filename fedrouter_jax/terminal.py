@@ -163,24 +163,24 @@ def progress() -> Iterator[Callable]:
     with Progress(*columns, console=console) as bars:
 
         @contextmanager
-        def track(what: str, total: int) -> Iterator[Callable[..., None]]:
-            bar = bars.add_task(what, total=total, note="")
+        def track(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+            bar = bars.add_task(what, total=total, completed=done, note="")
             yield lambda rows, note="": bars.update(bar, advance=rows, note=note)
 
         yield track
 
 
 @contextmanager
-def logged(what: str, total: int) -> Iterator[Callable[..., None]]:
+def logged(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Progress as a line for every tenth, for logs."""
-    started, done, tenths = clock.monotonic(), 0, 0
+    started, before, tenths = clock.monotonic(), done, 10 * done // total
 
     def advance(rows: int, note: str = "") -> None:
         nonlocal done, tenths
         done += rows
         if 10 * done // total > tenths:
             tenths, spent = 10 * done // total, clock.monotonic() - started
-            left = spent * (total - done) / done
+            left = spent * (total - done) / (done - before)
             print(
                 f"{what} {done}/{total}, {spent:.0f} s, {left:.0f} s left {note}".strip(), file=sys.stderr, flush=True
             )

@@ -15,7 +15,7 @@ import jax
 Array = jax.Array
 PyTree = Any
 # "client": a slot a client, never sent; "public": the same, but sent; "fixed": one slot, never trained, never sent;
-# "copied": a slot a cluster that only `tell` writes, never sent
+# "copied": a slot a cluster that only `derive` writes, never sent
 Owner = Literal["shared", "cluster", "client", "public", "fixed", "copied"]
 Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters

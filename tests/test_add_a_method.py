@@ -32,6 +32,10 @@ def made_of(owners):
     return Strategy("made-of", owners, *owned(owners), own_slot)
 
 
+def everybodys():
+    return made_of({"main": "public"})
+
+
 def stranger():
     return made_of({"main": "clients"})
 
@@ -66,7 +70,10 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys):
     assert main(["run", "--preset", "smoke", "--strategy", "mymethods:personal_a", *small]) == 0
     assert len(list((out / "adapters").iterdir())) == 4 and "mymethods:personal" in (out / "report.md").read_text()
     assert main(["resume", str(out)]) == 0
+    small[-1] = str(tmp_path / "public")
+    assert main(["run", "--preset", "smoke", "--strategy", "mymethods:everybodys", *small]) == 0
     capsys.readouterr()
+    assert main(["route", small[-1], "text"]) == 2 and "say whose with --client" in capsys.readouterr().err
     for name, message in (
         ("fedavg", "choose among fedrouter, fedit"),
         ("nowhere:personal_a", "No module named 'nowhere'"),

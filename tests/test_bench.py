@@ -112,6 +112,37 @@ def test_both_flows_embed_and_answer_as_we_do(sides):
         assert flow.generate(model, bank, slots, prompts, PAD, PAD, 6, each) == answers
 
 
+def test_an_adapter_that_was_merged_to_answer_is_taken_out_again(sides):
+    _, _, _, model, bank, rows = sides
+    weights = {name: leaf.clone() for name, leaf in model.named_parameters() if "base_layer" in name}
+    merged = []
+    model.base_model.model.register_forward_pre_hook(
+        lambda *_: merged.append(any(module.merged for module in model.modules() if hasattr(module, "lora_A")))
+    )
+    for each in FLOWS:
+        merged.clear()
+        flow.generate(model, bank, [0, 1], [row.prompt for row in rows[:2]], PAD, PAD, 2, each)
+        assert set(merged) == {each.merged}
+    for name, leaf in model.named_parameters():
+        if name in weights:
+            torch.testing.assert_close(leaf, weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "worth"), [(1.0, False), (2.0, True)])
+def test_bfloat16_that_a_processor_makes_up_is_not_timed(rate, worth, monkeypatch):
+    rates = {"float32": 8.0 * 1.5, "bfloat16": rate}
+    monkeypatch.setattr(bench_measure, "torch_matrix_rate", lambda device, dtype, rows: rates[dtype])
+    assert bench_measure.torch_bfloat16("cpu") is worth
+
+
+@pytest.mark.parametrize(("devices", "cuda"), [(1, True), (2, False)])
+def test_both_sides_compute_on_one_device_of_a_kind(devices, cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    with pytest.raises(UserError, match=f"JAX has {devices} device.*, cpu, and PyTorch computes on"):
+        bench_measure.measure("synthetic", None, "float32", 1, True, "layer", Console(quiet=True))
+
+
 def test_the_table_divides_what_was_measured(tmp_path):
     seconds = {
         "ours": [2.0, 1.0, 4.0],

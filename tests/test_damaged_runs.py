@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from written_runs import change_json
 
 from fedrouter_jax import experiment, runs, serve
 from fedrouter_jax.cli import main
@@ -163,6 +164,14 @@ def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, mon
         name = "embeddings.npy" if str(embedded) in arguments else "clusters.json"
         assert f"{name}: not the " in message and "the weights of tiny were others then" in message
     assert main(["resume", str(older)]) == 0  # it cannot know
+
+
+def test_a_run_answers_where_its_model_was_moved(finished, tiny, tmp_path, monkeypatch):
+    run, said = tmp_path / "run", serve.route(finished, ["q 3?"])
+    shutil.copytree(finished, run)
+    change_json(run / "config.json", model="moved/tiny")
+    monkeypatch.setattr(experiment, "load_model", lambda name, *rest: {"moved/tiny": tiny}[name])
+    assert serve.route(run, ["q 3?"]) == said
 
 
 def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):

@@ -60,18 +60,31 @@ def test_the_differences_on_real_rows_are_those_of_the_committed_scores():
         assert said.format(round(1000 * error)) in SAID
 
 
+SETS = ("flan4", "flan8", "all ten")
+
+
+def wanted(record: dict, tasks: str, recipe: str = "refined") -> bool:
+    """Whether a record of a clustering is of these tasks and this recipe, with all rows."""
+    return (record["set"], record["recipe"], record["few"]) == (tasks, recipe, None)
+
+
 @pytest.mark.parametrize("name", ["clustering", "clustering-qwen2.5-coder-0.5b"])
 def test_the_clusters_are_those_of_the_committed_json(name):
     found = json.loads((RESULTS / name / "clustering.json").read_text(encoding="utf-8"))
     assert clustering_figures.table(found) == (RESULTS / name / "clustering.md").read_text(encoding="utf-8")
     for recipe in ("paper", "refined"):
         cells, ks = [], []
-        for tasks in ("flan4", "flan8", "all ten"):
-            same = [r for r in found["records"] if (r["set"], r["recipe"], r["few"]) == (tasks, recipe, None)]
+        for tasks in SETS:
+            same = [r for r in found["records"] if wanted(r, tasks, recipe)]
             cells.append(clustering_figures.spread([100 * r["global"] for r in same]))
             ks.append(", ".join(str(r["found_global"]) for r in same))
         assert f"`{recipe}`: accuracy, n_g given | {' | '.join(cells)} |" in SAID
         assert f"`{recipe}`: n_g found, seed by seed | {' | '.join(ks)} |" in SAID
+        if recipe == "paper" and name == "clustering":
+            shares = " | ".join(f"{cell.split()[0]} %" for cell in cells)
+            assert f"| `paper`, told how many: rows in the cluster of their task | {shares} |" in README
+    both = [[100 * r["found_accuracy"] for r in found["records"] if wanted(r, tasks)] for tasks in SETS]
+    assert f"`refined`: accuracy with both found | {' | '.join(map(clustering_figures.spread, both))} |" in SAID
 
 
 @pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full"])
@@ -218,7 +231,7 @@ def test_what_is_said_of_eight_tasks_is_what_their_runs_say():
     for part in parts:
         values = {m: [summaries.score(found[f"{m}-8-{seed}"], part) for seed in (0, 1)] for m in methods}
         own = part == "personalised"
-        names = ("FedRouter+ {} on own rows", "FedIT {}", "Clustered {}") if own else ("{}",) * 3
+        names = ("FedRouter+ {} on own tasks", "FedIT {}", "Clustered {}") if own else ("{}",) * 3
         pairs = [" and ".join(map(short, values[m])) for m in methods]
         assert ", ".join(name.format(pair) for name, pair in zip(names, pairs, strict=True)) in SAID
         shown = [short(np.mean(values[m])) for m in methods]
@@ -233,21 +246,22 @@ def test_what_is_said_of_eight_tasks_is_what_their_runs_say():
     assert all(f"{value:.1f} per cent less" in README for value in less)
 
 
-@pytest.mark.parametrize("method", ["fedit", "clustered", "fedlease"])
-def test_the_leads_with_the_middle_model_are_those_of_its_runs(method):
+@pytest.mark.parametrize(("method", "name"), [("fedit", "FedIT"), ("clustered", "Clustered"), ("fedlease", "FedLEASE")])
+def test_the_leads_with_the_middle_model_are_those_of_its_runs(method, name):
     found = summaries.load(RESULTS / "studies" / "rate-0.5b")
 
     def values(method, part, metric):
         return np.array([summaries.score(found[f"{method}-0.001-{seed}"], part, metric) for seed in range(5)])
 
-    cells = [f"| `{method}`"]
+    cells, short = [f"| `{method}`"], [f"| {name}"]
     for part in ("personalised", "generalisation"):
         theirs, loss = values(method, part, "rouge1"), values(method, part, "loss")
         lead, less = values("fedrouter+", part, "rouge1") - theirs, loss - values("fedrouter+", part, "loss")
-        percent = f"{100 * less.mean() / loss.mean():.1f} % ({told(less)}), in {(less > 0).sum()} of 5"
-        cells += [told(theirs), f"{told(lead)}, in {(lead > 0).sum()} of 5", percent]
-        assert told(lead) in README
-    assert " | ".join(cells) + " |" in SAID
+        percent = f"{100 * less.mean() / loss.mean():.1f} %"
+        cells += [told(theirs), f"{told(lead)}, in {(lead > 0).sum()} of 5"]
+        cells += [f"{percent} ({told(less)}), in {(less > 0).sum()} of 5"]
+        short += [f"{told(lead)}, {percent}"]
+    assert " | ".join(cells) + " |" in SAID and " | ".join(short) + " |" in README
 
 
 def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):

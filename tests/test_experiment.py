@@ -292,6 +292,11 @@ def test_clusters_that_cannot_be_filled_are_refused_before_texts_are_embedded():
     counts = dataclasses.replace(smoke().cluster, local_clusters=99)
     with pytest.raises(UserError, match="99 local clusters were asked for"):
         experiment.prepare(dataclasses.replace(smoke(), cluster=counts))
+    joining = dataclasses.replace(smoke().data, clients=5, newcomers=2)  # who joins later makes no global cluster
+    for total, data in ((9, smoke().data), (7, joining)):
+        counts = dataclasses.replace(smoke().cluster, global_clusters=total)
+        with pytest.raises(UserError, match=f"{total} global clusters were asked for"):
+            experiment.prepare(dataclasses.replace(smoke(), cluster=counts, data=data))
 
 
 def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):

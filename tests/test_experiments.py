@@ -101,6 +101,14 @@ def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
     assert "-24.9 % over fedit (-0.500 ± 0.000; 2 seeds)" in row["**fedrouter+, gain over the best baseline**"]
 
 
+def test_the_base_model_is_never_the_best():
+    """Nor where it alone has the most seeds, for each method ran with another."""
+    found = {"dual-fedrouter+-0": made("fedrouter+", 0, 0.5), "dual-fedit-1": made("fedit", 1, 0.4)}
+    lines = table1_tables.scores(table1_tables.cells(found), ("fedrouter+", "fedit"))
+    best = [line.split("|")[1].strip() for line in lines if "**0." in line]
+    assert best == ["fedrouter+"]
+
+
 def test_means_that_are_compared_are_of_the_same_seeds():
     """A method with more seeds than another shows those that both have; its gain is over all of its own."""
     found = {

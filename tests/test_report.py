@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from written_runs import CLIENTS, CONFIG, ROWS, TASKS, make_round, make_run, write_json
+from written_runs import CLIENTS, CONFIG, ROWS, TASKS, change_json, make_round, make_run, write_json
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import records, report
@@ -145,6 +145,34 @@ def test_answers_shown_are_those_to_clients_own_tasks(tmp_path):
     assert report.samples(run) and others
     path.write_text("".join(others), "utf-8")
     assert report.samples(run) == []
+
+
+def test_runs_whose_rows_or_weights_had_one_name_and_were_others_are_not_compared(tmp_path):
+    paths = [make_run(tmp_path / name, strategy=name, seed=seed) for name, seed in (("fedrouter", 0), ("fedit", 0))]
+    paths.append(make_run(tmp_path / "other seed", seed=1))  # whose rows may be split otherwise
+    for key in ("data", "model"):
+        for path, value in zip(paths, "aab", strict=True):
+            change_json(path / "clusters.json", **{key: value})
+        records.rows_of(records.read_all(paths))
+        change_json(paths[1] / "clusters.json", **{key: "b"})
+        with pytest.raises(UserError, match=f"name the same {({'data': 'rows', 'model': 'weights'})[key]}"):
+            records.rows_of(records.read_all(paths))
+        change_json(paths[1] / "clusters.json", **{key: "a"})
+
+
+def test_the_seconds_of_a_run_that_took_work_over_are_not_those_of_all_of_it(tmp_path):
+    path = make_run(tmp_path / "one")
+    assert records.cost(records.read(path))["seconds_total"] == 9.5
+    change_json(path / "timings.json", taken_over=[])
+    assert records.cost(records.read(path))["seconds_total"] == 9.5
+    change_json(path / "timings.json", taken_over=["base answers"])
+    assert "seconds_total" not in records.cost(records.read(path))
+
+
+def test_csv_tells_runs_of_one_name_apart(tmp_path):
+    paths = [make_run(tmp_path / folder / "mine", seed=seed) for seed, folder in enumerate("ab")]
+    lines = csv.DictReader(io.StringIO(report.to_csv(records.read_all(paths))))
+    assert {line["run"] for line in lines} == {str(path) for path in paths}
 
 
 def test_csv_is_tidy(tmp_path):

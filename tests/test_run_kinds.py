@@ -121,6 +121,10 @@ def test_rows_with_a_client_and_without_a_task(tmp_path):
     for strategy, message in (("oracle", "goes by the tasks"), ("ifca", "give --global-clusters")):
         with pytest.raises(UserError, match=message):
             experiment.prepare(dataclasses.replace(config, strategy=strategy))
+    for part in ("personalised_routing", "generalisation_routing"):
+        told = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **{part: "oracle"}))
+        with pytest.raises(UserError, match="oracle routing goes by the tasks of rows"):
+            experiment.prepare(told)
 
 
 def test_newcomers_send_nothing_to_be_enrolled():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import random
 import shutil
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, evaluate, experiment, files, runs, sharing
+from fedrouter_jax import checkpoint, evaluate, experiment, files, report, runs, sharing, terminal
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import finish, main
 from fedrouter_jax.errors import UserError
@@ -101,7 +102,7 @@ def test_a_second_process_is_refused_while_one_works(finished, tmp_path, capsys)
     shutil.rmtree(run / "checkpoints" / "3")
 
     @contextlib.contextmanager
-    def others(what, total):
+    def others(what, total, done=0):
         codes.append(main(["resume", str(run)]))
         assert capsys.readouterr().err == f"fedrouter: another process works on {run}; wait for it, or end it\n"
         yield lambda rows, note="": None
@@ -113,7 +114,7 @@ def test_a_second_process_is_refused_while_one_works(finished, tmp_path, capsys)
 def test_a_new_run_is_not_given_another_config_while_it_begins(tmp_path, capsys):
     run, other = tmp_path / "run", ["run", "--preset", "smoke", "--seed", "1", "--out", str(tmp_path / "run")]
 
-    def others(what, total):
+    def others(what, total, done=0):
         assert main(other) == 2
         raise KeyboardInterrupt
 
@@ -163,6 +164,18 @@ def test_without_a_terminal_progress_is_a_line_for_every_tenth(capsys):
     assert len(lines) == 10 and lines[0].startswith("reading 4/40, ") and lines[0].endswith(" s left well")
 
 
+def test_the_time_left_after_a_resume_is_told_by_what_was_done_since(monkeypatch, capsys):
+    seconds = iter([0.0, 60.0, 120.0])
+    monkeypatch.setattr(terminal.clock, "monotonic", lambda: next(seconds))
+    with terminal.logged("training", 10, 6) as advance:
+        advance(1)
+        advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "training 7/10, 60 s, 180 s left",
+        "training 8/10, 120 s, 120 s left",
+    ]
+
+
 def test_resuming_a_finished_run_changes_nothing(finished):
     before = result(finished)
     assert main(["resume", str(finished)]) == 0
@@ -191,7 +204,7 @@ def test_a_run_of_a_sweep_takes_over_what_is_equal_and_ends_with_the_same_bytes(
 
 def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out" / "one")
-    kept, console = tmp_path / "kept", Console(quiet=True)
+    kept, console = tmp_path / "kept", Console(file=io.StringIO(), width=400)
     (tmp_path / "out" / "one" / "report.md").unlink(missing_ok=True)
     sweep({"one": smoke()}, tmp_path / "out", console)
     assert (tmp_path / "out" / "one" / "report.md").exists()
@@ -202,8 +215,29 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
     sweep({"one": smoke()}, tmp_path / "elsewhere", console, kept)  # finished anywhere
     speed = dataclasses.replace(smoke(), compute=dataclasses.replace(smoke().compute, rows_at_once=3))
     sweep({"one": speed}, tmp_path / "out", console, kept)  # however it was computed
+    assert console.file.getvalue().count(f"1 of 1 runs have a summary in {kept} and are not run again") == 2
+    other = {"two": smoke(), "one": dataclasses.replace(smoke(), seed=1)}
     with pytest.raises(UserError, match="a run of another config"):
-        sweep({"one": dataclasses.replace(smoke(), seed=1)}, tmp_path / "out", console)
+        sweep({"one": other["one"]}, tmp_path / "out", console)
+    before = (kept / "one.json").read_bytes()
+    with pytest.raises(UserError, match="one.json is of another experiment"):  # before anything runs
+        sweep(other, tmp_path / "anew", console, kept)
+    assert (kept / "one.json").read_bytes() == before and not (tmp_path / "anew").exists()
+
+
+def test_a_run_that_was_reported_before_its_end_is_not_taken_for_a_finished_one(finished, tmp_path):
+    run, kept = tmp_path / "out" / "one", tmp_path / "kept"
+    shutil.copytree(finished, run)
+    for name in ("scores.json", "timings.json", "predictions.jsonl"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints" / "3")
+    report.write([run], run)
+    with pytest.raises(UserError, match="continue it with: fedrouter resume"):
+        runs.check_free(run, smoke())
+    sweep({"one": smoke()}, tmp_path / "out", Console(quiet=True), kept)
+    assert runs.finished(run) and summaries.load(kept)["one"]["scores"]
+    with pytest.raises(UserError, match="this very run, finished"):
+        runs.check_free(run, smoke())
 
 
 def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):

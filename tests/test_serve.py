@@ -74,6 +74,7 @@ def test_answers_are_compared_with_those_that_a_file_knows(finished, tmp_path, m
         ('{"instruction": "a"}\n', ["text"], "route has 1 texts and --rows"),
         ('{"question": "a"}\n', [], "line 1: no column 'instruction'; the columns are 'question'"),
         ('{"instruction": "a"}\n{"instruction": null}\n', [], "line 2: 'instruction' is null"),
+        ('{"instruction": "a", "output": "\\ud83d"}\n', [], "line 1: 'output' has a lone surrogate"),
         ("\n", [], "no rows"),
     ],
 )

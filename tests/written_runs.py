@@ -99,6 +99,11 @@ def make_scores(rng, with_base: bool, clustered: bool) -> tuple[dict, list[dict]
     return scores, answers
 
 
+def change_json(path: Path, **changes) -> None:
+    """Other values in a JSON file."""
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+
 def write_json(path: Path, value: dict) -> None:
     """A JSON file."""
     path.write_text(json.dumps(value), encoding="utf-8")

@@ -84,7 +84,8 @@ def read_questions(path: Path, columns: Mapping[str, str]) -> tuple[Row, ...]:
                     f"{place}: no column '{column}'; the columns are {listed(record)}; rename the one meant"
                 )
         answer = record.get(found["output"])
-        rows.append(Row(_instruction(record, found, place), answer if isinstance(answer, str) else "", ""))
+        answer = _text(answer, found["output"], place, blank=True) if isinstance(answer, str) else ""
+        rows.append(Row(_instruction(record, found, place), answer, ""))
     if not rows:
         raise UserError(f"{path}: no rows; expected at least one row with '{needed[0]}'")
     return tuple(rows)

@@ -55,6 +55,12 @@ def fedrouter_b() -> Strategy:
 
 def fedrouter_sum() -> Strategy:
     """One slot for every global cluster and a shared one. Averaged: both. Private: rows and their labels."""
+    init, *rest = owned(SUM)
+
+    def apart(adapters, enrolment):
+        # From the same A and B the two would have the same gradients, and be one adapter at twice the rate.
+        a = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=-2), adapters["common"].a)
+        return init(adapters | {"common": adapters["common"]._replace(a=a)}, enrolment)
 
     def phases(round, rounds):
         return (Phase(train={"common": True, "main": True}, weights={"common": 1.0, "main": 1.0}),)
@@ -63,7 +69,7 @@ def fedrouter_sum() -> Strategy:
         own = nearest_slot(state, clients, view, mode)
         return bank.weights(state.bank, {"main": own, "common": jnp.ones((len(own), 1))})
 
-    return Strategy("fedrouter-sum", SUM, *owned(SUM), route, enrolling="clustering", phases=phases)
+    return Strategy("fedrouter-sum", SUM, apart, *rest, route, enrolling="clustering", phases=phases)
 
 
 def fedrouter_soft(nearest: int = 2, temperature: float = 0.1) -> Strategy:
