@@ -25,7 +25,7 @@ def matrix_rate(dtype: str = "float32") -> float:
 
 
 def best_rate(product: Callable[[], Any], times: int = 5, rows: int | None = None) -> float:
-    """FLOP/s of a product of two square matrices of `rows`; the best of several, after one that compiles."""
+    """FLOP/s of a product of square matrices of `rows` (`matrix_rows()`); the best after one that compiles."""
     product()
     best = np.inf
     for _ in range(times):

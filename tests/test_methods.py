@@ -197,12 +197,9 @@ def test_fedrouter_b_with_one_cluster_is_ffa_lora(federation):
 
 def test_the_two_adapters_of_fedrouter_sum_learn_apart(federation):
     """From one A and one B they would have the same gradients, and be one adapter twice."""
-    one = federation.enrolment._replace(table=jnp.zeros_like(federation.enrolment.table), clusters=1)
-    state = begin(federation, BY_NAME["fedrouter-sum"])
-    before, found = (
-        state.bank,
-        play(federation._replace(enrolment=one), BY_NAME["fedrouter-sum"], federation.update, rounds=1)[0].bank,
-    )
+    strategy, table = BY_NAME["fedrouter-sum"], jnp.zeros_like(federation.enrolment.table)
+    alone = federation._replace(enrolment=federation.enrolment._replace(table=table, clusters=1))
+    before, found = begin(alone, strategy).bank, play(alone, strategy, federation.update, rounds=1)[0].bank
     for module, own in found["main"].b.items():
         moved = jnp.abs(own[0] - before["main"].b[module][0]).max()
         assert jnp.abs(own - found["common"].b[module]).max() > 0.1 * moved > 0
