@@ -9,7 +9,12 @@ from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
 BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
-OURS = ("fedrouter+", "fedrouter", *(name for name in STRATEGIES if name.startswith("fedrouter-")))  # no baselines
+OURS = (  # no baselines
+    "fedrouter+",
+    "fedrouter",
+    *(name for name in STRATEGIES if name.startswith("fedrouter-")),
+    "fedrouter-released",
+)
 FIRST = (
     "fedrouter+",
     "fedrouter",
@@ -29,6 +34,7 @@ HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "c
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
     **{name: (name, {}) for name in STRATEGIES},
+    "fedrouter-released": ("fedrouter", {"cluster": {"recipe": "paper"}, "rounds": {"weighting": "client"}}),
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
     "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
