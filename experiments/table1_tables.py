@@ -78,7 +78,7 @@ def losses(found: dict[str, dict]) -> list[str]:
 
 
 def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of: Callable = max) -> list[str]:
-    """The table: mean ± half of the 95 % interval over shared seeds, the best of the rivals bold; gains of ours."""
+    """The table: mean ± half of the 95 % interval over shared seeds, the best of several rivals bold; gains of ours."""
     columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
     methods = [UNTRAINED, *(method for method in METHODS if method in known and method in shown)]
@@ -92,6 +92,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             most = max((len(values[m]) for m in rivals if m in values), default=0)
             most_seeds = (m for m in rivals if len(values.get(m, ())) == most)
             best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]), default=None)
+            best = best if sum(m in values for m in rivals) > 1 else None
             row.append(text(values[method], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in OURS:

@@ -34,6 +34,7 @@ def training(
     config: Config,
     decoder: DecoderConfig,
     strategy: Strategy,
+    slots: int | None,
     shared: tuple[int, int],
     pack: tuple[int, int],
     counts: Sequence[int],
@@ -41,7 +42,8 @@ def training(
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
     Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
-    `shared` are `groups_of_lanes`, `pack` its tokens and responses.
+    `slots` are those of cluster-owned adapters (None: as many as may be found), `shared` are `groups_of_lanes`, `pack`
+    its tokens and responses.
     """
     groups, together = shared
     several = jax.device_count() > config.compute.model_parallel
@@ -51,7 +53,7 @@ def training(
     limit = memory_limit()
     if limit is None:
         return packs, config.compute.groups_at_once or 0
-    federation = memory.federation(decoder, config, strategy, config.cluster.max_clusters)
+    federation = memory.federation(decoder, config, strategy, slots or config.cluster.max_clusters)
     shape = memory.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
     limit = 0.85 * limit  # the rest is for what nobody plans
     if not config.compute.packs_at_once:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fedrouter_jax import lora
-from fedrouter_jax.types import Adapters, Array, LoRA, Owner, Phase, PyTree
+from fedrouter_jax.types import OWNERSHIP, Adapters, Array, LoRA, Owner, Phase, PyTree
 
 Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
-_LEFT = ("fixed", "copied")  # what no lane writes
 
 
 class Sums(NamedTuple):
@@ -55,7 +54,9 @@ def totals(owners: PyTree, bank: Adapters, slots: Slots, weight: Array) -> dict[
 def nothing(owners: PyTree, bank: Adapters, total: dict[Owner, Array]) -> Sums:
     """Where nothing has come back yet: zeros."""
     empty = jax.tree.map(
-        lambda owner, leaf: jnp.zeros(0 if owner in _LEFT else leaf.shape, jnp.float32), spread(owners, bank), bank
+        lambda owner, leaf: jnp.zeros(leaf.shape if OWNERSHIP[owner].trained else 0, jnp.float32),
+        spread(owners, bank),
+        bank,
     )
     zeros = jax.tree.map(jnp.zeros_like, total)
     return Sums(zeros, zeros, empty)
@@ -67,7 +68,7 @@ def add(owners: PyTree, sums: Sums, slots: Slots, lanes: Adapters, weight: Array
     share = {owner: weight / jnp.where(whole > 0, whole, 1)[slots[owner]] for owner, whole in total.items()}
 
     def added(owner, sum, new):
-        return sum if owner in _LEFT else sum.at[slots[owner]].add(new * expand(share[owner], new))
+        return sum.at[slots[owner]].add(new * expand(share[owner], new)) if OWNERSHIP[owner].trained else sum
 
     return Sums(
         {owner: sum.at[slots[owner]].add(weight) for owner, sum in sums.weight.items()},
@@ -83,7 +84,7 @@ def means(owners: PyTree, bank: Adapters, sums: Sums) -> Adapters:
     """
 
     def mean(owner, old, total):
-        if owner in _LEFT:
+        if not OWNERSHIP[owner].trained:
             return old
         share = expand(sums.share[owner], old)
         return jnp.where(share > 0, (total / jnp.where(share > 0, share, 1)).astype(old.dtype), old)
@@ -97,14 +98,19 @@ def expand(values: Array, like: Array) -> Array:
 
 
 def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> int:
-    """Bytes one lane sends in a round: client-owned, fixed and copied leaves never travel, nor what no phase moves."""
+    """Bytes one lane sends in a round: of the leaves whose owner has them sent, those that a phase moves."""
     moved = [spread(phase.train, bank) for phase in phases] or [spread(True, bank)]
 
     def size(owner, leaf, *trains):
-        at_home = owner in ("client", "fixed", "copied") or not any(map(bool, trains))
-        return 0 if at_home else math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+        sent = OWNERSHIP[owner].sent and any(map(bool, trains))
+        return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize if sent else 0
 
     return sum(jax.tree.leaves(jax.tree.map(size, spread(owners, bank), bank, *moved)))
+
+
+def slots_of(adapters: PyTree) -> int:
+    """The slots of an adapter in the bank, or of all there: as many as the leaf has that has most."""
+    return max(leaf.shape[0] for leaf in jax.tree.leaves(adapters))
 
 
 def serving(bank: Adapters) -> LoRA:
@@ -115,7 +121,7 @@ def serving(bank: Adapters) -> LoRA:
     """
 
     def whole(adapter: LoRA) -> LoRA:
-        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
+        slots = slots_of(adapter)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (slots, *leaf.shape[1:])), adapter)
 
     return lora.stack(whole(adapter) for adapter in bank.values())
@@ -130,7 +136,7 @@ def of_clusters(owners: PyTree, bank: Adapters) -> list[int]:
     """The slots of `serving` that belong to clusters, in their order."""
     found, start = [], 0
     for name, adapter in bank.items():
-        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
+        slots = slots_of(adapter)
         if "cluster" in jax.tree.leaves(spread(owners, bank)[name]):
             found += range(start, start + slots)
         start += slots
@@ -139,10 +145,8 @@ def of_clusters(owners: PyTree, bank: Adapters) -> list[int]:
 
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:
     """A name for every slot of `serving`: by its finest owner, "cluster_0", or, of several adapters, "local_0"."""
-    rank = ("fixed", "shared", "copied", "cluster", "public", "client")
-    names = []
+    rank, names = list(OWNERSHIP), []
     for name, adapter in bank.items():
         finest = max(jax.tree.leaves(spread(owners, bank)[name]), key=rank.index)
-        slots = max(leaf.shape[0] for leaf in jax.tree.leaves(adapter))
-        names += [f"{finest if len(bank) == 1 else name}_{slot}" for slot in range(slots)]
+        names += [f"{finest if len(bank) == 1 else name}_{slot}" for slot in range(slots_of(adapter))]
     return names

@@ -19,7 +19,7 @@ from fedrouter_jax import likelihood
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
 from fedrouter_jax.models import LOOP, Blocks, DecoderConfig
-from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, Losses, PyTree
+from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, PyTree
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def make_client_update(
     blocks: Blocks = LOOP,
     packs_at_once: int = 1,
 ) -> ClientUpdate:
-    """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, losses)`.
+    """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, loss)`.
 
-    The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. A lane's loss of
-    a step is the mean over all its response tokens there. A step's packs are visited by a loop, `packs_at_once` in
-    a turn, that stops after the last one with rows. A lane without rows has a gradient of zero.
+    The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. The loss
+    [lane, step] of a lane in a step is the mean over all its response tokens there. A step's packs are visited by a
+    loop, `packs_at_once` in a turn, that stops after the last one with rows. A lane without rows has a gradient of
+    zero.
     """
 
     def update(base, adapters, batch, lr, keys, phases):
@@ -115,7 +116,7 @@ def make_client_update(
             part = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], batch)
             adapters, loss = train(base, adapters, part, lr, keys, phase, jnp.arange(first, last))
             losses.append(loss)
-        return adapters, Losses(jnp.concatenate(losses).T)
+        return adapters, jnp.concatenate(losses).T
 
     def train(base, adapters, batch, lr, keys, phase, steps):
         optimiser = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))

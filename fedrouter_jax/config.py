@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 from pydantic import ValidationError
@@ -26,8 +26,8 @@ from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, Blocks, DecoderConfig
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
-from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.types import Owner, Strategy
+from fedrouter_jax.strategies import STRATEGIES, feddpa
+from fedrouter_jax.types import OWNERSHIP, Strategy
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
 
@@ -159,11 +159,6 @@ def check(config: Config) -> None:
             )
     if config.cluster.max_clusters < 2:
         raise UserError(f"--max-clusters is {config.cluster.max_clusters}; a silhouette chooses among 2 or more")
-    if config.strategy in ("ifca", "clustered") and config.cluster.global_clusters == 0:
-        raise UserError(
-            f"--global-clusters is 0, chosen by silhouette, but {config.strategy} clusters no rows; give the number of "
-            "its slots"
-        )
     if config.dtype == "mixed" and config.quantise != "none":
         raise UserError(
             f"--dtype mixed rounds the matrices that --quantise {config.quantise} stores as codes; choose one of them, "
@@ -187,7 +182,7 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
     weight_on = {"weight_on": config.evaluation.instance_weight}
     options = {
         "feddpa-t": weight_on,
-        "feddpa-f": weight_on,
+        "feddpa-f": {"together": feddpa.shared_rounds(config.rounds.rounds), **weight_on},
         "fedex": {"scale": config.lora.scale},
         "flora": {"scale": config.lora.scale, "seed": config.seed},
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
@@ -208,19 +203,29 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
             f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "
             "averages; use --server average"
         )
-    names, clusters, clients = set(strategy.owners), {"cluster", "copied"}, {"client", "public"}
+    if not isinstance(strategy.owners, dict):
+        raise UserError(
+            f"{strategy.name}: owners are {strategy.owners!r}; expected a dict of named adapters, such as "
+            '{"main": "shared"}'
+        )
+    names = set(strategy.owners)
     for name, parts in strategy.owners.items():
         found = set(jax.tree.leaves(parts))
-        strange = sorted(found - set(get_args(Owner)))
+        strange = sorted(found - set(OWNERSHIP))
         if strange:
             raise UserError(
-                f"{strategy.name}: the owner of {name!r} is {strange[0]!r}; choose among {', '.join(get_args(Owner))}"
+                f"{strategy.name}: the owner of {name!r} is {strange[0]!r}; choose among {', '.join(OWNERSHIP)}"
             )
-        if found & clusters and found & clients:
+        if {OWNERSHIP[owner].slot_per for owner in found} >= {"cluster", "client"}:
             raise UserError(
                 f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
                 "pair; give one part to all (shared), or both to the same"
             )
+    if told_slots(config, strategy) and config.cluster.global_clusters == 0:
+        raise UserError(
+            f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
+            "its slots"
+        )
     phases = strategy.phases(1, config.rounds.rounds)
     for part in (part for phase in phases for part in phase):
         if isinstance(part, dict) and set(part) != names:
@@ -232,6 +237,17 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
         raise UserError(
             f"--steps is {config.local.steps}; {strategy.name} shares them among {len(phases)} phases of a round"
         )
+
+
+def has_slots(strategy: Strategy) -> bool:
+    """Whether adapters are the clusters'."""
+    return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))
+
+
+def told_slots(config: Config, strategy: Strategy) -> bool:
+    """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
+    finds = config.strategy == "fedlease"  # by its own silhouette, up to --max-clusters
+    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not finds
 
 
 def check_length(config: Config, decoder: DecoderConfig) -> None:
@@ -247,6 +263,8 @@ def idle(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
     default, method, name = Config(), strategy(config, None), config.strategy
     clusters = method.enrolling == "clustering"
+    lanes = method.enrolling in ("clustering", "tasks")  # of several local clusters
+    slots = has_slots(method) and method.enrolling != "tasks"
 
     def changed(section: str, field: str) -> bool:
         return getattr(getattr(config, section), field) != getattr(getattr(default, section), field)
@@ -261,21 +279,18 @@ def idle(config: Config) -> list[str]:
         and config.data.scenario != "dirichlet",
         "--shift (a multiple of --clients)": config.data.shift and config.data.shift % config.data.clients == 0,
         f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
-        f"--global-clusters {no_rows}": config.cluster.global_clusters
-        and not clusters
-        and name not in ("ifca", "clustered", "fedlease"),  # whose slots they are
+        f"--global-clusters {no_rows}": config.cluster.global_clusters and not (clusters or slots),
         f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not clusters and name != "fedlease",
-        f"--turns {no_rows}": changed("rounds", "turns") and not clusters and name != "oracle",
+        f"--turns {no_rows}": changed("rounds", "turns") and not lanes,
         f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
         f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,
-        f"--clusters-per-round {no_rows}": changed("rounds", "clusters_per_round")
-        and not clusters
-        and name != "oracle",
+        f"--clusters-per-round {no_rows}": changed("rounds", "clusters_per_round") and not lanes,
         f"--weighting ({name} weighs nothing)": changed("rounds", "weighting") and not server_lib.moves(method.owners),
         f"--weighting client {no_rows}": config.rounds.weighting == "client"
         and server_lib.moves(method.owners)
-        and not clusters
-        and name != "oracle",
+        and not lanes,
+        "--evaluate-at (of rounds after the last)": changed("evaluation", "evaluate_at")
+        and max(config.evaluation.evaluate_at, default=0) > config.rounds.rounds,
         "--instance-weight (of feddpa-t and feddpa-f)": changed("evaluation", "instance_weight")
         and not name.startswith("feddpa"),
     }

@@ -65,7 +65,15 @@ def prepare(
     dataset = dataset or sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data
     split = partition(dataset, data, config.seed)
+    n_l, n_g = cluster_counts(config, split)
+    strategy = strategy or config_lib.strategy(config, n_g)
+    config_lib.check_strategy(config, strategy)
+    if split.tasks == [""]:
+        check_unlabelled(config, strategy, dataset.name)
+    if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
+        routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, data.newcomers)
     model = model or load_model(config.model, config.dtype, config.quantise)
+    config_lib.check_length(config, model.config)
     encode = partial(
         tokens.encode,
         model.tokenizer,
@@ -78,21 +86,13 @@ def prepare(
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     for rows in (*train, test.values()):
         check_tokens(model, rows)
-    strategy = strategy or config_lib.strategy(config, cluster_counts(config, split)[1])
-    config_lib.check_strategy(config, strategy)
-    if split.tasks == [""]:
-        check_unlabelled(config, strategy, dataset.name)
-    config_lib.check_length(config, model.config)
-    if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
-        held = [len(held.train) for held in split.clients]
-        routing.check_counts(held, *cluster_counts(config, split), data.newcomers)
     rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    local, shared = config.local, at_once.groups_of_lanes(config, strategy, cluster_counts(config, split)[0])
+    local, shared = config.local, at_once.groups_of_lanes(config, strategy, n_l)
     lanes = shared[1]
     pack = packing.shape(train, local.batch, lanes)
     counts = packing.packs_of_steps(train, local.batch, lanes, *pack)
     # Free memory differs between hosts, programs may not.
-    found = at_once.training(config, model.config, strategy, shared, pack, counts)
+    found = at_once.training(config, model.config, strategy, n_g, shared, pack, counts)
     packs, groups = map(processes.agreed, found)
     update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
     rounds = config.rounds
@@ -129,7 +129,7 @@ def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
     modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
     if strategy.enrolling == "clustering" and "oracle" in modes:
         raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
-    if config.strategy in ("ifca", "clustered") and config.cluster.global_clusters is None:
+    if config_lib.told_slots(config, strategy) and config.cluster.global_clusters is None:
         raise UserError(
             f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
             "--global-clusters"

@@ -20,6 +20,7 @@ from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import mesh as mesh_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.types import (
+    OWNERSHIP,
     Adapters,
     Array,
     ClientLoss,
@@ -35,15 +36,12 @@ from fedrouter_jax.types import (
 
 def slots(state: FederationState, work: Work) -> bank_lib.Slots:
     """The slot each lane reads and writes, by owner."""
-    cluster = jnp.maximum(state.table[work.client, work.cluster], 0)
-    return {
-        "shared": jnp.zeros_like(work.client),
-        "cluster": cluster,
-        "copied": cluster,
+    at = {
+        "federation": jnp.zeros_like(work.client),
+        "cluster": jnp.maximum(state.table[work.client, work.cluster], 0),
         "client": work.client,
-        "public": work.client,
-        "fixed": jnp.zeros_like(work.client),
     }
+    return {owner: at[ownership.slot_per] for owner, ownership in OWNERSHIP.items()}
 
 
 def owned(owners: PyTree) -> tuple[Callable, Callable, Callable, Callable]:
@@ -51,8 +49,8 @@ def owned(owners: PyTree) -> tuple[Callable, Callable, Callable, Callable]:
 
     def init(adapters: Adapters, enrolment: Any) -> FederationState:
         table = enrolment.table
-        sizes = {"shared": 1, "cluster": enrolment.clusters, "client": table.shape[0], "fixed": 1}
-        sizes |= {"public": sizes["client"], "copied": sizes["cluster"]}
+        count = {"federation": 1, "cluster": enrolment.clusters, "client": table.shape[0]}
+        sizes = {owner: count[ownership.slot_per] for owner, ownership in OWNERSHIP.items()}
         # Nothing may be shared with the arguments: rounds donate the state, and with it all its buffers.
         table, memory = jax.tree.map(jnp.copy, (table, enrolment.router))
         return FederationState(jnp.zeros((), jnp.int32), bank_lib.create(owners, adapters, sizes), table, memory)
@@ -82,6 +80,11 @@ def only_slot(state: FederationState, clients: Array, view: View, mode: str) -> 
 def own_slot(state: FederationState, clients: Array, view: View, mode: str) -> Array:
     """The `route` of strategies with one adapter for each client."""
     return jax.nn.one_hot(clients, state.table.shape[0])
+
+
+def cluster_slot(state: FederationState, clients: Array, view: View, mode: str) -> Array:
+    """The `route` of strategies that put whole clients into clusters: the slot of a client's own."""
+    return jax.nn.one_hot(state.table[clients, 0], bank_lib.slots_of(state.bank))
 
 
 def finite_lanes(adapters: Adapters) -> Array:
@@ -145,7 +148,7 @@ def make_round(
                 adapters, losses = map_groups(group, (base, rate, phases), (asked, keys), batch)
                 finite = finite_lanes(adapters)
                 adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
-                return add(sums, here._replace(weight=here.weight * finite), adapters), (losses.loss, ~finite)
+                return add(sums, here._replace(weight=here.weight * finite), adapters), (losses, ~finite)
 
             return fold_groups(chunk, nothing, lanes, batches, groups_at_once)
 

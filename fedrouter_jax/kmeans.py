@@ -47,6 +47,7 @@ from fedrouter_jax.weighted_rows import (
 # times as long as all else. JAX takes compiler options for a whole program only, not for a function inside one.
 UNTUNED = {"xla_gpu_autotune_level": 0}
 
+_ITERATIONS, _TOLERANCE = 300, 1e-4  # as in scikit-learn
 _SWAPS, _SWAPS_A_CLUSTER = 32, 2  # swaps offered to a restart at most: a constant, and as many per cluster
 _AGREEMENT = 1e-6  # restarts whose costs differ by less, relatively, found the same partition
 _REFINE = 4  # every so many offers, the restart's own partition is repaired and nothing is swapped
@@ -70,21 +71,56 @@ def fit(
     *,
     weight: Array | None = None,
     restarts: int = 10,
-    max_iterations: int = 300,
-    tolerance: float = 1e-4,
+    used: Array | None = None,
 ) -> KMeans:
     """The best of `restarts` searches for `k` clusters of `x` [row, width]; see the module's notes for the rules.
 
-    `weight` is [row], at least 0, and 0 for a row that is absent. Rows that are present must be finite. A restart's
-    Lloyd iteration stops when no label changes, when the centres' summed squared shift is at most `tolerance` times the
-    mean variance of the columns (as in scikit-learn), or after `max_iterations`; each stage of the final polish is
-    bounded by `max_iterations` too. `k` and `restarts` are static. Raises UserError for a wrong shape, `k` < 1 or
-    `restarts` < 1. Memory is about `restarts * row * k` floats, and with fewer rows than columns `row * row` more.
+    `weight` is [row], at least 0, and 0 for a row that is absent. Rows that are present must be finite. Of the `k`
+    clusters only the first `used` (int32 [], may be traced; None: all) may hold rows. A restart's Lloyd iteration stops
+    when no label changes, when the centres' summed squared shift is at most 1e-4 times the mean variance of the columns
+    (as in scikit-learn), or after 300 steps; each stage of the final polish has as many. `k` and `restarts` are static.
+    Raises UserError for a wrong shape, `k` < 1 or `restarts` < 1. Memory is about `restarts * row * k` floats, and with
+    fewer rows than columns `row * row` more.
     """
     x, weight = checked(x, weight)
     if k < 1:
         raise UserError(f"k-means: k is {k}, expected at least 1; ask for one cluster or more")
-    return _fit(key, x, weight, k, jnp.int32(k), restarts, max_iterations, tolerance)
+    if restarts < 1:
+        raise UserError(f"k-means: {restarts} restarts, expected at least 1; ask for one restart or more")
+    used = k if used is None else used
+    first, distinct = first_equal(x, weight)
+    rows, mean, scale, heaviest = prepare(x, weight)
+    weight = rows.weight
+    space = rows if len(x) > x.shape[1] else Products(matmul(rows.x, rows.x.T), rows.square, weight)
+    present, at, active = weight > 0, jnp.arange(len(x)), jnp.arange(k) < used
+    stop = _TOLERANCE * jnp.sum(weight * rows.square) / or_one(jnp.sum(weight)) / x.shape[1]
+    trials = 2 + int(math.log(k))  # as in scikit-learn
+    thorough = len(x) * k <= _THOROUGH
+    # All draws at once: one generator to compile instead of one a step.
+    uniforms = jax.random.uniform(key, (restarts, k * trials + _SWAPS + _SWAPS_A_CLUSTER * k))
+
+    def start(uniforms):
+        return _lloyd(space, _seed(uniforms.reshape(k, trials), space, active), active, stop)
+
+    centers = jax.vmap(start)(uniforms[:, : k * trials])
+    if thorough:
+        centers, costs = _swap(uniforms[:, k * trials :], space, centers, active)
+    else:
+        costs = lax.map(lambda centers: _cost(weight, _distances(space, centers, active)), centers)
+    labels = jnp.argmin(_distances(space, centers[jnp.argmin(costs)], active), axis=1)
+    if thorough:  # the expanded form does most of the work, direct differences settle the last digits
+        labels = _polish(lambda share: space.distances(space.means(share)), weight, labels, active)
+        labels = _polish(lambda share: direct(rows.x, rows.means(share)), weight, labels, active)
+    searched = rows.means(shares(labels, k, weight))
+
+    few, is_first = distinct <= used, present & (first == at)
+    rank = (jnp.cumsum(is_first) - 1)[first]
+    each = weighted_means(rows.x, shares(jnp.where(is_first, rank, -1), k, jnp.ones_like(weight)))
+    labels, centers = jnp.where(few, rank, labels), jnp.where(few, each, searched)
+    away = jnp.sum((rows.x - centers[jnp.where(present, labels, 0)]) ** 2, axis=1)
+    counts = jnp.sum((labels[:, None] == jnp.arange(k)) & present[:, None], axis=0).astype(jnp.int32)
+    inertia = jnp.sum(jnp.where(few, 0, weight * away)) * heaviest * scale * scale
+    return KMeans(centers * scale + mean, jnp.where(present, labels, -1).astype(jnp.int32), inertia, counts)
 
 
 @jax.jit
@@ -104,50 +140,6 @@ def nearest(x: Array, centers: Array, valid: Array | None = None) -> tuple[Array
     distances = jnp.where(valid, direct(x, jnp.where(valid[:, None], centers, 0)), jnp.inf)
     labels = jnp.argmin(distances, axis=1).astype(jnp.int32)
     return jnp.where(jnp.any(valid), labels, -1), distances
-
-
-def fit_masked(key: Array, x: Array, weight: Array, most: int, k: Array, restarts: int) -> KMeans:
-    """`fit` with room for `most` clusters of which the first `k` (int32 [], may be traced) are used."""
-    return _fit(key, x, weight, most, k, restarts, 300, 1e-4)
-
-
-def _fit(key, x, weight, k, used, restarts, max_iterations, tolerance):
-    """`fit` with `k` clusters of which the first `used` (traced) may hold rows."""
-    if restarts < 1:
-        raise UserError(f"k-means: {restarts} restarts, expected at least 1; ask for one restart or more")
-    first, distinct = first_equal(x, weight)
-    rows, mean, scale, heaviest = prepare(x, weight)
-    weight = rows.weight
-    space = rows if len(x) > x.shape[1] else Products(matmul(rows.x, rows.x.T), rows.square, weight)
-    present, at, active = weight > 0, jnp.arange(len(x)), jnp.arange(k) < used
-    stop = tolerance * jnp.sum(weight * rows.square) / or_one(jnp.sum(weight)) / x.shape[1]
-    trials = 2 + int(math.log(k))  # as in scikit-learn
-    thorough = len(x) * k <= _THOROUGH
-    # All draws at once: one generator to compile instead of one a step.
-    uniforms = jax.random.uniform(key, (restarts, k * trials + _SWAPS + _SWAPS_A_CLUSTER * k))
-
-    def start(uniforms):
-        return _lloyd(space, _seed(uniforms.reshape(k, trials), space, active), active, stop, max_iterations)
-
-    centers = jax.vmap(start)(uniforms[:, : k * trials])
-    if thorough:
-        centers, costs = _swap(uniforms[:, k * trials :], space, centers, active)
-    else:
-        costs = lax.map(lambda centers: _cost(weight, _distances(space, centers, active)), centers)
-    labels = jnp.argmin(_distances(space, centers[jnp.argmin(costs)], active), axis=1)
-    if thorough:  # the expanded form does most of the work, direct differences settle the last digits
-        labels = _polish(lambda share: space.distances(space.means(share)), weight, labels, active, max_iterations)
-        labels = _polish(lambda share: direct(rows.x, rows.means(share)), weight, labels, active, max_iterations)
-    searched = rows.means(shares(labels, k, weight))
-
-    few, is_first = distinct <= used, present & (first == at)
-    rank = (jnp.cumsum(is_first) - 1)[first]
-    each = weighted_means(rows.x, shares(jnp.where(is_first, rank, -1), k, jnp.ones_like(weight)))
-    labels, centers = jnp.where(few, rank, labels), jnp.where(few, each, searched)
-    away = jnp.sum((rows.x - centers[jnp.where(present, labels, 0)]) ** 2, axis=1)
-    counts = jnp.sum((labels[:, None] == jnp.arange(k)) & present[:, None], axis=0).astype(jnp.int32)
-    inertia = jnp.sum(jnp.where(few, 0, weight * away)) * heaviest * scale * scale
-    return KMeans(centers * scale + mean, jnp.where(present, labels, -1).astype(jnp.int32), inertia, counts)
 
 
 def _distances(rows, centers, active):
@@ -181,7 +173,8 @@ def _seed(uniforms, rows, active):
     return lax.fori_loop(1, k, add, (centers, near))[0]
 
 
-def _lloyd(rows, centers, active, stop, max_iterations):
+def _lloyd(rows, centers, active, stop, most=_ITERATIONS):
+    """Centres [k, width] after Lloyd's steps, at most so many, from `centers`."""
     k = len(active)
 
     def step(state):
@@ -200,7 +193,7 @@ def _lloyd(rows, centers, active, stop, max_iterations):
         return new, labels, iteration + 1, same | (~filled & (shift <= stop))
 
     state = (centers, jnp.full(len(rows.x), -1), 0, False)
-    return lax.while_loop(lambda state: ~state[3] & (state[2] < max_iterations), step, state)[0]
+    return lax.while_loop(lambda state: ~state[3] & (state[2] < most), step, state)[0]
 
 
 def _exchanged(weight, distances, labels, mass):
@@ -257,7 +250,7 @@ def _swap(uniforms, rows, centers, active):
     return centers, costs
 
 
-def _polish(distances_to_means, weight, labels, active, max_iterations):
+def _polish(distances_to_means, weight, labels, active):
     """Labels that neither Lloyd's step nor the move of any one row improves; each step lowers the cost."""
     k = len(active)
 
@@ -279,4 +272,4 @@ def _polish(distances_to_means, weight, labels, active, max_iterations):
         return jnp.where(drifted, closest, moved), iteration + 1, ~drifted & ~moves
 
     state = (labels, 0, False)
-    return lax.while_loop(lambda state: ~state[2] & (state[1] < max_iterations), step, state)[0]
+    return lax.while_loop(lambda state: ~state[2] & (state[1] < _ITERATIONS), step, state)[0]

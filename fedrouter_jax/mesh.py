@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from fedrouter_jax import bank
 from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.types import Array, FederationState, PyTree, Strategy
+from fedrouter_jax.types import OWNERSHIP, Array, FederationState, PyTree, Strategy
 
 CLIENTS, MODEL = "clients", "model"
 INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -112,7 +112,7 @@ def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> F
     everywhere = NamedSharding(mesh, P())
 
     def of_leaf(owner, leaf):
-        apart = owner in ("client", "public") and leaf.shape[0] % mesh.shape[CLIENTS] == 0
+        apart = OWNERSHIP[owner].slot_per == "client" and leaf.shape[0] % mesh.shape[CLIENTS] == 0
         return NamedSharding(mesh, P(CLIENTS)) if apart else everywhere
 
     shardings = jax.tree.map(lambda leaf: everywhere, state)

@@ -58,7 +58,7 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
         "modules_to_save": None,
         "inference_mode": True,
     }
-    _write_json(folder / "adapter_config.json", description)
+    write_json(folder / "adapter_config.json", description)
 
 
 def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[str]) -> None:
@@ -122,7 +122,7 @@ def write_router(folder: Path, router: Router, description: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(value, np.float32) for name, value in router._asdict().items() if name != "unit"}
     _write_tensors(folder / "router.safetensors", tensors)
-    _write_json(folder / "router.json", {**description, "unit_length": bool(router.unit)})
+    write_json(folder / "router.json", {**description, "unit_length": bool(router.unit)})
 
 
 def read_router(folder: Path) -> tuple[Router, dict]:
@@ -142,7 +142,8 @@ def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[st
     path.write_bytes(save(tensors, metadata))
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """A small JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

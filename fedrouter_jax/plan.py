@@ -127,7 +127,7 @@ def plan(
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
         adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(memory.asked(start, 1))),
-        slots=max(leaf.shape[0] for leaf in jax.tree.leaves(start.state.bank)),
+        slots=bank.slots_of(start.state.bank),
         lanes=lanes,
         groups=groups,
         groups_at_once=at_once,

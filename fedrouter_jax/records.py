@@ -184,6 +184,12 @@ def notes(run: Run) -> list[str]:
             f"{nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give fewer "
             "--global-clusters, or more --local-clusters"
         )
+    founders = config.data.clients - config.data.newcomers
+    if config_lib.told_slots(config, config_lib.strategy(config, total)) and total >= founders > 1:
+        found.append(
+            f"{total} groups for {founders} clients: hardly two of them share one, so little is averaged; give fewer "
+            "--global-clusters, or more --clients"
+        )
     if config.model == "tiny":
         found.append("the model is random, so the scores mean nothing; this run shows that all works")
     found += [f"without effect here: {option}" for option in config_lib.idle(config)]

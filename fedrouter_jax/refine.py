@@ -77,7 +77,7 @@ def choose_k(
     most = max(candidates)
 
     def score(k):
-        found = kmeans.fit_masked(key, centres, weight, most, k, restarts)
+        found = kmeans.fit(key, centres, most, weight=weight, restarts=restarts, used=k)
         valid = jnp.arange(most) < k
         return silhouette(points, present, lloyd(points, present, found.centers, steps, valid), valid)
 

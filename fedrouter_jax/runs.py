@@ -278,9 +278,9 @@ def _of_base(shared: Shared, prepared: Prepared) -> dict[int, tuple[str, float]]
     """The base model's answer and loss on each test row, from a run of the same sweep; empty where there is none."""
     for path in alike(shared, prepared, recipe=False):
         if (path / "scores.json").exists():  # written after the predictions: they are whole
-            records = map(json.loads, files.lines(path / "predictions.jsonl"))
+            records = formats.read_lines(path / "predictions.jsonl", formats.Answer)
             found = [record for record in records if record["part"].startswith("base")]
-            if all(record.get("loss") is not None for record in found):  # runs of older versions have none
+            if all(record.get("loss") is not None for record in found):  # some may not be finite
                 return {record["row"]: (record["answer"], record["loss"]) for record in found}
     return {}
 
@@ -312,8 +312,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     try:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
-            if file.peek(1):  # older runs do not say what theirs were made from
-                clusters.check_origin(json.loads(str(np.load(file, allow_pickle=False))), prepared)
+            clusters.check_origin(json.loads(str(np.load(file, allow_pickle=False))), prepared)
         if found.shape != expected:
             raise ValueError(f"shape {found.shape}, expected {expected}")
     except (OSError, ValueError, EOFError) as error:

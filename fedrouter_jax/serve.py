@@ -15,6 +15,7 @@ from fedrouter_jax.data import sources, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.sharing import Track, silent
+from fedrouter_jax.types import OWNERSHIP
 
 
 def route(
@@ -42,7 +43,7 @@ def route(
     data = prepared.config.data
     if client is not None and not 0 <= client < data.clients:
         raise UserError(f"--client {client} is not in this run; its clients are 0 to {data.clients - 1}")
-    owned = {"client", "public"} & {*jax.tree.leaves(prepared.strategy.owners)}
+    owned = any(OWNERSHIP[owner].slot_per == "client" for owner in jax.tree.leaves(prepared.strategy.owners))
     personal = owned or prepared.strategy.regroup or prepared.strategy.choose
     if client is None and personal:
         raise UserError(f"the answer depends on the client in a {prepared.strategy.name} run; say whose with --client")

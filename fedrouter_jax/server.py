@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax.types import Adapters, Array, PyTree, Server
+from fedrouter_jax.types import OWNERSHIP, Adapters, Array, PyTree, Server
 
-OWN = ("shared", "cluster")  # the owners whose adapters are the server's
+# The owners whose adapters are the server's.
+OWN = {owner for owner, ownership in OWNERSHIP.items() if ownership.sent and ownership.slot_per != "client"}
 
 
 def moves(owners: PyTree) -> bool:

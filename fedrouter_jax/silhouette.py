@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.kmeans import fit_masked
+from fedrouter_jax.kmeans import fit
 from fedrouter_jax.types import Array
 from fedrouter_jax.weighted_rows import Rows, checked, expanded, first_equal, matmul, or_one, prepare, shares
 
@@ -73,7 +73,7 @@ def choose_k(
     distinct = first_equal(x, weight)[1]
 
     def score(k):
-        labels = fit_masked(key, x, weight, max(candidates), k, restarts).labels
+        labels = fit(key, x, max(candidates), weight=weight, restarts=restarts, used=k).labels
         return jnp.where((k >= 2) & (k < distinct), silhouette(x, labels, max(candidates), weight)[0], -jnp.inf)
 
     scores = lax.map(score, ks)

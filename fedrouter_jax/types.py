@@ -14,11 +14,28 @@ import jax
 
 Array = jax.Array
 PyTree = Any
-# "client": a slot a client, never sent; "public": the same, but sent; "fixed": one slot, never trained, never sent;
-# "copied": a slot a cluster that only `derive` writes, never sent
-Owner = Literal["shared", "cluster", "client", "public", "fixed", "copied"]
+Owner = Literal["fixed", "shared", "copied", "cluster", "public", "client"]
 Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters
+
+
+class Ownership(NamedTuple):
+    """What an owner of adapter leaves says of them."""
+
+    slot_per: Literal["federation", "cluster", "client"]
+    trained: bool  # lanes write it; a "copied" leaf is written by `derive` alone
+    sent: bool
+
+
+# From the coarsest to the finest.
+OWNERSHIP: dict[Owner, Ownership] = {
+    "fixed": Ownership("federation", trained=False, sent=False),
+    "shared": Ownership("federation", trained=True, sent=True),
+    "copied": Ownership("cluster", trained=False, sent=False),
+    "cluster": Ownership("cluster", trained=True, sent=True),
+    "public": Ownership("client", trained=True, sent=True),
+    "client": Ownership("client", trained=True, sent=False),
+}
 
 
 class LoRA(NamedTuple):
@@ -64,12 +81,6 @@ class RoundInfo(NamedTuple):
     rejected: Array  # bool [lane]: the lane's result was not finite and moved nothing
 
 
-class Losses(NamedTuple):
-    """What lanes report beside their adapters."""
-
-    loss: Array  # float32 [lane, step]: mean cross-entropy over the step's response tokens, before the update
-
-
 class Phase(NamedTuple):
     """One part of a lane's local work. All numbers may be traced: they may depend on the round."""
 
@@ -78,8 +89,9 @@ class Phase(NamedTuple):
 
 
 # Trains a group of lanes whose rows share packs; a group may be one lane: (base params, adapters [lane, ...], batch of
-# the group, learning rate, keys [lane], phases) -> (adapters, losses)
-ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array, tuple[Phase, ...]], tuple[Adapters, Losses]]
+# the group, learning rate, keys [lane], phases) -> (adapters, loss float32 [lane, step]: mean cross-entropy over the
+# step's response tokens, before the update)
+ClientUpdate = Callable[[PyTree, Adapters, Any, Array, Array, tuple[Phase, ...]], tuple[Adapters, Array]]
 
 # The same without training: (base params, adapters [lane, ...], batch of the group) -> loss [lane] of its whole round
 ClientLoss = Callable[[PyTree, Adapters, Any], Array]

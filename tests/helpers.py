@@ -17,7 +17,7 @@ from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.types import Adapters, FederationState, Losses, Strategy, Work
+from fedrouter_jax.types import Adapters, FederationState, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
 
@@ -59,7 +59,7 @@ def nudge(base, adapters, batch, lr, keys, phases):
     own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
     step = jax.vmap(jax.random.normal)(keys) * 0.01 + own * 1e-6
     adapters = jax.tree.map(lambda leaf: leaf * 0.9 + bank.expand(step, leaf), adapters)
-    return adapters, Losses(jnp.ones(LOCAL.steps) * step[:, None])
+    return adapters, jnp.ones(LOCAL.steps) * step[:, None]
 
 
 def fit(base, adapters, batch):

@@ -27,7 +27,7 @@ if "process" in ASKED:
 from jax.experimental.multihost_utils import process_allgather
 
 from experiments import hlo
-from fedrouter_jax import answers, checkpoint, client, experiment, mesh
+from fedrouter_jax import answers, bank, checkpoint, client, experiment, mesh
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
@@ -90,7 +90,7 @@ def respond(strategy, shape, answer):
     )
     rows = list(prepared.test)[:answer]
     texts, encoded = [prepared.dataset.test[row].instruction for row in rows], [prepared.test[row] for row in rows]
-    weights = np.eye(max(leaf.shape[0] for leaf in jax.tree.leaves(state.bank)), dtype="f")
+    weights = np.eye(bank.slots_of(state.bank), dtype="f")
     weights = weights[rng.integers(0, len(weights), answer)]
     on = mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
     model = prepared.model._replace(params=mesh.place_base(on, prepared.model.params))

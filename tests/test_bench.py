@@ -225,7 +225,7 @@ def test_the_flow_trains_as_we_do(sides):
     expected = bench_phases.in_torch(jax.tree.map(lambda leaf: leaf[0], found["main"]), "cpu")
     for each in FLOWS:
         trained, seen = flow.train_client(model, bank[0], steps, 5e-2, PAD, each)
-        np.testing.assert_allclose(seen, np.asarray(losses.loss)[0], rtol=1e-4)
+        np.testing.assert_allclose(seen, np.asarray(losses)[0], rtol=1e-4)
         for name, leaf in expected.items():
             torch.testing.assert_close(trained[name], leaf, rtol=1e-3, atol=1e-4)
 

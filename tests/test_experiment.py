@@ -325,14 +325,14 @@ def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, pac
     prepared = experiment.prepare(config)
     read = prepared.model, [row.prompt for row in prepared.test.values()]
     counts = [4, 5, 4]  # most steps have a pack less than that
-    args = (prepared.model.config, prepared.strategy, (1, 4), prepared.pack, counts)
+    args = (prepared.model.config, prepared.strategy, 4, (1, 4), prepared.pack, counts)
     assert at_once.training(config, *args) == (1, 1) and at_once.rows(config, *read) == 64
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(at_once, "memory_limit", lambda: limit)
     assert at_once.training(config, *args) == (packs, groups)
     assert at_once.rows(config, *read) == rows
     assert limit == 1 or at_once.training(config, *args[:-1], [2 * at_once.PACKS])[0] == at_once.PACKS
-    assert at_once.training(config, *args[:2], (64, 8), *args[3:])[0] == 1
+    assert at_once.training(config, *args[:3], (64, 8), *args[4:])[0] == 1
     pooled = experiment.prepare(dataclasses.replace(config, strategy="centralised"))  # one lane
     assert limit == 1 or pooled.packs < experiment.prepare(config).packs
     asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))

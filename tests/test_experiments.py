@@ -109,6 +109,18 @@ def test_the_base_model_is_never_the_best():
     assert best == ["fedrouter+"]
 
 
+def test_a_method_without_a_rival_is_no_best():
+    """In Single alone two methods ran."""
+    names = ("dual-fedrouter+-0", "single-fedrouter+-0", "single-fedit-0")
+    found = {name: made(name.split("-")[1], 0, 0.5) for name in names}
+    (row,) = (
+        line for line in table1_tables.scores(table1_tables.cells(found), tuple(METHODS)) if line[2:12] == "fedrouter+"
+    )
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    best = {column: "**" in cell for column, cell in zip(table1_tables.COLUMNS, cells, strict=False) if cell}
+    assert {scenario for (scenario, _), bold in best.items() if bold} == {"single"}
+
+
 def test_means_that_are_compared_are_of_the_same_seeds():
     """A method with more seeds than another shows those that both have; its gain is over all of its own."""
     found = {

@@ -30,7 +30,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import Blocks
 from fedrouter_jax.strategies import STRATEGIES, feddpa_f, feddpa_t, fedrouter
-from fedrouter_jax.types import LoRA, Losses, View
+from fedrouter_jax.types import LoRA, View
 
 
 @every_strategy
@@ -124,7 +124,7 @@ def test_permuting_lanes_changes_nothing(federation, strategy):
 @every_strategy
 def test_an_update_that_returns_its_input_leaves_the_bank(federation, strategy):
     def idle(base, adapters, batch, lr, keys, phases):
-        return adapters, Losses(jnp.zeros((len(keys), LOCAL.steps)))
+        return adapters, jnp.zeros((len(keys), LOCAL.steps))
 
     state = begin(federation, strategy)
     assert_close(play(federation, strategy, idle, clusters_per_round=0)[0].bank, state.bank)
@@ -262,7 +262,7 @@ def test_what_no_phase_moves_is_not_sent(federation):
         return [bank.wire_bytes(strategy.owners, held, strategy.phases(t, 5)) for t in range(1, 6)]
 
     adapter = sent(BY_NAME["fedit"])[0]
-    assert sent(feddpa_f(private=0.4)) == [adapter] * 3 + [0] * 2
+    assert sent(feddpa_f(together=3)) == [adapter] * 3 + [0] * 2
     half = sum(leaf.nbytes for leaf in federation.adapters["main"].b.values())
     assert sent(BY_NAME["rolora"]) == [half, adapter - half] * 2 + [half]
     assert sent(BY_NAME["fedrouter-b"]) == sent(BY_NAME["ffalora"]) == [half] * 5

@@ -78,7 +78,7 @@ def test_clients_that_move_alike_are_one_cluster():
 
 def test_feddpa_f_is_fedit_until_its_private_rounds(federation):
     """Three of five rounds are shared; then the global adapter stays, and the local ones start from it."""
-    strategy = feddpa_f(private=0.4)
+    strategy = feddpa_f(together=3)
     fedit = BY_NAME["fedit"]._replace(pace=strategy.pace)  # whose schedule ends with the shared rounds
     shared = play(federation, fedit, federation.update, rounds=3)[0].bank["main"]
     bank = play(federation, strategy, federation.update, rounds=3)[0].bank
@@ -293,7 +293,7 @@ def test_the_loss_of_a_round_is_what_training_at_rate_zero_reports(federation):
     group.rows.labels[1, :, ::2] = -1
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), work))
     update, loss = client.make_client_update(decoder, plain, LOCAL), client.make_client_loss(decoder, plain)
-    reported = update(params, adapters, group, 0.0, jax.random.split(KEY, 2), fedit().phases(1, 5))[1].loss
+    reported = update(params, adapters, group, 0.0, jax.random.split(KEY, 2), fedit().phases(1, 5))[1]
     tokens = jax.vmap(client.responses, (0, None))(group.rows, 2).T
     assert (tokens[:, 1] != tokens[:, 0]).all()
     assert_close(loss(params, adapters, group), (reported * tokens).sum(axis=1) / tokens.sum(axis=1))

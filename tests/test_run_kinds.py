@@ -61,12 +61,16 @@ def test_options_that_change_nothing_are_named():
         data=dataclasses.replace(smoke().data, shift=8, clients=4),
         cluster=dataclasses.replace(smoke().cluster, global_clusters=3, max_clusters=5),
         evaluation=dataclasses.replace(
-            smoke().evaluation, personalised_routing="oracle", generalisation_routing="local", instance_weight="global"
+            smoke().evaluation,
+            evaluate_at=(2, 4),
+            personalised_routing="oracle",
+            generalisation_routing="local",
+            instance_weight="global",
         ),
     )
     assert [option.split()[0] for option in config_lib.idle(others)] == [
         "--shift", "--global-clusters", "--max-clusters", "--personalised-routing", "--generalisation-routing",
-        "--instance-weight",
+        "--evaluate-at", "--instance-weight",
     ]  # fmt: skip
     alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
     assert config_lib.idle(alone)[0] == "--server (local averages nothing there)"

@@ -233,7 +233,7 @@ def test_scenarios_refuse_what_they_cannot_deal():
     some = data._replace(train=[row._replace(task="") if i % 8 == 0 else row for i, row in enumerate(data.train)])
     with pytest.raises(UserError, match="4 of 32 training rows have no task; give all rows one, or none"):
         scenarios.partition(some, dealt_as("all", 4), 0)
-    bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare", False)
+    bare = Dataset(*([row._replace(task="") for row in rows] for rows in data[:2]), "bare")
     with pytest.raises(UserError, match="--columns task=NAME"):
         scenarios.partition(bare, dealt_as("dual", 4), 0)
     assert scenarios.partition(bare, dealt_as("all", 4), 0).tasks == [""]

@@ -52,7 +52,7 @@ def test_directory_round_trip(tmp_path, suffix, test_name):
     write(tmp_path / f"train{suffix}", ROWS[:3])
     write(tmp_path / f"{test_name}{suffix}", ROWS[3:])
     loaded = sources.load(str(tmp_path))
-    assert loaded == Dataset(tuple(ROWS[:3]), tuple(ROWS[3:]), tmp_path.name, False)
+    assert loaded == Dataset(tuple(ROWS[:3]), tuple(ROWS[3:]), tmp_path.name)
 
 
 def test_test_split_wins_over_validation_and_formats_may_differ(tmp_path):
@@ -84,7 +84,7 @@ def test_a_digest_is_of_all_rows_and_their_clients():
     rows = [Row("a", "b", "t"), Row("c", "d", "t")]
     named = [row._replace(client="x") for row in rows]
     splits = [(rows, rows), (rows[:1], rows), (rows, rows[:1]), (rows, rows[::-1]), (named, rows), (rows, named)]
-    assert len({digest(Dataset(*parts, "any", False)) for parts in splits}) == len(splits)
+    assert len({digest(Dataset(*parts, "any")) for parts in splits}) == len(splits)
 
 
 @pytest.mark.parametrize("suffix", sources.SUFFIXES)
@@ -92,7 +92,7 @@ def test_columns_map_and_task_may_be_absent(tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}", [row[:2] for row in ROWS], ("question", "answer"))
     loaded = sources.load(str(path), columns={"instruction": "question", "output": "answer"})
     assert set(loaded.train + loaded.test) == {row._replace(task="") for row in ROWS}
-    assert loaded.name == "data" and not loaded.synthetic
+    assert loaded.name == "data"
 
 
 @pytest.mark.parametrize("suffix", sources.SUFFIXES)
@@ -215,7 +215,7 @@ def test_hugging_face_splits(hub):
     hub["train"] = [{"q": "a", "a": "b"}]
     hub["validation"] = [{"q": "c", "a": "d"}]
     loaded = sources.load("owner/chat", columns={"instruction": "q", "output": "a"})
-    assert loaded == Dataset((Row("a", "b", ""),), (Row("c", "d", ""),), "owner/chat", False)
+    assert loaded == Dataset((Row("a", "b", ""),), (Row("c", "d", ""),), "owner/chat")
 
 
 def test_hugging_face_train_only_is_split(hub):

@@ -1,10 +1,12 @@
 """What single strategies do that no law over all of them asks for."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, play, rate, told
+from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, rate, told
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
@@ -12,6 +14,7 @@ from fedrouter_jax import client, lora, routing
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config, EvaluationConfig
 from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import (
     STRATEGIES,
     clustered,
@@ -23,6 +26,7 @@ from fedrouter_jax.strategies import (
     ffalora,
     ifca,
 )
+from fedrouter_jax.strategies.feddpa import shared_rounds
 from fedrouter_jax.types import FederationState, LoRA, Phase, View, Work
 
 SMALL = LoRA({"q": jnp.zeros((1, 2, 1))}, {"q": jnp.zeros((1, 1, 2))})
@@ -84,9 +88,11 @@ def test_feddpa_compares_a_text_with_its_clients_own_prompts():
 
 def test_feddpa_f_has_a_private_round_however_few_there_are():
     """The last of three, of which a fifth is less than one."""
-    shared = [bool(feddpa_f().phases(t, 3)[0].train["global"]) for t in (1, 2, 3)]
-    assert shared == [True, True, False]
-    assert feddpa_f().phases(1, 1)[0].train["global"]  # nor is the only one private
+    config = replace(smoke(), strategy="feddpa-f")
+    strategy = config_lib.strategy(config, None)
+    shared = [bool(strategy.phases(t, 3)[0].train["global"]) for t in (1, 2, 3)]
+    assert config.rounds.rounds == 3 and shared == [True, True, False]
+    assert [shared_rounds(rounds) for rounds in (1, 2, 6, 25)] == [1, 1, 5, 20]  # nor is the only one private
 
 
 def test_the_private_rounds_of_feddpa_f_have_learning_rates_of_their_own():
@@ -95,18 +101,16 @@ def test_the_private_rounds_of_feddpa_f_have_learning_rates_of_their_own():
     rates = [float(client.learning_rate(config, 25, feddpa_f().pace(t, 25))) for t in range(1, 26)]
     assert rates[:20] == sorted(rates[:20], reverse=True) and rates[20:] == sorted(rates[20:], reverse=True)
     np.testing.assert_allclose([rates[19], np.mean(rates[20:])], [0, 0.5], atol=1e-6)
-    np.testing.assert_allclose(client.learning_rate(config, 6, feddpa_f().pace(6, 6)), 0.5, atol=1e-6)
+    np.testing.assert_allclose(client.learning_rate(config, 6, feddpa_f(together=5).pace(6, 6)), 0.5, atol=1e-6)
 
 
 def test_what_private_rounds_start_from_comes_down_once(federation):
     """Two of five rounds are private: the average of the third is received before the first of them."""
-    strategy, size = feddpa_f(private=0.4), 100
+    strategy, size = feddpa_f(together=3), 100
     held = begin(federation, strategy)
     adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(held.bank["global"]))
-    after = [(held._replace(memory=jnp.asarray(private)), sent) for private, sent in ((0, size), (1, 0), (2, 0))]
+    after = [(held._replace(round=jnp.asarray(done)), sent) for done, sent in ((3, size), (4, 0), (5, 0))]
     assert [strategy.traffic(state, 4, sent) for state, sent in after] == [(size, size), (0, adapter), (0, 0)]
-    played = [play(federation, strategy, federation.update, rounds=rounds)[0].memory for rounds in (3, 4, 5)]
-    assert [int(private) for private in played] == [0, 1, 2]
 
 
 def test_a_warm_start_is_the_mean_of_those_that_came_back(federation):

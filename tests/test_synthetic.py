@@ -34,7 +34,7 @@ def test_rows_are_the_same_everywhere():
 
 
 def test_counts_names_and_order():
-    assert DATA.name == "synthetic" and DATA.synthetic
+    assert DATA.name == "synthetic"
     assert Counter(row.task for row in DATA.train) == dict.fromkeys(synthetic.TASKS, 300)
     assert Counter(row.task for row in DATA.test) == dict.fromkeys(synthetic.TASKS, 200)
     assert len({row.task for row in DATA.train[:40]}) == 4  # shuffled, not task after task

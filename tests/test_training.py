@@ -44,7 +44,7 @@ def test_every_lane_row_token_and_step_drops_other_inputs(federation):
     assert count > 1 and len(np.unique(found, axis=0)) == len(found)
     twice = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 2, axis=0), batch)  # one step's rows, two steps
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), inputs(federation, 1)[0]))
-    loss = federation.update(federation.model.params, adapters, twice, 0.0, lanes, one_phase(1, 1))[1].loss
+    loss = federation.update(federation.model.params, adapters, twice, 0.0, lanes, one_phase(1, 1))[1]
     assert (loss[:, 0] != loss[:, 1]).all()
 
 
@@ -55,7 +55,7 @@ def test_every_step_of_every_phase_drops_other_inputs(federation, monkeypatch):
     work, batch = inputs(federation, 1, together=2)
     adapters = jax.tree.map(lambda leaf: leaf[:2], fedit().ask(begin(federation, fedit()), work))
     thrice = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 3, axis=0), batch)
-    loss = update(federation.model.params, adapters, thrice, 0.0, jax.random.split(KEY, 2), 2 * one_phase(1, 1))[1].loss
+    loss = update(federation.model.params, adapters, thrice, 0.0, jax.random.split(KEY, 2), 2 * one_phase(1, 1))[1]
     assert len(set(loss.ravel().tolist())) == 6
 
 
@@ -168,7 +168,7 @@ def test_the_last_phase_takes_the_steps_that_are_left_over(federation, monkeypat
     adapters = jax.tree.map(lambda leaf: leaf[:1], fedit().ask(begin(federation, fedit()), work))
     seven = jax.tree.map(lambda leaf: np.repeat(leaf[0, :1], 7, axis=0), batch)
     phases = tuple(one_phase(1, 1)[0]._replace(weights={"main": weight}) for weight in (1.0, 2.0, 3.0))
-    loss = update(federation.model.params, adapters, seven, 0.0, jax.random.split(KEY, 1), phases)[1].loss[0]
+    loss = update(federation.model.params, adapters, seven, 0.0, jax.random.split(KEY, 1), phases)[1][0]
     np.testing.assert_allclose(loss / loss[0], [1, 1, 2, 2, 3, 3, 3], rtol=1e-5)
 
 

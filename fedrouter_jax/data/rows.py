@@ -22,7 +22,6 @@ class Dataset(NamedTuple):
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     name: str
-    synthetic: bool
 
 
 def digest(dataset: Dataset) -> str:

@@ -59,10 +59,10 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
         raise UserError(f"{spec[:100]}: no path that can be ({brief(error)}); give one that exists") from error
     if path.is_dir():
         train_path, test_path = _split_files(path)
-        return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name, False)
+        return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name)
     if path.is_file():
         train, test = split(read(path, columns), test_fraction, seed, str(path))
-        return Dataset(train, test, path.stem, False)
+        return Dataset(train, test, path.stem)
     if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?", spec):
         raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
     return _hugging_face(spec, columns, test_fraction, seed)
@@ -211,5 +211,5 @@ def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: f
     test_name = next((name for name in TEST_NAMES if name in loaded), None)
     if test_name is None:
         train, test = split(rows("train"), test_fraction, seed, spec)
-        return Dataset(train, test, spec, False)
-    return Dataset(rows("train"), rows(test_name), spec, False)
+        return Dataset(train, test, spec)
+    return Dataset(rows("train"), rows(test_name), spec)

@@ -390,4 +390,4 @@ def make(seed: int = 0, train_per_task: int = 300, test_per_task: int = 200) -> 
         test += rows(task, test_per_task, rng, seen)
     random.Random(f"{seed}/train").shuffle(train)
     random.Random(f"{seed}/test").shuffle(test)
-    return Dataset(tuple(train), tuple(test), "synthetic", True)
+    return Dataset(tuple(train), tuple(test), "synthetic")

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax.federation import owned
+from fedrouter_jax.bank import slots_of
+from fedrouter_jax.federation import cluster_slot, owned
 from fedrouter_jax.types import Strategy
 
 OWNERS = {"main": "cluster"}
@@ -17,16 +18,16 @@ OWNERS = {"main": "cluster"}
 
 def clustered() -> Strategy:
     """One slot a cluster of clients. Averaged: A and B inside a cluster. Private: nothing."""
-    create, ask, means, average = owned(OWNERS)
+    create, ask, collect, average = owned(OWNERS)
 
     def init(adapters, enrolment):
         state, clients = create(adapters, enrolment), len(enrolment.table)
         similar, met = jnp.eye(clients), jnp.zeros(clients, jnp.int32)
         return state._replace(table=jnp.zeros_like(state.table), memory=(similar, met))
 
-    def collect(state, work):
+    def with_directions(state, work):
         """Beside the sums, each client's direction [client, number]: its B, which starts at zero, at unit length."""
-        nothing, add = means(state, work)
+        nothing, add = collect(state, work)
         size = sum(leaf[0].size for leaf in jax.tree.leaves(state.bank["main"].b))
 
         def added(sums, lanes, adapters):
@@ -55,7 +56,7 @@ def clustered() -> Strategy:
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform
 
-        slots = jax.tree.leaves(state.bank)[0].shape[0]
+        slots = slots_of(state.bank)
         present = np.asarray(state.memory[1]) > 0
         similar = np.clip(np.asarray(state.memory[0], np.float64), -1, 1)[present][:, present]
         distance = np.sqrt(2 - 2 * (similar + similar.T) / 2)  # Euclidean, between unit vectors
@@ -70,7 +71,4 @@ def clustered() -> Strategy:
         everywhere = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], slots, axis=0), (state.bank, state.server))
         return state._replace(table=jnp.asarray(table, state.table.dtype), bank=everywhere[0], server=everywhere[1])
 
-    def route(state, clients, view, mode):
-        return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
-
-    return Strategy("clustered", OWNERS, init, ask, collect, tell, route, regroup=regroup)
+    return Strategy("clustered", OWNERS, init, ask, with_directions, tell, cluster_slot, regroup=regroup)

@@ -38,68 +38,50 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
     return Strategy("feddpa-t", OWNERS, *owned(OWNERS), route, phases=phases, references=True)
 
 
-def feddpa_f(private: float = 0.2, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
-    """The last `private` share of the rounds is private: one or more, never all. Averaged: global. Private: local.
+def shared_rounds(rounds: int) -> int:
+    """How many of the rounds FedDPA-F shares: all but the last fifth, of which one or more are private, never all."""
+    return max(1, rounds - max(1, rounds // 5))
+
+
+def feddpa_f(together: int = 20, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
+    """The rounds after round `together` are private. Averaged: global. Private: local.
 
     A client that no private round draws (`--participation` below 1) answers with its copy of the global adapter.
     """
 
-    def shared_of(rounds):
-        return max(1, rounds - max(1, int(private * rounds)))
-
     def pace(round, rounds):
         """Either part goes through the whole schedule, the private one by the middles of its rounds."""
-        shared = shared_of(rounds)
-        alone = (round - shared - 0.5) * rounds / max(1, rounds - shared)
-        return jnp.where(round > shared, alone, round * rounds / shared)
+        alone = (round - together - 0.5) * rounds / max(1, rounds - together)
+        return jnp.where(round > together, alone, round * rounds / together)
 
     def phases(round, rounds):
-        alone = round > shared_of(rounds)
+        alone = round > together
         shared = jnp.logical_not(alone)
         return (
             Phase(train={"global": shared, "local": alone}, weights={"global": shared * 1.0, "local": alone * 1.0}),
         )
 
-    create, ask, collect, average = owned(OWNERS)
-
-    def init(adapters, enrolment):
-        return create(adapters, enrolment)._replace(memory=jnp.zeros((), jnp.int32))  # private rounds so far
-
-    def note(state, work):
-        """Beside the sums: in how many lanes the global adapter has moved."""
-        nothing, add = collect(state, work)
-
-        def noted(sums, lanes, adapters):
-            received = ask(state, lanes)["global"]
-            differ = [
-                jnp.any(new != old, axis=tuple(range(1, old.ndim)))
-                for new, old in zip(jax.tree.leaves(adapters["global"]), jax.tree.leaves(received), strict=True)
-            ]
-            moved = jnp.sum(jnp.any(jnp.stack(differ), axis=0) & (lanes.weight > 0))
-            return add(sums[0], lanes, adapters), sums[1] + moved
-
-        return (nothing, jnp.zeros((), jnp.int32)), noted
+    init, ask, collect, average = owned(OWNERS)
 
     def tell(state, sums):
         """In a private round the global adapter stays as it is."""
-        averages, moved = sums
-        told = average(state, averages)
-        main = _pick(moved > 0, told.bank["global"], state.bank["global"])
-        return told._replace(bank=told.bank | {"global": main}, memory=jnp.where(moved > 0, 0, state.memory + 1))
+        told = average(state, sums)
+        main = _pick(told.round > together, state.bank["global"], told.bank["global"])
+        return told._replace(bank=told.bank | {"global": main})
 
     def follow(state):
         """After a shared one the local adapters are copies of it."""
-        return state._replace(
-            bank=state.bank | {"local": _pick(state.memory == 0, state.bank["global"], state.bank["local"])}
-        )
+        local = _pick(state.round > together, state.bank["local"], state.bank["global"])
+        return state._replace(bank=state.bank | {"local": local})
 
     def traffic(state, lanes, size):
         """What clients go on from alone comes down in the first private round."""
-        last = state.memory == 1
-        return size, sum(leaf.nbytes for leaf in jax.tree.leaves(state.bank["global"])) if last else size
+        leaves = jax.tree.leaves(state.bank["global"])
+        first = int(state.round) == together + 1
+        return size, sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) if first else size
 
     return Strategy(
-        "feddpa-f", OWNERS, init, ask, note, tell, _instance_wise(scale, weight_on),
+        "feddpa-f", OWNERS, init, ask, collect, tell, _instance_wise(scale, weight_on),
         phases=phases, pace=pace, derive=follow, traffic=traffic, references=True,
     )  # fmt: skip
 

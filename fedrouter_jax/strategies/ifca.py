@@ -14,7 +14,8 @@ that the last round did not draw, or that joins later, takes the slot of least l
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax.federation import owned
+from fedrouter_jax.bank import slots_of
+from fedrouter_jax.federation import cluster_slot, owned
 from fedrouter_jax.types import Strategy
 
 OWNERS = {"main": "cluster"}
@@ -24,8 +25,6 @@ def ifca() -> Strategy:
     """One slot a cluster of clients. Averaged: A and B inside a cluster. Private: rows and losses."""
 
     def choose(state, work, losses):
-        slots = jax.tree.leaves(state.bank)[0].shape[0]
-
         def of_slot(slot):
             found = losses(jax.tree.map(lambda leaf: leaf[slot], state.bank))
             return jnp.where(jnp.isfinite(found), found, jnp.inf)  # or argmin would take what is no number
@@ -33,16 +32,12 @@ def ifca() -> Strategy:
         here = state.table[work.client, work.cluster]
 
         def best():  # the first round keeps what was dealt: no loss is computed
-            return jnp.argmin(jax.lax.map(of_slot, jnp.arange(slots)), axis=0).astype(here.dtype)
+            return jnp.argmin(jax.lax.map(of_slot, jnp.arange(slots_of(state.bank))), axis=0).astype(here.dtype)
 
         chosen = jnp.where(work.weight > 0, jax.lax.cond(state.round > 0, best, lambda: here), here)
         return state._replace(table=state.table.at[work.client, work.cluster].set(chosen))
 
-    def route(state, clients, view, mode):
-        return jax.nn.one_hot(state.table[clients, 0], jax.tree.leaves(state.bank)[0].shape[0])
-
     def traffic(state, lanes, size):
-        slots = jax.tree.leaves(state.bank)[0].shape[0]
-        return size, (slots if state.round > 1 else 1) * size  # in the first round nobody chooses
+        return size, (slots_of(state.bank) if state.round > 1 else 1) * size  # in the first round nobody chooses
 
-    return Strategy("ifca", OWNERS, *owned(OWNERS), route, enrolling="random", choose=choose, traffic=traffic)
+    return Strategy("ifca", OWNERS, *owned(OWNERS), cluster_slot, enrolling="random", choose=choose, traffic=traffic)
