@@ -2,8 +2,7 @@
 
 prepare    load the model and the rows, deal them to clients, tokenise
 embed_rows, enroll, start
-train_round (T times)
-evaluate
+train_round (T times); `evaluate` scores
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     model     the base's matrices (Megatron-LM, arXiv 1909.08053): the products into a block by their outputs, those out
               of it by their inputs, embedding and head by the vocabulary; what does not divide evenly is everywhere
 
-What clients own lies with the lanes, slot by slot; all other adapters are everywhere. The round itself is the same
-program: JAX's partitioner moves what has to move.
+What clients own lies with the lanes, slot by slot; all other adapters are everywhere. Over the clients a round is
+divided by hand (`federation.make_round`), over the model by JAX's partitioner.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pictures of runs, from run directories alone.
 
-Colours are Okabe and Ito's, safe for colour-blind readers. Figures are made without pyplot, so that no display and no
-global state is needed: saving one draws it with Agg.
+Colours are Okabe and Ito's, safe for colour-blind readers, and three more. Figures are made without pyplot, so that no
+display and no global state is needed: saving one draws it with Agg.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
 
 
 def look(place: int) -> dict:
-    """Colour and dash of the n-th line; they repeat after 32."""
+    """Colour and dash of the n-th line; they repeat after 40."""
     return {"color": PALETTE[place % len(PALETTE)], "linestyle": DASHES[place // len(PALETTE) % len(DASHES)]}
 
 

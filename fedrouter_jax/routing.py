@@ -304,6 +304,8 @@ def _fit_clients(keys, points, present, counts: np.ndarray, restarts: int) -> tu
 
 @partial(jax.jit, static_argnames=("k", "restarts"), compiler_options=kmeans.UNTUNED)
 def _fit_each(keys, points, weight, k: int, restarts: int) -> kmeans.KMeans:
+    """K-Means of each client's `points` [client, row, width], of `weight` [client, row]."""
+
     def fit(key, x, weight):
         return kmeans.fit(key, x, k, weight=weight.astype(jnp.float32), restarts=restarts)
 
@@ -312,6 +314,8 @@ def _fit_each(keys, points, weight, k: int, restarts: int) -> kmeans.KMeans:
 
 @partial(jax.jit, static_argnames=("ks", "restarts"), compiler_options=kmeans.UNTUNED)
 def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tuple[Array, Array]:
+    """Each client's silhouettes, float32 [client, candidate], and the best one's index, int32 [client]."""
+
     def score(inputs):
         key, rows, here = inputs
         return silhouette.choose_k(key, rows, ks, weight=here.astype(jnp.float32), restarts=restarts)
@@ -320,7 +324,7 @@ def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tu
 
 
 def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
-    """The k of highest silhouette for each client (leading axis); scores go to `record`."""
+    """The k of highest silhouette, int [client], of `points` [client, row, width]; scores go to `record`."""
     points_of = jnp.sum(present, axis=1)  # a client with too few for a count has no silhouette of it
     ks = _candidates(name, int(jnp.min(points_of)), min(int(jnp.max(points_of)) - 1, most))
     scores, best = _score_each(keys, points, present, ks, restarts)

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from helpers import CLIENTS, CLUSTERS, LOCAL, LORA, SLOTS, Federation
 
-from fedrouter_jax import client, lora, runs
+from fedrouter_jax import answers, client, lora, runs
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import smoke
@@ -58,6 +58,13 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     runs.run(smoke(), out)
     return out
+
+
+@pytest.fixture
+def unanswered(monkeypatch):
+    """Adapters that say nothing, at once, for tests of what stands around the answers."""
+    monkeypatch.setattr(answers, "answer", lambda prepared, state, prompts, *_: [""] * len(prompts))
+    monkeypatch.setattr(answers, "losses", lambda prepared, state, rows, *_: np.zeros(len(rows), np.float32))
 
 
 @pytest.fixture(scope="session")

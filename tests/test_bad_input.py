@@ -214,7 +214,10 @@ def test_paths_that_cannot_be_are_one_line(data, tmp_path, capsys):
 
 def test_a_reader_that_stops_is_told_nothing():
     """`fedrouter plan --model tiny | true`, however much of what is printed was flushed by then."""
-    say = "import sys; from fedrouter_jax.terminal import guarded; sys.exit(guarded(lambda: print('x' * {})))"
+    say = (
+        "import sys; from fedrouter_jax import terminal; terminal.keep_programs = lambda: None; "
+        "sys.exit(terminal.guarded(lambda: print('x' * {})))"
+    )
     for letters in (10, 1_000_000):
         process = subprocess.Popen(
             [sys.executable, "-c", say.format(letters)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

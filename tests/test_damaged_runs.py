@@ -114,15 +114,7 @@ def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(damage, command,
     assert not (tmp_path / "to").exists()
 
 
-def test_answers_that_were_lost_are_given_again(finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "predictions.jsonl").unlink()
-    assert main(["resume", str(run)]) == 0
-    assert (run / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
-
-
-def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys):
+def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys, monkeypatch):
     data, out, compares = (tmp_path / name for name in ("rows", "run", "compares"))
     data.mkdir()
     rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
@@ -179,5 +171,5 @@ def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path):
     shutil.copytree(finished, run)
     whole = (run / "predictions.jsonl").read_text()
     (run / "predictions.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
-    assert main(["resume", str(run)]) == 0
+    runs.proceed(run)
     assert (run / "predictions.jsonl").read_text() == whole

@@ -10,7 +10,19 @@ import pytest
 from helpers import assert_close
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from fedrouter_jax import answers, at_once, clusters, embed, evaluate, experiment, export, mesh, peft_io, plan, routing
+from fedrouter_jax import (
+    answers,
+    at_once,
+    clusters,
+    embed,
+    evaluate,
+    experiment,
+    export,
+    mesh,
+    peft_io,
+    plan,
+    routing,
+)
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing, synthetic, tokens
@@ -72,6 +84,52 @@ def test_embeddings_that_are_not_finite_are_refused():
 def test_prompts_to_answer_leave_room_for_the_longest_answer():
     prepared = experiment.prepare(dataclasses.replace(smoke(), data=dataclasses.replace(smoke().data, max_length=96)))
     assert max(len(row.prompt) for row in prepared.test.values()) == 96 - smoke().data.max_response
+
+
+def test_a_cluster_trains_the_rows_that_are_in_it():
+    prepared, enrolment, _, _ = begun("oracle")
+    dataset, tasks = prepared.dataset, prepared.partition.tasks
+    for client, clusters_of in enumerate(experiment.members(prepared, enrolment)):
+        rows = zip(prepared.train[client], prepared.partition.clients[client].train, strict=True)
+        held = [(encoded, dataset.train[row].task) for encoded, row in rows]
+        for slot, members in zip(enrolment.table[client], clusters_of, strict=True):
+            assert members == [encoded for encoded, task in held if task == tasks[slot]] != []
+
+
+def test_what_is_configured_reaches_the_round(monkeypatch):
+    made = {}
+    monkeypatch.setattr(experiment.client, "make_client_update", lambda *given: made.update(update=given))
+    monkeypatch.setattr(experiment, "make_round", lambda *given: made.update(round=given))
+    local = dataclasses.replace(smoke().local, clip=0.5, weight_decay=0.1, proximal=0.2)
+    rounds = dataclasses.replace(smoke().rounds, server="momentum", server_rate=0.3)
+    config = dataclasses.replace(smoke(), local=local, rounds=rounds, compute=ComputeConfig(remat=True))
+    experiment.prepare(config)
+    _, lora, *given = made["update"]
+    assert (lora, given[:2]) == (config.lora, [local, config.compute.blocks])
+    server = made["round"][5]
+    step, _ = server.update(jnp.ones(2), server.init(jnp.zeros(2)))
+    np.testing.assert_allclose(step, -0.3, rtol=1e-6)
+
+
+def test_no_more_clusters_are_looked_for_than_asked(monkeypatch):
+    prepared = experiment.prepare(
+        dataclasses.replace(smoke(), cluster=dataclasses.replace(smoke().cluster, max_clusters=3))
+    )
+    asked = []
+    monkeypatch.setattr(routing, "enroll", lambda *given: asked.append(given[5]))
+    experiment.enroll(prepared, np.zeros((len(experiment.embedded_rows(prepared)), 64), np.float32))
+    assert asked == [3]
+
+
+def test_clients_are_regrouped_after_a_round_and_the_record_says_how():
+    prepared, enrolment, state, _ = begun("clustered", cluster={"global_clusters": 2})
+    similar = jnp.asarray([[1, 0, 1, 0], [0, 1, 0, 1]] * 2, jnp.float32)
+    info = RoundInfo(jnp.zeros((4, 2)), jnp.zeros(()), jnp.zeros(4, bool))
+    after = state._replace(round=jnp.ones((), jnp.int32), memory=(similar, jnp.ones(4, jnp.int32)))
+    still = prepared._replace(round=lambda *_: (after, info))  # it need not train
+    inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+    state, record = experiment.train_round(still, state, *inputs)
+    assert state.table.tolist() == record["table"] == [[0], [1], [0], [1]]
 
 
 def test_a_lane_without_rows_has_no_part_in_loss_and_traffic():
@@ -256,6 +314,15 @@ def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
     scores = evaluate.evaluate_state(prepared, state, enrolment, asked).scores
     assert "headline" in scores["generalisation"]["rouge1"]["per_task"]
     assert scores["generalisation"]["routing_accuracy"] == 1
+
+
+def test_a_text_that_goes_to_another_tasks_adapter_counts_as_routed_wrong(unanswered):
+    prepared, enrolment, state, _ = begun("oracle")
+    first, *others = evaluate.questions(prepared, state, enrolment, None, False)
+    wrong = first._replace(weights=(*first.weights[1:], first.weights[0]))
+    scores = evaluate.evaluate_state(prepared, state, enrolment, [wrong, *others]).scores
+    own = sum(question.part == first.part for question in (first, *others))
+    assert scores[first.part]["routing_accuracy"] == pytest.approx(1 - 1 / own)
 
 
 def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):

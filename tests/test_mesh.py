@@ -68,21 +68,37 @@ def joined(count: int, cases: list[dict]) -> list[dict]:
     return [{"process": [number, count, address], "cases": cases} for number in range(count)]
 
 
-def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
+ROUNDS = [
+    {"strategy": "fedrouter", "shape": [8, 1]},
+    {"strategy": "fedrouter", "shape": [2, 4], "at_once": 2},
+    {"strategy": "fedrouter", "shape": [4, 2]},
+    {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
+    {"strategy": "ifca", "shape": [4, 1]},
+    {"strategy": "local", "shape": [8, 1]},
+]
+# What clients own lies apart (fedsa), the base in halves; a shifted base is made on every row (fedex).
+ANSWERS = [
+    {"strategy": "fedsa", "shape": [4, 2], "answer": 11},
+    {"strategy": "fedex", "shape": [3, 1], "answer": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What one worker of eight devices found of rounds and of answers, and the checkpoint it left after a round."""
+    kept = str(tmp_path_factory.mktemp("mesh") / "checkpoints")
+    saved = {"strategy": "fedsa", "shape": [4, 1], "last": 1, "save": kept}
+    found = work_on(8, {"cases": [*ROUNDS, *ANSWERS, saved]})
+    assert len(found) == len(ROUNDS) + len(ANSWERS) + 1
+    return found[: len(ROUNDS)], found[len(ROUNDS) : -1], kept
+
+
+def test_on_eight_devices_in_any_shape_a_round_is_that_of_one(eight):
     """Lanes over 8, 4 and 2 rows of devices that hold the base alone, in halves and in quarters; plain and as codes.
 
     Clients of IFCA look at their losses first.
     """
-    cases = [
-        {"strategy": "fedrouter", "shape": [8, 1]},
-        {"strategy": "fedrouter", "shape": [2, 4], "at_once": 2},
-        {"strategy": "fedrouter", "shape": [4, 2]},
-        {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
-        {"strategy": "ifca", "shape": [4, 1]},
-        {"strategy": "local", "shape": [8, 1]},
-    ]
-    found = work_on(8, {"cases": cases})
-    assert len(found) == len(cases)
+    found, *_ = eight
     for case in found:
         assert case["gap"] < 5e-4 and case["programs"] == 1, case
     # docs/scaling.md: while lanes train nobody says a word; then sums of the bank's size, and what lanes report.
@@ -97,14 +113,8 @@ def test_on_eight_devices_in_any_shape_a_round_is_that_of_one():
     assert {name for name in halves if name.endswith("in loops")} == {"all-reduce in loops"}
 
 
-def test_rows_of_devices_share_texts_and_answer_as_one_device():
-    """What clients own lies apart (fedsa), the base in halves; a shifted base is made on every row (fedex)."""
-    cases = [
-        {"strategy": "fedsa", "shape": [4, 2], "answer": 11},
-        {"strategy": "fedex", "shape": [3, 1], "answer": 2},
-    ]
-    found = work_on(8, {"cases": cases})
-    assert len(found) == len(cases)
+def test_rows_of_devices_share_texts_and_answer_as_one_device(eight):
+    _, found, _ = eight
     for case in found:
         assert case["gap"] < 1e-4 and case["same"] == 1, case
     assert [case["bases"] for case in found] == [4, 3]  # each works with its own
@@ -130,14 +140,11 @@ def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
     assert not done
 
 
-def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(tmp_path):
-    """Two processes of two devices play a round and save, each its part; four of one device play the next."""
-    kept = str(tmp_path / "checkpoints")
-    first = {"strategy": "fedsa", "shape": [2, 2], "last": 1, "save": kept}
-    then = {"strategy": "fedsa", "shape": [4, 1], "first": 2, "load": kept}
-    for devices, count, case in ((2, 2, first), (1, 4, then)):
-        (found,) = work_on(devices, *joined(count, [case]))
-        assert found["gap"] < 5e-4 and found["programs"] == 1, found
+def test_processes_go_on_from_the_checkpoint_of_one(eight):
+    """Two of two devices; the other way round, one goes on where two stopped, below."""
+    case = {"strategy": "fedsa", "shape": [2, 2], "first": 2, "load": eight[-1]}
+    (found,) = work_on(2, *joined(2, [case]))
+    assert found["gap"] < 5e-4 and found["programs"] == 1, found
 
 
 def test_groups_fill_up_the_rows_of_devices(federation):
@@ -258,12 +265,12 @@ def outcome(run: Path) -> tuple[list, dict, dict, list]:
 def test_a_whole_run_on_many_devices_or_in_two_processes_ends_as_on_one(tmp_path):
     """Two rows of devices, each with the base in halves; two processes; and one that goes on where two stopped."""
     one, four, two = (tmp_path / name for name in ("one", "four", "two"))
-    run = ("run", "--preset", "smoke", "--lanes-together", "2")
+    run = "run --preset smoke --lanes-together 2 --rounds 2 --test-rows 2 --mix-rows 4".split()
     assert main([*run, "--out", str(one)]) == 0
     command(4, 1, *run, "--out", str(four), "--model-parallel", "2")
     command(1, 2, *run, "--out", str(two))
     stopped = tmp_path / "stopped"
-    shutil.copytree(two, stopped, ignore=shutil.ignore_patterns("3", "scores.json", "adapters", "report.md"))
+    shutil.copytree(two, stopped, ignore=shutil.ignore_patterns("2", "scores.json", "adapters", "report.md"))
     assert main(["resume", str(stopped)]) == 0
     losses, clusters, adapter, asked = outcome(one)
     for other in (four, two, stopped):

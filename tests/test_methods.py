@@ -205,6 +205,23 @@ def test_the_two_adapters_of_fedrouter_sum_learn_apart(federation):
         assert jnp.abs(own - found["common"].b[module]).max() > 0.1 * moved > 0
 
 
+def test_lanes_of_later_rounds_see_what_the_base_has_become(federation):
+    strategy, params = fedex(LORA.scale), federation.model.params
+
+    def weigh(base, adapters, batch, lr, keys, phases):
+        adapters, losses = nudge(base, adapters, batch, lr, keys, phases)
+        return adapters, losses * 0 + jnp.abs(base["blocks"]["q_proj"]["kernel"]).sum()
+
+    state, seen = begin(federation, strategy), []
+    run = federation_lib.make_round(strategy, weigh, rate, 5)
+    for t in (1, 2):
+        expected = float(jnp.abs(strategy.base(state, params)["blocks"]["q_proj"]["kernel"]).sum())
+        state, info = run(state, params, *inputs(federation, t), KEY)
+        np.testing.assert_allclose(info.loss, expected, rtol=1e-5)
+        seen.append(expected)
+    assert abs(seen[1] - seen[0]) > 1e-4 * seen[0]
+
+
 def test_fedex_with_one_client_is_fedit(federation):
     def alone(work, batch):
         return work._replace(weight=work.weight * (work.client == 2)), batch

@@ -102,6 +102,18 @@ def test_route_refuses_a_client_that_is_not_there(finished, capsys):
     assert "clients are 0 to 3" in capsys.readouterr().err
 
 
+def test_a_client_is_answered_by_its_own_adapters(finished, monkeypatch):
+    monkeypatch.setattr(serve.answers, "answer", lambda prepared, state, prompts, *_: [""] * len(prompts))
+    texts = [row["instruction"] for row in map(json.loads, (finished / "predictions.jsonl").read_text().splitlines())]
+    table, moved = json.loads((finished / "clusters.json").read_text())["table"], 0
+    anybody = [found["slot"] for found in serve.route(finished, texts)]
+    for client, own in enumerate(table):
+        slots = [found["slot"] for found in serve.route(finished, texts, client)]
+        assert set(slots) <= set(own)
+        moved += slots != anybody
+    assert moved  # some texts are of others' tasks
+
+
 def test_export_writes_what_the_run_holds(finished, tmp_path, capsys):
     assert main(["export", str(finished), "--to", str(tmp_path)]) == 0
     for path in [*finished.glob("adapters/*/*"), *finished.glob("router/*")]:

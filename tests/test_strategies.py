@@ -44,6 +44,13 @@ def test_ffa_loras_clients_train_b_under_the_a_that_was_drawn(federation):
     assert all((leaf != old).any() for leaf, old in zip(found.b.values(), asked["main"].b.values(), strict=True))
 
 
+@pytest.mark.parametrize("make", [clustered, ifca])
+def test_a_clients_texts_go_to_the_slot_of_its_cluster(federation, make):
+    state = begin(federation, make())._replace(table=jnp.array([[2], [0], [1], [2]]))
+    weights = make().route(state, jnp.array([1, 0, 3, 2]), View(), "local")
+    np.testing.assert_array_equal(weights, np.eye(SLOTS)[[0, 2, 2, 1]])
+
+
 def test_clusters_of_clients_start_from_what_the_first_round_made():
     bank = {"main": LoRA({"q": jnp.array([[5.0], [1.0]])}, {"q": jnp.array([[6.0], [2.0]])})}
     server = [jnp.array([7.0, 3.0])] * 2

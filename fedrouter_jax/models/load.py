@@ -30,7 +30,9 @@ class Model(NamedTuple):
     """A loaded base model."""
 
     name: str  # as asked for
-    fingerprint: str  # sha256, hexadecimal, of the weight files (for "tiny": of its configuration and seed)
+    fingerprint: (
+        str  # sha256, hexadecimal, of the sha256 of each weight file (for "tiny": of its configuration and seed)
+    )
     config: DecoderConfig
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
@@ -38,6 +40,7 @@ class Model(NamedTuple):
 
 
 def _sha256(files: list[Path]) -> str:
+    """The SHA-256 of the files' own, one after the other."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as stream:

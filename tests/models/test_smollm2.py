@@ -4,15 +4,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from helpers import SHARED
 
-from fedrouter_jax import generate, models
+from fedrouter_jax import evaluate, experiment, generate, models
 from fedrouter_jax.data import tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.models import load
+from fedrouter_jax.presets import flan4_cpu
 
 pytestmark = [
     pytest.mark.model,
@@ -37,9 +40,22 @@ NEW = 32
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def without_torch(tmp_path_factory):
+    """A folder where a process that cannot import torch has kept the tokenizer, and what it printed."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fedrouter_jax.models import load_model\n"
+        "print(load_model().tokenizer('The capital')['input_ids'])"
+    )
+    kept = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {"FEDROUTER_CACHE": str(kept)}
+    return kept, subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smollm2(without_torch):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDROUTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FEDROUTER_CACHE", str(without_torch[0]))
         yield models.load_model("smollm2-135m")
 
 
@@ -73,15 +89,9 @@ def test_the_tokenizer_is_the_one_that_transformers_reads_by_torch(smollm2):
     assert len(ours) == len(oracle)
 
 
-def test_the_default_model_needs_no_torch(tmp_path):
+def test_the_default_model_needs_no_torch(without_torch):
     """In a process where torch cannot be imported, as after `make demo`'s installation."""
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from fedrouter_jax.models import load_model\n"
-        "print(load_model().tokenizer('The capital')['input_ids'])"
-    )
-    environment = os.environ | {"FEDROUTER_CACHE": str(tmp_path)}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    found = without_torch[1]
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "[504, 3575]"
 
@@ -146,3 +156,22 @@ def test_greedy_tokens_equal_transformers(smollm2, oracle, prompts):
         expected = picked[row, length - 1 : length - 1 + NEW]
         np.testing.assert_array_equal(ours[row], expected, err_msg=PROMPTS[row])
     assert "Paris" in smollm2.tokenizer.decode(ours[0])
+
+
+FLAN4 = SHARED / "data" / "flan4"
+
+
+@pytest.mark.skipif(not FLAN4.is_dir(), reason="the flan4 rows are not beside this checkout")
+def test_four_real_tasks_are_found_and_test_rows_reach_them(smollm2):
+    config = flan4_cpu("dual")
+    data = replace(config.data, data=str(FLAN4), clients=4, train_rows=16, test_rows=4, mix_rows=16)
+    prepared = experiment.prepare(replace(config, data=data), smollm2)
+    embeddings = experiment.embed_rows(prepared)
+    enrolment = experiment.enroll(prepared, embeddings)
+    held = evaluate.slot_tasks(prepared, enrolment)
+    assert held.shape == (4, 4) and evaluate.matched(held) >= 0.95
+    state = experiment.start(prepared, enrolment)
+    asked = evaluate.questions(prepared, state, enrolment, embeddings, False)
+    tasks = [prepared.partition.tasks.index(prepared.dataset.test[question.row].task) for question in asked]
+    slots = [int(np.argmax(question.weights)) for question in asked]
+    assert np.mean(held[:, slots].argmax(axis=0) == tasks) >= 0.9
