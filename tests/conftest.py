@@ -70,7 +70,7 @@ def unanswered(monkeypatch):
 @pytest.fixture(scope="session")
 def federation(tiny) -> Federation:
     """Four clients on the tiny model; adapters with a nonzero B, so that gradients reach A."""
-    rows = tokens.encode(tiny.tokenizer, synthetic.make(train_per_task=20, test_per_task=4).train, "short", 320, 24)
+    rows = tokens.encode(tiny.tokenizer, synthetic.make(train_per_task=20, test_per_task=4).train, "short", 96, 24)
     members = [[rows[8 * c + 4 * k :][: 4 + c] for k in range(CLUSTERS)] for c in range(CLIENTS)]
     width = tiny.config.width
     router = Router(

@@ -46,7 +46,7 @@ def inputs(federation: Federation, t: int, clusters_per_round: int = 1, particip
     sizes = np.array([[len(rows) for rows in held] for held in federation.members])
     config = schedule.RoundConfig(clusters_per_round=clusters_per_round, participation=participation)
     work = schedule.lanes(sizes, t, config, 0)
-    return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 320, 96, 0, together)
+    return work, schedule.batches(work, federation.members, t, LOCAL.steps, LOCAL.batch, 192, 96, 0, together)
 
 
 def rate(t):
