@@ -171,8 +171,10 @@ def test_feddpa_weighs_by_likeness_to_the_clients_own_prompts(weight_on):
 @pytest.mark.parametrize("held", [[[0, 1, 2, 3]] * 4, [[0, 1], [1, 2], [2, 3], [3, 0]], [[0, 1, 2, 3]] * 8])
 def test_staggered_turns_reach_every_slot_in_every_round(held):
     """The same rows in the same slots, in another order: as many lanes at each slot as at any other."""
-    embeddings, _ = clients_of(held)
-    found = routing.enroll(KEY, embeddings, routing.RECIPES["refined"], len(held[0]), 4)
+    rng = np.random.default_rng(0)
+    table = np.array([rng.permutation(tasks) for tasks in held], np.int32)
+    labels = np.tile(np.arange(len(held[0]), dtype=np.int32).repeat(20), (len(held), 1))
+    found = routing.Enrolment(jnp.asarray(table), 4, (), labels, {})
     order = routing.staggered(found, 100)
     for client, labels in enumerate(found.labels):
         before, after = (np.asarray(e.table)[client, e.labels[client]] for e in (found, order))
@@ -317,7 +319,7 @@ def test_a_client_of_few_rows_limits_nobody_elses_clusters(name, newcomers):
         return (centres[tasks] + 0.1 * rng.normal(size=(len(tasks), 16))).astype(np.float32)
 
     clients = [near(np.arange(40) % 4) for _ in range(3)] + [near(np.arange(3 - newcomers))]
-    found = routing.enroll(jax.random.key(0), clients, routing.RECIPES[name], None, 4, newcomers=newcomers)
+    found = routing.enroll(jax.random.key(0), clients, routing.RECIPES[name], None, 4, 5, newcomers)
     assert [len({*row[row >= 0].tolist()}) for row in np.asarray(found.table)[:3]] == [4, 4, 4]
     assert all(np.isfinite([*scores.values()]).all() for scores in found.silhouettes.values())  # what JSON can hold
 
