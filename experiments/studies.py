@@ -130,7 +130,8 @@ class Studies:
     only: tuple[str, ...] = ()
     """Of a study's runs only these, a method and a value as METHOD-VALUE (fedit-0.001); by default all."""
     out: Path | None = None
-    """Folder for summaries, tables and figures; by default docs/results/studies, or runs/smoke/studies."""
+    """Folder for summaries, tables and figures, and for the runs themselves (work); by default docs/results/studies and
+    runs/studies, or runs/smoke."""
     smoke: bool = False
     """The tiny random model on synthetic rows: one method, one seed, the first two values of a study."""
     redraw: bool = False
@@ -153,8 +154,9 @@ def main(options: Studies) -> None:
         if not options.redraw:
             made = chosen(name, configs(name, options), options.only)
             weights.check({made[run].model for run in made if not summaries.known(kept / f"{run}.json", made[run])})
-            folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies") / name
-            sweep(made, folder, console, kept)
+            folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies")
+            folder = folder if options.out is None else options.out / "work"  # as in table1
+            sweep(made, folder / name, console, kept)
         found = summaries.load(kept)
         if found and not cells(STUDIES[name], found):
             raise UserError(f"{kept} holds no run of the study to draw; remove {next(iter(found))}.json")

@@ -17,7 +17,10 @@ from fedrouter_jax.errors import UserError
 
 
 def of(folder: Path) -> dict:
-    """Config, scores (not of single rows), cost and accuracy of a finished run. The path of the data is shortened."""
+    """Config, scores (not of single rows), cost and accuracy of a finished run. The path of the data is shortened.
+
+    Where clients were put into groups while they trained, `table` has the last ones: [client][0] -> slot.
+    """
     run = records.read(folder)
     keep = ("mean", "per_task", "per_client")
     scores = {
@@ -27,6 +30,7 @@ def of(folder: Path) -> dict:
         }
         for part, found in run.scores.items()
     }
+    regrouped = [record["table"] for record in run.rounds if "table" in record]
     return {
         "config": asdict(portable(run.config)),
         "scores": scores,
@@ -34,6 +38,7 @@ def of(folder: Path) -> dict:
         "accuracy": records.accuracy(run),
         "device": run.timings.get("device"),
         "taken_over": run.timings.get("taken_over", []),
+        **({"table": regrouped[-1]} if regrouped else {}),
     }
 
 

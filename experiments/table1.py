@@ -46,11 +46,14 @@ class Table1:
     """Methods that run in Dual with seed 0 only."""
     scenarios: tuple[Literal["dual", "single", "all"], ...] = SCENARIOS
     """Scenarios."""
+    clients: int | None = None
+    """Clients; by default 4, of the full budget 8. Methods that group clients want more of them than tasks."""
     budget: Literal["short", "long", "full"] = "short"
     """24 optimiser steps of 2 rows; or 60 of 4, on all rows there are and with several times the test rows; or the
     paper's: eight clients, 250 of 16."""
     out: Path | None = None
-    """Folder for summaries, table and figure; by default docs/results/table1 (-long, -full), or runs/smoke/table1."""
+    """Folder for summaries, table and figure, and for the runs themselves (work); by default docs/results/table1
+    (-long, -full) and runs/table1, or runs/smoke."""
     smoke: bool = False
     """The tiny random model on synthetic rows: only the first two runs."""
     redraw: bool = False
@@ -62,6 +65,13 @@ def budget(options: Table1, scenario: str) -> Config:
 
     The full one is that of the paper's launcher (`presets.flan4`), in bfloat16.
     """
+    config = _budget(options, scenario)
+    if options.clients is None:
+        return config
+    return replace(config, data=replace(config.data, clients=options.clients))
+
+
+def _budget(options: Table1, scenario: str) -> Config:
     if options.smoke:
         config = smoke()
         return replace(config, data=replace(config.data, scenario=scenario))
@@ -92,7 +102,7 @@ def main(options: Table1) -> None:
     console = Console()
     name = "table1" if options.budget == "short" else f"table1-{options.budget}"
     out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
-    at_least_one(seeds=options.seeds)
+    at_least_one(seeds=options.seeds, clients=1 if options.clients is None else options.clients)
     if not 0 <= options.first_seed < options.seeds:
         raise UserError(f"--first-seed is {options.first_seed}; with --seeds {options.seeds} it is one below that")
     unknown = sorted({*options.methods, *options.once} - set(METHODS))
@@ -100,6 +110,7 @@ def main(options: Table1) -> None:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
     if not options.redraw:
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
+        folder = folder if options.out is None else options.out / "work"  # or runs of other rows would be in the way
         sweep(configs(options), folder, console, out / "runs")
     draw(out)
     show_markdown(out / "table1.md")

@@ -341,7 +341,6 @@ def train_round(
         "bytes_up": len(lanes) * up,
         "bytes_down": len(lanes) * down,
         "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
-        "adapters_per_client": len(lanes) / clients,
         "tokens": int((batch.rows.packs.segments > 0).sum()),
         "lanes": lanes,
         **regrouped,

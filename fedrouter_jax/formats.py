@@ -61,12 +61,14 @@ class Round(TypedDict):
 
     round: int
     loss: float | None  # mean over lanes whose losses are finite; None: there are none
+    learning_rate: float
     seconds: float
     bytes_up: float
     bytes_down: float
     optimiser_steps_per_client: float
     tokens: int  # that all lanes trained on
     lanes: list[Lane]
+    table: NotRequired[list[list[int]]]  # as in clusters.json, where a round changed it
     scores: NotRequired[Scores]
 
 
@@ -109,6 +111,10 @@ class Answer(TypedDict):
     reference: str
     answer: str
     rouge1: float
+    rouge2: NotRequired[float]
+    rougeL: NotRequired[float]
+    exact: NotRequired[float]
+    loss: NotRequired[float | None]  # None: not finite
 
 
 class Timings(TypedDict):
@@ -116,6 +122,9 @@ class Timings(TypedDict):
 
     device: NotRequired[str]
     total: NotRequired[float]
+    embed: NotRequired[float]
+    cluster: NotRequired[float]
+    evaluate: NotRequired[float]
     taken_over: NotRequired[list[str]]  # from another run of the same sweep
 
 

@@ -211,6 +211,17 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
         studies.main(studies.Studies(("rounds",), redraw=True, out=tmp_path))
 
 
+def test_runs_of_another_out_are_not_in_each_others_way(tmp_path, monkeypatch):
+    folders = []
+    for script in (table1, studies):
+        monkeypatch.setattr(script, "sweep", lambda configs, folder, *rest: folders.append(folder))
+    for out in (None, tmp_path):
+        with pytest.raises(UserError, match="holds no run of the table"):
+            table1.main(table1.Table1(out=out, smoke=True))
+        studies.main(studies.Studies(("rounds",), out=out, smoke=True))
+    assert folders[2:] == [tmp_path / "work", tmp_path / "work" / "rounds"] and folders[0] != folders[2]
+
+
 def test_only_some_runs_of_a_study_can_be_asked_for():
     made = studies.configs("rate-0.5b", studies.Studies(seeds=2))
     chosen = studies.chosen("rate-0.5b", made, ("fedlease-0.001", "fedit-0.005"))
@@ -227,6 +238,8 @@ def test_a_smoke_run_is_of_the_tiny_model_and_of_tasks_that_it_has():
     assert (other.data.data, smokes["eight-tasks"]["fedrouter+-8-0"].data.data) == ("rows/flan8", "synthetic")
     assert all(len(made) <= 2 and {config.model for config in made.values()} == {"tiny"} for made in smokes.values())
     assert len(table1.configs(table1.Table1(smoke=True))) == 2
+    many = table1.configs(table1.Table1(clients=6, methods=("fedit",), once=(), seeds=1))
+    assert {config.data.clients for config in many.values()} == {6} and len(many) == 3
 
 
 def test_a_value_that_the_smoke_run_has_too_is_drawn_once():

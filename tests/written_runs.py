@@ -77,7 +77,6 @@ def make_round(t: int, rng) -> dict:
         "bytes_up": 40_000,
         "bytes_down": 50_000,
         "optimiser_steps_per_client": 4.0 if t == 3 else 10.0,
-        "adapters_per_client": 1.0,
         "tokens": 100,
         "lanes": lanes,
     }
