@@ -17,6 +17,7 @@ import json
 import sys
 import time as clock
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from experiments.profiled import KINDS, REST, profiled
@@ -34,7 +36,7 @@ from fedrouter_jax.at_once import packs_of_a_group
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.federation import map_groups
+from fedrouter_jax.federation import all_groups, over_clients
 from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import Blocks, DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
@@ -139,7 +141,8 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     @jax.jit
     def train(base, adapters, batch):
         keys = jax.random.split(jax.random.key(2), lanes)
-        return map_groups(group, base, (adapters, keys), batch, here, on)
+        by_row = over_clients(on, partial(all_groups, group), PartitionSpec(mesh.CLIENTS))
+        return by_row(base, (adapters, keys), batch)
 
     compiled = train.lower(base, adapters, batch).compile()
     jax.block_until_ready(compiled(base, adapters, batch))

@@ -145,30 +145,20 @@ def make_round(
             def chunk(sums, lanes, batch):
                 here, keys, asked = lanes
                 asked = strategy.ask(state, here) if asked is None else asked
-                adapters, losses = map_groups(group, (base, rate, phases), (asked, keys), batch)
+                adapters, losses = all_groups(group, (base, rate, phases), (asked, keys), batch)
                 finite = finite_lanes(adapters)
                 adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
                 return add(sums, here._replace(weight=here.weight * finite), adapters), (losses, ~finite)
 
-            return fold_groups(chunk, nothing, lanes, batches, groups_at_once)
+            sums, reports = fold_groups(chunk, nothing, lanes, batches, groups_at_once)
+            if mesh is not None and mesh.shape[mesh_lib.CLIENTS] > 1:  # XLA does not compile a sum over one row of GPUs
+                sums = jax.lax.psum(sums, mesh_lib.CLIENTS)
+            return sums, reports
 
-        given = (state, base, work, rate, phases)
-        if mesh is None:
-            sums, reports = train(given, (here, lane_keys, None), batches)
-        else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
-
-            def row(*inputs):
-                sums, reports = train(*inputs)
-                if mesh.shape[mesh_lib.CLIENTS] > 1:  # XLA does not compile a sum over one row of GPUs
-                    sums = jax.lax.psum(sums, mesh_lib.CLIENTS)
-                return sums, reports
-
-            spec = P(mesh_lib.CLIENTS)
-            lanes = (here, lane_keys, strategy.ask(state, here))  # what a client owns lies with its lanes
-            sums, reports = jax.shard_map(
-                row, mesh=mesh, in_specs=(P(), spec, spec), out_specs=(P(), spec),
-                axis_names=mesh_lib.by_hand(mesh), check_vma=False,
-            )(given, lanes, batches)  # fmt: skip
+        # On a mesh what a client owns lies with its lanes; elsewhere a chunk asks for its own.
+        lanes = (here, lane_keys, None if mesh is None else strategy.ask(state, here))
+        by_row = over_clients(mesh, train, (P(), P(mesh_lib.CLIENTS)))
+        sums, reports = by_row((state, base, work, rate, phases), lanes, batches)
         loss_of, rejected = jax.tree.map(lambda leaf: leaf[: len(work.client)], reports)
         told = strategy.tell(state, sums)
         bank, states = server_lib.step(server, strategy.owners, state.bank, told.bank, state.server)
@@ -193,7 +183,15 @@ def map_losses(loss, base, adapters, work, batches, at_once=None, mesh=None) -> 
         copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(lanes.client), *leaf.shape)), adapters)
         return loss(base, copies, batch)
 
-    return map_groups(group, (base, adapters), jax.tree.map(jnp.asarray, work), batches, at_once, mesh)
+    def row(given, lanes, batches):
+        def chunk(nothing, lanes, batches):
+            return nothing, all_groups(group, given, lanes, batches)
+
+        return fold_groups(chunk, (), lanes, batches, at_once)[1]
+
+    groups = jax.tree.leaves(batches)[0].shape[0]
+    here, _ = fill(jax.tree.map(jnp.asarray, work), (), groups)
+    return over_clients(mesh, row, P(mesh_lib.CLIENTS))((base, adapters), here, batches)[: len(work.client)]
 
 
 def fill(work: Work, keys: Array, groups: int) -> tuple[Work, Array]:
@@ -240,38 +238,25 @@ def fold_groups(
     return sums, reports
 
 
-def map_groups(
-    group: Callable[..., PyTree],
-    given: PyTree,
-    lanes: PyTree,
-    batches: Any,
-    at_once: int | None = None,
-    mesh: Mesh | None = None,
-) -> PyTree:
-    """`group(given, lanes, batch)` for every entry of `batches` and its lanes: all at once, some at a time, one by one.
+def all_groups(group: Callable[..., PyTree], given: PyTree, lanes: PyTree, batches: Any) -> PyTree:
+    """`group(given, lanes, batch)` for every entry of `batches` and its lanes, all at once: leaves `[lane, ...]`."""
+    groups = jax.tree.leaves(batches)[0].shape[0]
+    if groups == 1:
+        return group(given, lanes, jax.tree.map(lambda leaf: leaf[0], batches))
+    apart = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), lanes)
+    found = jax.vmap(group, (None, 0, 0))(given, apart, batches)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
-    `lanes` has leaves `[lane, ...]`, and so has the result. Where the lanes do not fill the last group, it is given
-    the last lane again, and what comes of that is dropped.
+
+def over_clients(mesh: Mesh | None, run: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
+    """`run(given, lanes, batches)` by each row of devices, with its own lanes and groups; as it is without a mesh.
+
+    By hand over the clients, so that nobody waits for another's packs; over the model it is the partitioner's.
     """
-    count, groups = jax.tree.leaves(lanes)[0].shape[0], jax.tree.leaves(batches)[0].shape[0]
-    each = -(-count // groups)
-    index = jnp.minimum(jnp.arange(groups * each), count - 1).reshape(groups, each)
-    inputs = (jax.tree.map(lambda leaf: leaf[index], lanes), batches)
-
-    def run(given, inputs):
-        def one(inputs):
-            return group(given, *inputs)
-
-        here = jax.tree.leaves(inputs)[0].shape[0]
-        if here > 1 and (at_once is None or at_once >= here):
-            return jax.vmap(one)(inputs)
-        return jax.lax.map(one, inputs, batch_size=at_once if here > 1 and at_once > 1 else None)
-
     if mesh is None:
-        found = run(given, inputs)
-    else:  # by hand over the clients, so that nobody waits for another's packs; the partitioner's over the model
-        spec = P(mesh_lib.CLIENTS)
-        found = jax.shard_map(
-            run, mesh=mesh, in_specs=(P(), spec), out_specs=spec, axis_names=mesh_lib.by_hand(mesh), check_vma=False
-        )(given, inputs)
-    return jax.tree.map(lambda leaf: leaf.reshape(groups * each, *leaf.shape[2:])[:count], found)
+        return run
+    spec = P(mesh_lib.CLIENTS)
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(P(), spec, spec), out_specs=out_specs, axis_names=mesh_lib.by_hand(mesh),
+        check_vma=False,
+    )  # fmt: skip

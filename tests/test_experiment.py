@@ -316,13 +316,21 @@ def test_rows_of_a_task_that_nobody_holds_are_not_routed_wrongly(monkeypatch):
     assert scores["generalisation"]["routing_accuracy"] == 1
 
 
-def test_a_text_that_goes_to_another_tasks_adapter_counts_as_routed_wrong(unanswered):
+def test_a_text_that_goes_to_another_tasks_adapter_counts_as_routed_wrong(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        answers, "answer", lambda p, s, prompts, weights, _: given.append(weights) or [""] * len(prompts)
+    )
+    monkeypatch.setattr(answers, "losses", lambda p, s, rows, weights, _: given.append(weights) or np.zeros(len(rows)))
     prepared, enrolment, state, _ = begun("oracle")
     first, *others = evaluate.questions(prepared, state, enrolment, None, False)
     wrong = first._replace(weights=(*first.weights[1:], first.weights[0]))
     scores = evaluate.evaluate_state(prepared, state, enrolment, [wrong, *others]).scores
     own = sum(question.part == first.part for question in (first, *others))
     assert scores[first.part]["routing_accuracy"] == pytest.approx(1 - 1 / own)
+    asked = {(question.row, question.weights): None for question in (wrong, *others)}
+    for weights in given:  # answers and losses are those of the adapters that the questions name
+        np.testing.assert_array_equal(weights, [opened for _, opened in asked])
 
 
 def test_an_exported_adapter_is_the_slot_of_its_name(tmp_path):

@@ -213,6 +213,7 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
 
 def test_runs_of_another_out_are_not_in_each_others_way(tmp_path, monkeypatch):
     folders = []
+    monkeypatch.chdir(tmp_path)
     for script in (table1, studies):
         monkeypatch.setattr(script, "sweep", lambda configs, folder, *rest: folders.append(folder))
     for out in (None, tmp_path):

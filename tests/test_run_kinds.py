@@ -200,19 +200,17 @@ def test_a_lane_that_is_not_finite_leaves_a_record_that_is_json():
     assert again["loss"] == pytest.approx(np.mean(others), rel=1e-5)
 
 
-def test_predictions_name_the_cluster_that_a_text_was_sent_to(tmp_path):
+def test_predictions_name_the_cluster_that_a_text_was_sent_to(tmp_path, unanswered):
     """Of FedRouter-Sum, whose adapter of all tasks answers with each."""
-    once, fast = dataclasses.replace(smoke().rounds, rounds=1), dataclasses.replace(smoke().local, learning_rate=0.1)
-    config = dataclasses.replace(smoke(), strategy="fedrouter-sum", rounds=once, local=fast)
-    runs.run(config, tmp_path / "run")
+    once = dataclasses.replace(smoke().rounds, rounds=1)
+    runs.run(dataclasses.replace(smoke(), strategy="fedrouter-sum", rounds=once), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     sent = {}
     for line in lines:
         if line["part"] == "generalisation":
-            sent[line["instruction"]] = line["slot"], line["answer"]
+            sent[line["instruction"]] = line["slot"]
     found = serve.route(tmp_path / "run", list(sent))
-    assert [(entry["slot"], entry["answer"]) for entry in found] == list(sent.values())
-    assert len({slot for slot, _ in sent.values()}) > 1 < len({answer for _, answer in sent.values()})
+    assert [entry["slot"] for entry in found] == list(sent.values()) and len(set(sent.values())) > 1
 
 
 @pytest.mark.parametrize("participation, clients", [(1.0, 4), (0.25, 1)])
