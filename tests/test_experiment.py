@@ -404,7 +404,10 @@ def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, pac
     assert at_once.training(config, *args) == (1, 1) and at_once.rows(config, *read) == 64
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(at_once, "memory_limit", lambda: limit)
+    counted, planned = [], at_once.memory.federation
+    monkeypatch.setattr(at_once.memory, "federation", lambda *given: counted.append(given[3]) or planned(*given))
     assert at_once.training(config, *args) == (packs, groups)
+    assert {*counted} == ({4} if limit else set())  # slots, as many as there are clusters
     assert at_once.rows(config, *read) == rows
     assert limit == 1 or at_once.training(config, *args[:-1], [2 * at_once.PACKS])[0] == at_once.PACKS
     assert at_once.training(config, *args[:3], (64, 8), *args[4:])[0] == 1

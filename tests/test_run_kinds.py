@@ -17,6 +17,7 @@ from fedrouter_jax.data import synthetic
 from fedrouter_jax.data.scenarios import Partition
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.strategies import ifca
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
     assert (out / "router").exists() == (strategy == "fedrouter-soft") and (out / "report.md").exists()
     up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
     assert (up == 0) == (strategy == "local")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("4 groups for 4 clients: hardly two of them share one" in shown) == (strategy == "ifca")
     if strategy == "fedalt":  # both of a client's adapters count
         assert serve.route(out, ["Say yes."], 1)[0]["adapter"] == "own_1 + rest_1"
     elif strategy in ("feddpa-t", "fedrouter-soft"):  # adapters that count by their weights
@@ -90,6 +93,18 @@ def test_options_that_change_nothing_are_named():
     evenly = dataclasses.replace(smoke().rounds, weighting="uniform")
     assert config_lib.idle(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
     assert len(config_lib.idle(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1
+
+
+def test_the_slots_of_a_method_of_ones_own_are_as_many_as_are_asked_for(monkeypatch):
+    """It clusters no rows, but has slots for clusters: the number counts, and must be given."""
+    mine = lambda **_: ifca()._replace(name="mine", choose=None)  # noqa: E731
+    monkeypatch.setattr(config_lib.strategies, "find", lambda name: mine)
+    config = dataclasses.replace(smoke(), strategy="methods:mine")
+    for count in (3, 0):
+        asked = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, global_clusters=count))
+        assert config_lib.idle(asked) == []
+    with pytest.raises(UserError, match="--global-clusters is 0, chosen by silhouette, but mine clusters no rows"):
+        experiment.prepare(asked)
 
 
 def test_newcomers_and_unseen_tasks_train_nothing_and_are_scored_apart(tmp_path, unanswered):
