@@ -8,7 +8,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
-BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # not rivals
+BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # references, not rivals
 OURS = (  # no baselines
     "fedrouter+",
     "fedrouter",

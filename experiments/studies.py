@@ -24,7 +24,7 @@ from rich.console import Console
 from experiments import summaries, table1, table1_tables, weights
 from experiments.methods import variant
 from experiments.precision import PRECISIONS
-from experiments.sweep import at_least_one, sweep
+from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
@@ -141,7 +141,8 @@ class Studies:
 def main(options: Studies) -> None:
     """Run what is missing of each study, then draw it."""
     console = Console()
-    out = options.out or Path("runs/smoke/studies" if options.smoke else "docs/results/studies")
+    usual = Path("runs/smoke/studies" if options.smoke else "docs/results/studies")
+    out = options.out or usual
     at_least_one(seeds=options.seeds)
     unknown = sorted(set(options.study) - set(STUDIES))
     if unknown:
@@ -155,8 +156,7 @@ def main(options: Studies) -> None:
             made = chosen(name, configs(name, options), options.only)
             weights.check({made[run].model for run in made if not summaries.known(kept / f"{run}.json", made[run])})
             folder = Path("runs/smoke/studies-runs" if options.smoke else "runs/studies")
-            folder = folder if options.out is None else options.out / "work"  # as in table1
-            sweep(made, folder / name, console, kept)
+            sweep(made, runs_of(options.out, usual, folder) / name, console, kept)
         found = summaries.load(kept)
         if found and not cells(STUDIES[name], found):
             raise UserError(f"{kept} holds no run of the study to draw; remove {next(iter(found))}.json")

@@ -27,6 +27,14 @@ def at_least_one(**options: int) -> None:
             raise UserError(f"--{name} is {value}; it must be at least 1")
 
 
+def runs_of(out: Path | None, usual: Path, runs: Path) -> Path:
+    """Where a sweep's run directories lie: in `runs`, or with an `out` that is not the usual one in its folder work.
+
+    Runs of other rows, or of another number of clients, would be in each other's way in one place.
+    """
+    return runs if out is None or out.resolve() == usual.resolve() else out / "work"
+
+
 def summarised(configs: Mapping[str, Config], kept: Path) -> set[str]:
     """The runs that have a summary; raises `UserError` where one is of another experiment, which would be lost."""
     there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}

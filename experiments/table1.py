@@ -22,7 +22,7 @@ from rich.console import Console
 
 from experiments import summaries, table1_tables
 from experiments.methods import FIRST, METHODS, SCENARIOS, variant
-from experiments.sweep import at_least_one, sweep
+from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
@@ -101,7 +101,8 @@ def main(options: Table1) -> None:
     """Run what is missing, then draw."""
     console = Console()
     name = "table1" if options.budget == "short" else f"table1-{options.budget}"
-    out = options.out or Path("runs/smoke" if options.smoke else "docs/results") / name
+    usual = Path("runs/smoke" if options.smoke else "docs/results") / name
+    out = options.out or usual
     at_least_one(seeds=options.seeds, clients=1 if options.clients is None else options.clients)
     if not 0 <= options.first_seed < options.seeds:
         raise UserError(f"--first-seed is {options.first_seed}; with --seeds {options.seeds} it is one below that")
@@ -110,8 +111,7 @@ def main(options: Table1) -> None:
         raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
     if not options.redraw:
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
-        folder = folder if options.out is None else options.out / "work"  # or runs of other rows would be in the way
-        sweep(configs(options), folder, console, out / "runs")
+        sweep(configs(options), runs_of(options.out, usual, folder), console, out / "runs")
     draw(out)
     show_markdown(out / "table1.md")
 

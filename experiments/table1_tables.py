@@ -121,7 +121,7 @@ def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
 
 
 def named(method: str) -> str:
-    """A method, and for a bound what it has that others have not."""
+    """A method, and for a reference what it has that others have not."""
     return f"{method} ({BOUNDS[method]})" if method in BOUNDS else method
 
 
@@ -273,6 +273,6 @@ def figure(found: dict[str, dict]) -> Figure:
         axes.tick_params(labelbottom=True)
     for axes in panels[len(columns) :]:
         axes.remove()
-    drawn.suptitle("Bars: means over seeds, pale where a method has one; dots: the seeds; light grey: bounds")
+    drawn.suptitle("Bars: means over seeds, pale where a method has one; dots: the seeds; light grey: references")
     drawn.tight_layout(rect=(0, 0, 1, 0.99))
     return drawn

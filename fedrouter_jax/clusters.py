@@ -73,10 +73,10 @@ def origin(prepared: Prepared) -> dict[str, str]:
 
 
 def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
-    """Raise `ValueError` where a file says (those of older runs do not) that it was made from something else."""
+    """Raise `ValueError` where a file does not say that it was made from just these."""
     names = {"data": f"rows of {prepared.config.data.data}", "model": f"weights of {prepared.config.model}"}
     for key, value in origin(prepared).items():
-        if found.get(key, value) != value:
+        if found.get(key) != value:
             raise ValueError(f"the {names[key]} were others then")
 
 

@@ -221,7 +221,7 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
                 f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
                 "pair; give one part to all (shared), or both to the same"
             )
-    if told_slots(config, strategy) and config.cluster.global_clusters == 0:
+    if told_slots(strategy) and config.cluster.global_clusters == 0:
         raise UserError(
             f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
             "its slots"
@@ -244,9 +244,9 @@ def has_slots(strategy: Strategy) -> bool:
     return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))
 
 
-def told_slots(config: Config, strategy: Strategy) -> bool:
+def told_slots(strategy: Strategy) -> bool:
     """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
-    finds = config.strategy == "fedlease"  # by its own silhouette, up to --max-clusters
+    finds = strategy.name == "fedlease"  # by its own silhouette, up to --max-clusters
     return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not finds
 
 

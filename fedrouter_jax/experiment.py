@@ -128,7 +128,7 @@ def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
     modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
     if strategy.enrolling == "clustering" and "oracle" in modes:
         raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
-    if config_lib.told_slots(config, strategy) and config.cluster.global_clusters is None:
+    if config_lib.told_slots(strategy) and config.cluster.global_clusters is None:
         raise UserError(
             f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
             "--global-clusters"

@@ -10,7 +10,7 @@ import numpy as np
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import embed, files, peft_io, routing
-from fedrouter_jax.data import templates
+from fedrouter_jax.data import schedule, templates
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.types import FederationState, LoRA
 
@@ -36,9 +36,14 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
     before, behind = templates.around(model.tokenizer, config.data.template)
     data = {"before": before, "behind": behind, "max_length": config.data.max_length}
     peft_io.write_json(folder / "prompt.json", {**data, "max_response": config.data.max_response})
-    if config_lib.told_slots(config, strategy):
-        chosen = enumerate(np.asarray(state.table)[:, 0].tolist())
-        peft_io.write_json(folder / "clients.json", {str(client): names[slot] for client, slot in chosen})
+    if config_lib.told_slots(strategy):
+        table, clusters = np.asarray(state.table), bank_lib.of_clusters(strategy.owners, state.bank)
+        known = range(len(table))
+        if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer
+            founders = config.data.clients - config.data.newcomers
+            known = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed).tolist()
+        whose = {str(client): names[clusters[table[client, 0]]] for client in known}
+        peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:
         shifted = strategy.base(state, model.params)
         peft_io.write_shift(folder, model.params, shifted, config.lora.targets)
@@ -46,7 +51,8 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
 
 def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks: Sequence[str]) -> None:
     config, model = prepared.config, prepared.model
-    recipe = routing.RECIPES[config.cluster.recipe]
+    recipe, owners = routing.RECIPES[config.cluster.recipe], prepared.strategy.owners
+    names = bank_lib.serving_names(owners, state.bank)
     description = {
         "base_model": model.base_name,
         "base_fingerprint": model.fingerprint,
@@ -60,7 +66,8 @@ def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks
         "text": "the bare instruction, no template",
         "max_length": config.data.max_length,
         "metric": "euclidean",
-        "adapters": bank_lib.serving_names(prepared.strategy.owners, state.bank),
+        "adapters": [names[slot] for slot in bank_lib.of_clusters(owners, state.bank)],
         "tasks": list(slot_tasks),
+        "held": sorted({*np.asarray(state.table).ravel().tolist()} - {-1}),
     }
     peft_io.write_router(folder, state.memory, description)

@@ -185,7 +185,7 @@ def notes(run: Run) -> list[str]:
             "--global-clusters, or more --local-clusters"
         )
     founders = config.data.clients - config.data.newcomers
-    if config_lib.told_slots(config, config_lib.strategy(config, total)) and total >= founders > 1:
+    if config_lib.told_slots(config_lib.strategy(config, total)) and total >= founders > 1:
         found.append(
             f"{total} groups for {founders} clients: hardly two of them share one, so little is averaged; give fewer "
             "--global-clusters, or more --clients"

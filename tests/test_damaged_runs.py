@@ -114,7 +114,7 @@ def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(damage, command,
     assert not (tmp_path / "to").exists()
 
 
-def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys, monkeypatch):
+def test_a_run_whose_rows_were_changed_is_not_resumed_and_answers_without_them(tmp_path, capsys):
     data, out, compares = (tmp_path / name for name in ("rows", "run", "compares"))
     data.mkdir()
     rows = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]

@@ -216,11 +216,12 @@ def test_runs_of_another_out_are_not_in_each_others_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script in (table1, studies):
         monkeypatch.setattr(script, "sweep", lambda configs, folder, *rest: folders.append(folder))
-    for out in (None, tmp_path):
+    for out in (None, tmp_path, Path("runs/smoke/table1")):
         with pytest.raises(UserError, match="holds no run of the table"):
             table1.main(table1.Table1(out=out, smoke=True))
         studies.main(studies.Studies(("rounds",), out=out, smoke=True))
-    assert folders[2:] == [tmp_path / "work", tmp_path / "work" / "rounds"] and folders[0] != folders[2]
+    assert folders[2:4] == [tmp_path / "work", tmp_path / "work" / "rounds"]
+    assert folders[4] == folders[0] != folders[2] and folders[5] != folders[1]  # the usual place, named
 
 
 def test_only_some_runs_of_a_study_can_be_asked_for():

@@ -37,7 +37,7 @@ from fedrouter_jax.types import LoRA, View
 def test_the_way_lanes_are_mapped_changes_nothing(federation, strategy):
     """All at once, or one by one in groups that share packs; some also in uneven chunks, and all at once in groups."""
     expected, info = play(federation, strategy, nudge, None)
-    more = ((3, 1), (None, 2)) if strategy.name in ("fedrouter", "ifca", "fedalt") else ()
+    more = ((3, 1), (None, 2)) if strategy.name in ("fedrouter", "ifca", "fedalt", "fedex", "clustered") else ()
     for at_once, together in ((1, 3), *more):
         found, other = play(federation, strategy, nudge, at_once, together=together)
         assert_close(found, expected)

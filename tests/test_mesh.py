@@ -84,13 +84,20 @@ ANSWERS = [
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    """What one worker of eight devices found of rounds and of answers, and the checkpoint it left after a round."""
+def two(tmp_path_factory):
+    """What two processes of two devices found: they play a round and save, each its part, and go on from there."""
     kept = str(tmp_path_factory.mktemp("mesh") / "checkpoints")
-    saved = {"strategy": "fedsa", "shape": [4, 1], "last": 1, "save": kept}
-    found = work_on(8, {"cases": [*ROUNDS, *ANSWERS, saved]})
+    case = {"strategy": "fedsa", "shape": [2, 2]}
+    return work_on(2, *joined(2, [{**case, "last": 1, "save": kept}, {**case, "first": 2, "load": kept}])), kept
+
+
+@pytest.fixture(scope="module")
+def eight(two):
+    """What one worker of eight devices found of rounds and of answers, and after the checkpoint of two processes."""
+    after = {"strategy": "fedsa", "shape": [4, 1], "first": 2, "load": two[1]}
+    found = work_on(8, {"cases": [*ROUNDS, *ANSWERS, after]})
     assert len(found) == len(ROUNDS) + len(ANSWERS) + 1
-    return found[: len(ROUNDS)], found[len(ROUNDS) : -1], kept
+    return found[: len(ROUNDS)], found[len(ROUNDS) : -1], found[-1]
 
 
 def test_on_eight_devices_in_any_shape_a_round_is_that_of_one(eight):
@@ -140,11 +147,11 @@ def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
     assert not done
 
 
-def test_processes_go_on_from_the_checkpoint_of_one(eight):
-    """Two of two devices; the other way round, one goes on where two stopped, below."""
-    case = {"strategy": "fedsa", "shape": [2, 2], "first": 2, "load": eight[-1]}
-    (found,) = work_on(2, *joined(2, [case]))
-    assert found["gap"] < 5e-4 and found["programs"] == 1, found
+def test_processes_share_a_checkpoint_that_another_number_of_them_goes_on_from(two, eight):
+    found, *_ = two
+    assert len(found) == 2
+    for case in (*found, eight[-1]):
+        assert case["gap"] < 5e-4 and case["programs"] == 1, case
 
 
 def test_groups_fill_up_the_rows_of_devices(federation):

@@ -283,6 +283,8 @@ def test_a_newcomer_is_routed_as_it_was_scored(tmp_path, unanswered):
         if answer["part"] == "newcomers":
             scored[answer["client"]] = answer["slot"]
     assert sorted(scored) == [2, 3]
+    whose = json.loads((tmp_path / "run" / "adapters" / "clients.json").read_text())
+    assert sorted(whose) == ["0", "1"]  # newcomers choose by their rows
     for client, slot in scored.items():
         assert serve.route(tmp_path / "run", ["A text."], client)[0]["slot"] == slot
 

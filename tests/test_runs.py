@@ -107,7 +107,7 @@ def test_killed_at_three_random_moments_and_resumed_ends_with_the_same_bytes(fin
 
 
 def test_a_second_process_is_refused_while_one_works(finished, tmp_path, capsys):
-    """Killed when a round's line was written and its checkpoint was not: the round is done again, and logged once."""
+    """Meanwhile a round whose line was written and whose checkpoint was not is done again, and logged once."""
     run, codes = tmp_path / "run", []
     shutil.copytree(finished, run)
     (run / "predictions.jsonl").unlink()

@@ -36,3 +36,6 @@ def test_the_page_answers_as_route_does(tmp_path):
     routed = names["Routed"](out, base)
     wanted = [(found["adapter"], found["answer"]) for found in serve.route(out, TEXTS)]
     assert [routed.answer(text) for text in TEXTS] == wanted and len({name for name, _ in wanted}) > 1
+    name = routed.nearest(TEXTS[0])
+    routed.how["held"].remove(routed.how["adapters"].index(name))  # as if nobody held that cluster
+    assert routed.nearest(TEXTS[0]) != name

@@ -30,9 +30,8 @@ class Model(NamedTuple):
     """A loaded base model."""
 
     name: str  # as asked for
-    fingerprint: (
-        str  # sha256, hexadecimal, of the sha256 of each weight file (for "tiny": of its configuration and seed)
-    )
+    # sha256, hexadecimal, of the sha256 of each weight file (for "tiny": of its configuration and seed)
+    fingerprint: str
     config: DecoderConfig
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
