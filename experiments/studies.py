@@ -55,7 +55,11 @@ def peak_rate(rate: float) -> dict[str, Any]:
 STUDIES = {
     "clients": Study(
         "clients (Figure 6)", (4, 8, 16, 32, 64), lambda n: {"data": {"clients": n}},
-        ("fedrouter+", "fedrouter", "fedit", "clustered", "ifca", "fedlease", "local"),
+        ("fedrouter+", "fedrouter", "fedit"),
+    ),
+    "eight-clients": Study(
+        "clients, two of whom hold each pair of tasks", (8,), lambda n: {"data": {"clients": n}},
+        ("fedrouter+", "fedit", "clustered", "fedlease"),
     ),
     "rounds": Study("rounds", (2, 4, 8, 16), lambda n: {"rounds": {"rounds": n}}),
     "rows": Study("training rows a client", (10, 20, 40, 80), lambda n: {"data": {"train_rows": n}}),

@@ -246,12 +246,14 @@ def test_what_is_said_of_eight_tasks_is_what_their_runs_say():
     assert all(f"{value:.1f} per cent less" in README for value in less)
 
 
+@pytest.mark.parametrize(("study", "value"), [("rate-0.5b", "0.001"), ("eight-clients", "8")])
 @pytest.mark.parametrize(("method", "name"), [("fedit", "FedIT"), ("clustered", "Clustered"), ("fedlease", "FedLEASE")])
-def test_the_leads_with_the_middle_model_are_those_of_its_runs(method, name):
-    found = summaries.load(RESULTS / "studies" / "rate-0.5b")
+def test_the_leads_in_studies_of_five_seeds_are_those_of_their_runs(study, value, method, name):
+    """With the middle model, and with eight clients."""
+    found = summaries.load(RESULTS / "studies" / study)
 
     def values(method, part, metric):
-        return np.array([summaries.score(found[f"{method}-0.001-{seed}"], part, metric) for seed in range(5)])
+        return np.array([summaries.score(found[f"{method}-{value}-{seed}"], part, metric) for seed in range(5)])
 
     cells, short = [f"| `{method}`"], [f"| {name}"]
     for part in ("personalised", "generalisation"):
