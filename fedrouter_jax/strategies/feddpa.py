@@ -46,6 +46,7 @@ def shared_rounds(rounds: int) -> int:
 def feddpa_f(together: int = 20, scale: float = 0.5, weight_on: WeightOn = "local") -> Strategy:
     """The rounds after round `together` are private. Averaged: global. Private: local.
 
+    A run takes `shared_rounds` of its rounds; in fewer than `together` none would be private, and this would be FedIT.
     A client that no private round draws (`--participation` below 1) answers with its copy of the global adapter.
     """
 
