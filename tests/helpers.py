@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import bank, client, lora
+from fedrouter_jax import bank, client, experiment, lora
 from fedrouter_jax.data import schedule, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import tiny_tokenizer
+from fedrouter_jax.presets import smoke
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.strategies import STRATEGIES
 from fedrouter_jax.types import Adapters, FederationState, Strategy, Work
@@ -126,3 +128,14 @@ def assert_close(one, other, tolerance: float = 1e-5) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+def begun(strategy, **changes):
+    """A smoke run before its first round, with these sections of its config changed."""
+    config = dataclasses.replace(smoke(), strategy=strategy)
+    parts = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
+    prepared = experiment.prepare(dataclasses.replace(config, **parts))
+    rows = len(experiment.embedded_rows(prepared))
+    points = np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float32)
+    enrolment = experiment.enroll(prepared, points)
+    return prepared, enrolment, experiment.start(prepared, enrolment), points

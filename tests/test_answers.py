@@ -5,11 +5,11 @@ import unicodedata
 import jax
 import numpy as np
 import pytest
+from helpers import begun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from rouge_score.rouge_scorer import RougeScorer
-from test_experiment import begun
 
 from fedrouter_jax import answers, evaluate, generate, likelihood
 
