@@ -114,6 +114,10 @@ STUDIES = {
         "peak learning rate with the largest base model", (0.005, 0.001),
         peak_rate, ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-1.5b")),
     ),
+    "rate-eight-clients": Study(
+        "peak learning rate with eight clients", (0.0025, 0.005, 0.01),
+        lambda rate: {**peak_rate(rate), "data": {"clients": 8}}, ("fedrouter+", "fedit", "clustered", "fedlease"),
+    ),
     "rate-0.5b": Study(
         "peak learning rate with the middle base model", (0.005, 0.001),
         peak_rate, ("fedrouter+", "fedit", "clustered", "fedlease"), model=str(weights.path("qwen2.5-coder-0.5b")),
