@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fedrouter_jax.config import Config
@@ -43,8 +44,19 @@ METHODS: dict[str, tuple[str, dict[str, dict]]] = {
 }
 
 
+def own(method: str) -> bool:
+    """Whether it is somebody's own, MODULE:FUNCTION."""
+    return ":" in method
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The methods among names in the tables' order, those of somebody's own last."""
+    names = set(names)
+    return [*(method for method in METHODS if method in names), *sorted(filter(own, names))]
+
+
 def variant(config: Config, method: str, seed: int) -> Config:
     """The config of a method."""
-    strategy, changes = METHODS[method]
+    strategy, changes = METHODS.get(method, (method, {}))
     parts = {section: replace(getattr(config, section), **values) for section, values in changes.items()}
     return replace(config, strategy=strategy, seed=seed, **parts)

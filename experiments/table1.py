@@ -21,8 +21,9 @@ from typing import Literal
 from rich.console import Console
 
 from experiments import summaries, table1_tables
-from experiments.methods import FIRST, METHODS, SCENARIOS, variant
+from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import files
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
@@ -41,7 +42,7 @@ class Table1:
     first_seed: int = 0
     """Begin at this seed: several processes can share a table, each with seeds of its own."""
     methods: tuple[str, ...] = FIRST
-    """Methods that run in every scenario and with every seed."""
+    """Methods that run in every scenario and with every seed; one of your own as MODULE:FUNCTION."""
     once: tuple[str, ...] = tuple(name for name in METHODS if name not in FIRST)
     """Methods that run in Dual with seed 0 only."""
     scenarios: tuple[Literal["dual", "single", "all"], ...] = SCENARIOS
@@ -106,10 +107,15 @@ def main(options: Table1) -> None:
     at_least_one(seeds=options.seeds, clients=1 if options.clients is None else options.clients)
     if not 0 <= options.first_seed < options.seeds:
         raise UserError(f"--first-seed is {options.first_seed}; with --seeds {options.seeds} it is one below that")
-    unknown = sorted({*options.methods, *options.once} - set(METHODS))
+    named = {*options.methods, *options.once}
+    unknown = sorted(name for name in named - set(METHODS) if not own(name))
     if unknown:
-        raise UserError(f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}")
+        raise UserError(
+            f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}, or give MODULE:FUNCTION"
+        )
     if not options.redraw:
+        for name in sorted(filter(own, named)):  # before hours of others
+            config_lib.strategy(variant(budget(options, "dual"), name, 0), None)
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         sweep(configs(options), runs_of(options.out, usual, folder), console, out / "runs")
     draw(out)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import summaries
-from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS
+from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
@@ -25,8 +25,10 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
     """
     table: Cells = {}
     # Those of other versions have no row, so no row may be compared with them.
-    known = {name: method for name in found if (method := name.partition("-")[2].rpartition("-")[0]) in METHODS}
-    for name, method in sorted(known.items(), key=lambda pair: -list(METHODS).index(pair[1])):  # the first has the word
+    methods = {name: method_of(name) for name in found}
+    known = ordered(methods.values())
+    runs = [(name, method) for name, method in methods.items() if method in known]
+    for name, method in sorted(runs, key=lambda pair: -known.index(pair[1])):  # the first has the word
         scenario, summary = name.partition("-")[0], found[name]
         seed = summary["config"]["seed"]
         own = {"personalised": "personalised", "generalisation": "generalisation"}
@@ -41,6 +43,11 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
                     value = float(np.mean([value for task, value in tasks.items() if task not in without]))
                 table.setdefault((scenario, part, who), {})[seed] = value
     return table
+
+
+def method_of(name: str) -> str:
+    """The method in a run's name."""
+    return name.partition("-")[2].rpartition("-")[0]
 
 
 def markdown(found: dict[str, dict]) -> str:
@@ -78,10 +85,13 @@ def losses(found: dict[str, dict]) -> list[str]:
 
 
 def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of: Callable = max) -> list[str]:
-    """The table: mean ± half of the 95 % interval over shared seeds, the best of several rivals bold; gains of ours."""
+    """The table: mean ± half of the 95 % interval over shared seeds, the best of several rivals bold; gains of ours.
+
+    Of the project's methods those in `shown`; and somebody's own, which have a gain over the baselines, too.
+    """
     columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
     known = {method for _, _, method in table}
-    methods = [UNTRAINED, *(method for method in METHODS if method in known and method in shown)]
+    methods = [UNTRAINED, *(method for method in ordered(known) if method in shown or own(method))]
     rivals = [method for method in methods if method not in BOUNDS and method != UNTRAINED]
     lines = [f"| {title} | " + " | ".join(f"{part}, {scenario}" for scenario, part in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|"]
@@ -95,7 +105,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             best = best if sum(m in values for m in rivals) > 1 else None
             row.append(text(values[method], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
-    for ours in OURS:
+    for ours in (*OURS, *filter(own, methods)):
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
             gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
             lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
@@ -131,7 +141,7 @@ def same_seed(found: dict[str, dict], scenario: str = "dual", seed: int = 0) -> 
     table = cells(found)
     scores = {
         m: [table[scenario, part, m][seed] for part in parts]
-        for m in METHODS
+        for m in ordered(method for _, _, method in table)
         if seed in table.get((scenario, parts[0], m), {})
     }
     lines = [f"## Seed {seed} of {scenario}: every method on the same rows", ""]
@@ -190,7 +200,7 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
     """Summaries over seeds by (scenario, method), in the order of both."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for scenario in SCENARIOS:
-        for method in METHODS:
+        for method in ordered(map(method_of, found)):
             same = [found[name] for name in sorted(found) if name.rpartition("-")[0] == f"{scenario}-{method}"]
             if same:
                 groups[scenario, method] = same
@@ -204,7 +214,7 @@ def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> 
     baselines = {
         m: [scores[seed] for seed in seeds]
         for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and set(seeds) <= set(scores)
+        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and not own(m) and set(seeds) <= set(scores)
     }
     if not seeds or not baselines:
         return ""

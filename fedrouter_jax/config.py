@@ -188,7 +188,8 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
         "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }
-    return strategies.find(config.strategy)(**options.get(config.strategy, {}))
+    told = {} if config.strategy in strategies.STRATEGIES else {"config": config}
+    return strategies.find(config.strategy)(**options.get(config.strategy, told))
 
 
 def check_strategy(config: Config, strategy: Strategy) -> None:

@@ -1,6 +1,7 @@
 """The example of docs/add-a-method.md works, and obeys the laws."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 import test_laws
 from helpers import begin, play
 
-from fedrouter_jax import runs
+from fedrouter_jax import config, runs
 from fedrouter_jax.cli import main
+from fedrouter_jax.presets import smoke
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
+CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,11 @@ def page():
 
 WRONG = """
 
-nothing, number = dict, 3
+number = 3
+
+
+def nothing():
+    return {}
 
 
 def made_of(owners):
@@ -53,6 +60,10 @@ def other_name():
     return made_of({"own": "client"})
 
 
+def informed(config):
+    return made_of({"main": "client"})._replace(name=f"{config.rounds.rounds} rounds, scale {config.lora.scale}")
+
+
 def narrow():
     both = Phase(train={"a": True, "b": True}, weights={"a": 1.0, "b": 1.0})
     return made_of({"a": "client", "b": "client"})._replace(phases=lambda round, rounds: (both,))
@@ -66,8 +77,7 @@ def test_the_page_trains_and_scores(page):
 
 
 def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, unanswered):
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    (tmp_path / "mymethods.py").write_text(code + WRONG)
+    (tmp_path / "mymethods.py").write_text(CODE + WRONG)
     (tmp_path / "broken.py").write_text("\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
@@ -89,7 +99,7 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         ("mymethods:nameless", "owners are LoRA(a='client', b='shared', gate={}); expected a dict of named adapters"),
         ("mymethods:crossed", "client and cluster own the parts of 'main'"),
         ("mymethods:other_name", "a phase tells of main, but the adapters are own; name all"),
-        ("json:loads", "could not be called without arguments (TypeError"),
+        ("json:loads", "could not be called, with config if it takes one (TypeError"),
         ("broken:method", "ZeroDivisionError: division by zero, "),
         ("broken:method", "broken.py:2)"),
         ("mymethods:narrow", "a row for each text and a column for each of 8 slots, a_0 to b_3"),
@@ -97,6 +107,13 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         assert main(["run", "--preset", "smoke", "--strategy", name, *small[:-1], str(tmp_path / "other")]) == 2
         *_, line = capsys.readouterr().err.splitlines()  # behind a line for each part of a run
         assert message in line
+
+
+def test_a_method_that_takes_a_config_is_given_the_runs(tmp_path, monkeypatch):
+    (tmp_path / "informed_methods.py").write_text(CODE + WRONG)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = config.strategy(replace(smoke(), strategy="informed_methods:informed"), None)
+    assert found.name == f"3 rounds, scale {smoke().lora.scale}"
 
 
 @pytest.mark.parametrize(

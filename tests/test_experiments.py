@@ -73,6 +73,26 @@ def test_the_table_marks_the_best_rival_and_states_the_gain():
     assert table1_tables.markdown(found).splitlines() == lines
 
 
+def test_a_method_of_ones_own_is_in_the_tables_and_has_a_gain():
+    """It is nobody's baseline, however good it is."""
+    own = "mymethods:personal_a"
+    found = {
+        f"dual-{method}-{seed}": made(method, seed, score + 0.02 * seed)
+        for method, score in (("fedrouter+", 0.48), ("fedit", 0.38), (own, 0.58))
+        for seed in (0, 1)
+    }
+    lines = table1_tables.markdown(found).splitlines()
+    assert f"| dual | {own} | 2 | 0.590 / 0.295 |" in lines and f"| {own} | 0.580 | 0.290 | 0.435 |" in lines
+    scores = lines[: lines.index("## Seed 0 of dual: every method on the same rows")]
+    assert [line.split("|")[1].strip() for line in scores if line[:2] == "| "][1:] == [
+        *("base model", "fedrouter+", "fedit", own),
+        *(f"**{method}, gain over the best baseline**" for method in ("fedrouter+", own)),
+    ]
+    assert sum("+51.3 % over fedit" in line for line in scores) == 1
+    with pytest.raises(UserError, match="--strategy nowhere:method: not to be imported"):
+        table1.main(table1.Table1(smoke=True, methods=("fedit", "nowhere:method")))
+
+
 def test_the_base_model_is_that_of_the_method_that_comes_first():
     """Whichever of the names sorts first or last: another method in the table does not change its row."""
     found = {f"dual-{method}-0": made(method, 0, 0.4) for method in ("clustered", "fedrouter", "rolora", "unheard-of")}

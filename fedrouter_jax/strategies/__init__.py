@@ -1,6 +1,7 @@
 """One algorithm a file. `STRATEGIES` names those the command line offers; `find` takes others, too."""
 
 import importlib
+import inspect
 import traceback
 from collections.abc import Callable
 
@@ -57,7 +58,10 @@ __all__ = ["STRATEGIES", "find", *(name.replace("-", "_") for name in STRATEGIES
 
 
 def find(name: str) -> Callable[..., Strategy]:
-    """What makes the strategy of that name: one of `STRATEGIES`, or MODULE:FUNCTION that can be imported."""
+    """What makes the strategy of that name: one of `STRATEGIES`, or MODULE:FUNCTION that can be imported.
+
+    The latter is called with `config`, which it hands on to a function that takes one.
+    """
     if name in STRATEGIES:
         return STRATEGIES[name]
     module, colon, function = name.partition(":")
@@ -74,14 +78,14 @@ def find(name: str) -> Callable[..., Strategy]:
     if not callable(make):
         raise UserError(f"--strategy {name} is a {type(make).__name__}; expected a function that gives a Strategy")
 
-    def made() -> Strategy:
+    def made(config) -> Strategy:
         try:
-            strategy = make()
+            strategy = make(config=config) if "config" in inspect.signature(make).parameters else make()
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f"--strategy {name} could not be called without arguments ({_told(error)}); mend it there"
+                f"--strategy {name} could not be called, with config if it takes one ({_told(error)}); mend it there"
             ) from error
         if not isinstance(strategy, Strategy):
             raise UserError(
