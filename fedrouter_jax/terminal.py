@@ -33,6 +33,8 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale without some letter must not cost the answers
     try:
         keep_programs()
         action()
@@ -47,7 +49,10 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
         return failed(2, f"{error.filename}: {reason}" if error.filename else reason)
     except KeyboardInterrupt as stop:
         return failed(130, f"interrupted; {stop if stop.args else again}")
-    except Exception:  # a fault of ours; where there are other processes they must not wait for this one
+    except Exception as error:
+        if told := of_device(error):
+            return failed(2, told)
+        # A fault of ours; where there are other processes they must not wait for this one.
         from fedrouter_jax import processes
 
         if processes.joined():
@@ -55,6 +60,25 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
             processes.leave(1)
         raise
     return 0
+
+
+def of_device(error: Exception) -> str | None:
+    """What to say where a device is missing or full; None for other errors."""
+    said = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in said:
+        return (
+            f"a device's memory is used up ({said[:200]}); less at a time takes less: --groups-at-once 1 "
+            "--packs-at-once 1 --rows-at-once 8 --remat; of a run that has begun, change these under compute in its "
+            "config.json and resume it"
+        )
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as none:  # JAX has several
+        asked, why = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(none).split())[:200] or type(none).__name__
+        return f"JAX finds no device ({why}; JAX_PLATFORMS is {asked!r}); install JAX for it, or choose another"
+    return None
 
 
 def failed(code: int, why: str) -> int:

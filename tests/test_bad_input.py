@@ -6,9 +6,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import jax
 import pytest
 
-from fedrouter_jax import runs
+from fedrouter_jax import runs, terminal
 from fedrouter_jax.cli import main
 from fedrouter_jax.terminal import in_a_line, parse
 
@@ -226,6 +227,33 @@ def test_a_reader_that_stops_is_told_nothing():
         assert process.stderr.read() == ""
         assert process.wait() == 141
         process.stderr.close()
+
+
+def test_a_device_that_is_full_or_missing_is_one_line(monkeypatch, capsys):
+    def fails(error):
+        raise error
+
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying to allocate 9 bytes")
+    assert terminal.guarded(lambda: fails(full)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Out of memory while" in line and "--groups-at-once 1" in line and "resume" in line
+    with pytest.raises(AssertionError, match="ours"):
+        terminal.guarded(lambda: fails(AssertionError("ours")))
+    monkeypatch.setattr(jax, "devices", lambda: fails(RuntimeError("Unable to initialize backend 'x'")))
+    monkeypatch.setenv("JAX_PLATFORMS", "x")
+    assert terminal.guarded(lambda: fails(AssertionError())) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "JAX finds no device (Unable to initialize backend 'x'; JAX_PLATFORMS is 'x')" in line
+
+
+def test_answers_are_printed_in_any_locale():
+    say = (
+        "import sys; from fedrouter_jax import terminal as t; sys.exit(t.guarded(lambda: print('caf\\u00e9 \\u4e16')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", say], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "caf\\xe9 \\u4e16\n"
 
 
 def test_a_write_that_fails_is_one_line_and_keeps_what_was_there(tmp_path):

@@ -12,7 +12,13 @@ from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.presets import smoke
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "serve.md"
-TEXTS = ["Facts: White Plaza, town, Newport\nTurn the facts into one sentence.", "q 3?", "Same question? a, or b?"]
+SPELLED = f"q {tiny_tokenizer().eos_token} 3?"  # a special token in a user's text
+TEXTS = [
+    SPELLED,
+    "Facts: White Plaza, town, Newport\nTurn the facts into one sentence.",
+    "q 3?",
+    "Same question? a, or b?",
+]
 
 
 def test_the_page_answers_as_route_does(tmp_path):
@@ -36,6 +42,7 @@ def test_the_page_answers_as_route_does(tmp_path):
     routed = names["Routed"](out, base)
     wanted = [(found["adapter"], found["answer"]) for found in serve.route(out, TEXTS)]
     assert [routed.answer(text) for text in TEXTS] == wanted and len({name for name, _ in wanted}) > 1
+    assert tiny_tokenizer().eos_token_id not in routed.ids(SPELLED)["input_ids"]
     name = routed.nearest(TEXTS[0])
     routed.how["held"].remove(routed.how["adapters"].index(name))  # as if nobody held that cluster
     assert routed.nearest(TEXTS[0]) != name

@@ -171,6 +171,18 @@ def test_split_is_the_same_on_every_platform():
     assert len(sources.split(rows, 0.26, 0, "")[1]) == 3  # the nearest number
 
 
+def test_every_task_of_every_client_has_test_rows():
+    """Where it has two instructions; one that several clients have is nowhere in both parts."""
+    rows = [Row(f"{client} {i}", "x", "ab"[i % 2], client) for client in ("one", "two", "three") for i in range(6)]
+    rows += [Row("one 0", "again", "b", "two"), Row("alone", "x", "c", "one")]
+    for seed in range(10):
+        train, test = sources.split(tuple(rows), 0.2, seed, "")
+        assert sorted(train + test) == sorted(rows)
+        assert {(row.client, row.task) for row in test} >= {(c, t) for c in ("one", "two", "three") for t in "ab"}
+        assert not {row.instruction for row in train} & {row.instruction for row in test}
+        assert "alone" in {row.instruction for row in train}
+
+
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_split_is_never_empty(tmp_path, fraction):
     loaded = sources.load(str(write(tmp_path / "data.csv", ROWS)), test_fraction=fraction)
@@ -221,7 +233,8 @@ def test_hugging_face_splits(hub):
 def test_hugging_face_train_only_is_split(hub):
     hub["train"] = [row._asdict() for row in ROWS]
     loaded = sources.load("owner/chat")
-    assert set(loaded.train + loaded.test) == set(ROWS) and len(loaded.test) == 1
+    assert set(loaded.train + loaded.test) == set(ROWS)
+    assert {row.task for row in loaded.test} == {"greet", "sum"}  # one of two or three of each
     assert sources.load("owner/chat", seed=1).test != loaded.test
 
 

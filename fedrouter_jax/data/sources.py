@@ -30,8 +30,9 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     * `"synthetic"`: the embedded tasks, `synthetic.make(seed)`;
     * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a file of one of
       `SUFFIXES`;
-    * one such file, split by `seed`: about `test_fraction` of its distinct instructions, with all their rows, are
-      held out, so that no test instruction occurs in train; rows keep their order;
+    * one such file, split by `seed`: of each task of each client about `test_fraction` of the distinct instructions,
+      and one at least where there are two, are held out with all their rows, so that no test instruction occurs in
+      train; rows keep their order;
     * else the id of a Hugging Face data set, or `ID:CONFIGURATION` where it has several, whose `train` split and first
       split named as above are read (a data set with no test split is split as one file is).
 
@@ -113,9 +114,16 @@ def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) ->
         raise UserError(
             f"{where}: only one instruction, so no test rows can be held out; give at least 2 different ones"
         )
-    random.Random(f"{seed}/split").shuffle(instructions)
-    count = min(max(round(test_fraction * len(instructions)), 1), len(instructions) - 1)
-    held_out = set(instructions[:count])
+    groups: dict[tuple[str, str], dict[str, None]] = {}  # whose scores want test rows
+    group_of = {row.instruction: (row.client, row.task) for row in reversed(rows)}  # of its first row
+    for instruction in instructions:
+        groups.setdefault(group_of[instruction], {})[instruction] = None
+    if all(len(group) == 1 for group in groups.values()):
+        groups = {("", ""): dict.fromkeys(instructions)}
+    shuffled, held_out = random.Random(f"{seed}/split"), set()
+    for group in map(list, groups.values()):
+        shuffled.shuffle(group)
+        held_out.update(group[: min(max(round(test_fraction * len(group)), 1), len(group) - 1)])
     return (
         tuple(row for row in rows if row.instruction not in held_out),
         tuple(row for row in rows if row.instruction in held_out),
