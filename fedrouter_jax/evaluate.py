@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from fedrouter_jax import answers, routing
+from fedrouter_jax import answers, processes, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared, test_rows
@@ -174,7 +174,7 @@ def questions(
 def opened(prepared: Prepared, state: FederationState, clients: Array, seen: View, mode: routing.Mode) -> np.ndarray:
     """The weights [row, slot] that the strategy's router gives adapters; raises `UserError` for another shape."""
     strategy = prepared.strategy
-    weights = np.asarray(strategy.route(state, clients, seen, mode))
+    weights = np.asarray(processes.of_first(strategy.route(state, clients, seen, mode)))
     names = bank_lib.serving_names(strategy.owners, state.bank)
     if weights.shape != (len(clients), len(names)):
         raise UserError(

@@ -28,9 +28,9 @@ from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_losses
-from fedrouter_jax.models import Model, load_model
+from fedrouter_jax.models import Model, load_model, on_device
 from fedrouter_jax.sharing import Advance, divided, unseen
-from fedrouter_jax.types import FederationState, Strategy, Work
+from fedrouter_jax.types import Array, FederationState, PyTree, Strategy, Work
 
 
 class Prepared(NamedTuple):
@@ -72,7 +72,10 @@ def prepare(
         check_unlabelled(config, strategy, dataset.name)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, data.newcomers)
-    model = model or load_model(config.model, config.dtype, config.quantise)
+    place = on_mesh(on)
+    given = model and model._replace(params=place(model.params))
+    model = given or load_model(config.model, config.dtype, config.quantise, place)
+    on = on if on.size > 1 else None
     config_lib.check_length(config, model.config)
     encode = partial(
         tokens.encode,
@@ -98,7 +101,6 @@ def prepare(
     rounds = config.rounds
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(model.config, config.lora, packs)
-    model, on = spread(model, on)
     round = make_round(strategy, update, rate, rounds.rounds, groups or None, server, loss, on)
     return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
 
@@ -106,17 +108,15 @@ def prepare(
 def without_rows(config: Config, split: Partition) -> Prepared:
     """The same of a run that only answers: whose rows were dealt so, but are not read."""
     on = mesh.make(config.compute.model_parallel)
-    model, on = spread(load_model(config.model, config.dtype, config.quantise), on)
+    model = load_model(config.model, config.dtype, config.quantise, on_mesh(on))
     strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
-    return Prepared(config, model, strategy, split, on)
+    return Prepared(config, model, strategy, split, on if on.size > 1 else None)
 
 
-def spread(model: Model, on: Mesh) -> tuple[Model, Mesh | None]:
-    """The model on a mesh; as it is, and None, where there is one device."""
-    if on.size == 1:
-        return model, None
-    return model._replace(params=mesh.place_base(on, model.params)), on
+def on_mesh(on: Mesh) -> Callable[[PyTree], PyTree]:
+    """What puts a base on a mesh; where that is one device, on it."""
+    return partial(mesh.place_base, on) if on.size > 1 else on_device
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
@@ -199,7 +199,7 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     rows = [len(held.train) for held in prepared.partition.clients]
     config = prepared.config
     local, total = cluster_counts(config, prepared.partition)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = jax.random.fold_in(key_of(config.seed), 1)
     if prepared.strategy.enrolling in ("nothing", "random"):
         dealt = key if prepared.strategy.enrolling == "random" else None
         return routing.one_cluster_each(rows, total or 1, dealt, config.data.newcomers)
@@ -216,9 +216,17 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         clients = [embeddings[end - count : end] for count, end in zip(rows, ends, strict=True)]
         recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
         found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)
+        # Several processes each come to the same, but for the last bit, which may decide where a row belongs.
+        table, labels, router = processes.of_first((found.table, found.labels, found.router))
+        found = found._replace(table=table, labels=labels, router=router)
     if config.rounds.turns == "staggered":
         return routing.staggered(found, config.rounds.rounds, config.data.newcomers, config.rounds.clusters_per_round)
     return found
+
+
+def key_of(seed: int) -> Array:
+    """The key of a run: the same whatever `JAX_DEFAULT_PRNG_IMPL` says, which is often rbg on TPUs."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
@@ -238,7 +246,7 @@ def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | 
 def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     """The state before round 1: every slot holds the same fresh adapter."""
     config, decoder = prepared.config, prepared.model.config
-    fresh = lora.init(jax.random.key(config.seed), decoder, config.lora)
+    fresh = lora.init(key_of(config.seed), decoder, config.lora)
     state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     return placed(prepared, state._replace(server=server_lib.init(server, prepared.strategy.owners, state.bank)))
@@ -308,11 +316,11 @@ def train_round(
 ) -> tuple[FederationState, dict]:
     """One round: the new state (the old one is donated) and a JSON-ready record of what happened."""
     before = clock.perf_counter()
-    key = jax.random.fold_in(jax.random.key(prepared.config.seed), 2)
+    key = jax.random.fold_in(key_of(prepared.config.seed), 2)
     table = np.array(state.table)  # a copy: the state is donated
     spread = batch if prepared.mesh is None else mesh.place_batches(prepared.mesh, batch)
     state, info = prepared.round(state, prepared.model.params, work, spread, key)
-    loss = np.asarray(info.loss)
+    loss, rejected = np.asarray(info.loss), np.asarray(info.rejected)
     seconds = clock.perf_counter() - before
     strategy = prepared.strategy
     phases = strategy.phases(int(state.round), prepared.config.rounds.rounds)
@@ -325,7 +333,7 @@ def train_round(
             "cluster": int(work.cluster[i]),
             "weight": float(work.weight[i]),
             "loss": [float(value) if np.isfinite(value) else None for value in loss[i]],
-            **({"rejected": "not finite"} if info.rejected[i] else {}),
+            **({"rejected": "not finite"} if rejected[i] else {}),
         }
         for i in np.flatnonzero(trained)
     ]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fedrouter_jax import models
 from fedrouter_jax.data import packing
@@ -149,10 +150,11 @@ def generate(
     held = np.full(rows, -1)  # the prompt that each row answers
     owner = np.full(_pages(needs[waiting[-rows:]].sum(), 32 if shrinks else rows), rows, np.int32)  # of each page
     start = np.zeros_like(owner)
+    where = _beside(base)
     state = Answering(
-        models.empty_cache(config, rows, owner, start, new_tokens, base["embedding"].dtype),
-        jnp.full(rows, stop, jnp.int32),
-        jnp.full((rows, new_tokens), stop, jnp.int32),
+        models.empty_cache(config, rows, owner, start, new_tokens, base["embedding"].dtype, where),
+        jnp.full(rows, stop, jnp.int32, device=where),
+        jnp.full((rows, new_tokens), stop, jnp.int32, device=where),
     )
     while waiting or (held >= 0).any():
         if waiting:  # as many rows are free as are to be filled
@@ -185,6 +187,12 @@ def generate(
         held[done] = -1
         advance(len(done))
     return answers
+
+
+def _beside(base: PyTree) -> NamedSharding | None:
+    """Whole on every device of the row that holds this base; None where it is on no mesh, or in the host's memory."""
+    found = getattr(base["embedding"], "sharding", None)
+    return NamedSharding(found.mesh, PartitionSpec()) if isinstance(found, NamedSharding) else None
 
 
 def _pages(count: int, step: int) -> int:

@@ -171,9 +171,12 @@ def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
 
 def asked(federation: Federation, lanes: int) -> Adapters:
     """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
+    return jax.eval_shape(federation.strategy.ask, federation.state, _work(lanes))
+
+
+def _work(lanes: int) -> Work:
     ints = jax.ShapeDtypeStruct((lanes,), jnp.int32)
-    work = Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32))
-    return jax.eval_shape(federation.strategy.ask, federation.state, work)
+    return Work(ints, ints, jax.ShapeDtypeStruct((lanes,), jnp.float32))
 
 
 def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread: bool = False) -> Memory:
@@ -181,6 +184,7 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     decoder, config, parallel = federation.decoder, federation.config, federation.config.compute.model_parallel
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
     adapters = asked(federation, pack.lanes)
+    sums = jax.eval_shape(lambda *given: federation.strategy.collect(*given)[0], federation.state, _work(pack.lanes))
     lanes, width = on_a_device(adapters, parallel), computation(config.dtype).itemsize
     tpu = federation.platform == "tpu"
     # Scores of the output head and their gradient, for TPUs once more, in another order; or, when those are gone, a
@@ -195,7 +199,7 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     copies = 8 if tpu else 4
     return Memory(
         base=nbytes(base) // parallel,  # norms apart, which are few
-        bank=2 * nbytes((federation.state.bank, federation.state.memory)) + nbytes(federation.state.server),
+        bank=nbytes((federation.state.bank, federation.state.memory, federation.state.server)) + nbytes(sums),
         batches=4 * groups * steps(config, federation.strategy) * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
         # Beside those what was asked for: on a mesh all lanes ask before the first trains.
         lanes=lanes * (copies * at_once + (groups if spread else at_once)),

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.models import DecoderConfig, module_shapes, values
+from fedrouter_jax.models import DecoderConfig, module_shapes
 from fedrouter_jax.routing import Router
 from fedrouter_jax.types import LoRA, PyTree
 
@@ -62,14 +62,12 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
     write_json(folder / "adapter_config.json", description)
 
 
-def write_shift(folder: Path, before: PyTree, after: PyTree, targets: Sequence[str]) -> None:
-    """What was added to frozen weights: `base_shift.safetensors`, [out, in] by the names of transformers."""
+def write_shift(folder: Path, params: PyTree, targets: Sequence[str]) -> None:
+    """The shift of frozen weights: `base_shift.safetensors`, [out, in] by the names of transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module in targets:
-        new, old = (values(tree["blocks"][module]["kernel"]).astype(jnp.float32) for tree in (after, before))
-        shift = np.asarray(new - old)
-        for layer, delta in enumerate(shift):
+        for layer, delta in enumerate(np.asarray(params["blocks"][module]["shift"])):
             tensors[f"model.layers.{layer}.{BLOCK[module]}.{module}.weight"] = np.ascontiguousarray(delta.T)
     _write_tensors(folder / "base_shift.safetensors", tensors)
 

@@ -72,6 +72,13 @@ def agreed(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def of_first(tree: PyTree) -> PyTree:
+    """The first process's arrays."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.broadcast_one_to_all(tree)
+
+
 def share() -> slice:
     """What this process does of a list that divides."""
     return slice(jax.process_index(), None, jax.process_count())

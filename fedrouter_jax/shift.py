@@ -8,7 +8,6 @@ from functools import partial
 import jax.numpy as jnp
 
 from fedrouter_jax.bank import expand
-from fedrouter_jax.models import values
 from fedrouter_jax.types import Array, FederationState, LoRA, PyTree
 
 # What is kept may be a small difference of products: rounded operands, an accelerator's default, would leave little.
@@ -29,13 +28,12 @@ def added(shift: dict[str, Array], share: Array, lora: LoRA) -> dict[str, Array]
 
 
 def base(scale: float) -> Callable[[FederationState, PyTree], PyTree]:
-    """`Strategy.base` of methods whose memory is a shift: W0 plus `scale` times that."""
+    """`Strategy.base` of methods whose memory is a shift: W0, and beside it `scale` times that."""
 
     def shifted(state, params):
         blocks = dict(params["blocks"])
         for module, delta in state.memory.items():
-            kernel = values(blocks[module]["kernel"]).astype(jnp.float32)  # bfloat16 would round the shift away
-            blocks[module] = {**blocks[module], "kernel": kernel + scale * delta}
+            blocks[module] = {**blocks[module], "shift": scale * delta}
         return {**params, "blocks": blocks}
 
     return shifted

@@ -134,7 +134,7 @@ class Strategy(NamedTuple):
     # (state, work, losses) -> state, before lanes ask; `losses` maps the adapters of one slot to losses [lane]
     choose: Callable[[FederationState, Work, Callable[[Adapters], Array]], FederationState] | None = None
     regroup: Callable[[FederationState], FederationState] | None = None  # on the host, after a round
-    base: Callable[[FederationState, PyTree], PyTree] | None = None  # what the frozen parameters have become
+    base: Callable[[FederationState, PyTree], PyTree] | None = None  # the frozen ones, a "shift" beside each target's
     # (state after a round, its lanes, bytes of all that one trains and does not keep) -> bytes one sends, and receives
     traffic: Callable[[FederationState, int, int], tuple[int, int]] = lambda state, lanes, size: (size, size)
     derive: Callable[[FederationState], FederationState] | None = None  # what follows from the new adapters

@@ -7,7 +7,7 @@ A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), an
 to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
 difference from one device that plays all rounds, the number of compiled programs, and what the devices of a program
 send each other: bytes by operation, and the bytes of the bank. A case with `answer` embeds and answers so many texts
-instead, and prints the largest difference of embeddings and the share of equal answers.
+instead, and prints the largest difference of embeddings, the share of equal answers, and the devices of caches.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ if "process" in ASKED:
 from jax.experimental.multihost_utils import process_allgather
 
 from experiments import hlo
-from fedrouter_jax import answers, bank, checkpoint, client, experiment, mesh
+from fedrouter_jax import answers, bank, checkpoint, client, experiment, generate, mesh, models
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
@@ -102,14 +103,22 @@ def respond(strategy, shape, answer):
     on = mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
     model = prepared.model._replace(params=mesh.place_base(on, prepared.model.params))
     spread, placed = prepared._replace(model=model, mesh=on), mesh.place_state(on, prepared.strategy, state)
-    said, numbers = [], []
+    said, numbers, caches = [], [], []
+
+    def empty_cache(*given):
+        made = models.empty_cache(*given)
+        caches.append({device.id for leaf in jax.tree.leaves(made) for device in leaf.devices()})
+        return made
+
+    generate.models = SimpleNamespace(**vars(models) | {"empty_cache": empty_cache})
     for of, here in ((prepared, state), (spread, placed)):
         said.append(answers.answer(of, here, [row.prompt for row in encoded], weights))
         numbers.append((experiment.embed_texts(of, texts), answers.losses(of, here, encoded, weights)))
     same = np.mean([a == b for a, b in zip(*said, strict=True)])
     gap = max(float(np.abs(alone - spread).max()) for alone, spread in zip(*numbers, strict=True))
     bases = len(mesh.copies(model.params))
-    return {"gap": gap, "same": float(same), "different": len(set(said[0])), "bases": bases}
+    found = {"gap": gap, "same": float(same), "different": len(set(said[0])), "bases": bases}
+    return found | {"caches": sorted(map(sorted, caches[1:]))}  # the first was that of one device
 
 
 for case in ASKED["cases"]:

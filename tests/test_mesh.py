@@ -126,6 +126,8 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device(eight):
         assert case["gap"] < 1e-4 and case["same"] == 1, case
     assert [case["bases"] for case in found] == [4, 3]  # each works with its own
     assert found[0]["different"] > 3
+    # Keys and values, too, or the first device would hold those of all.
+    assert [case["caches"] for case in found] == [[[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [1]]]
 
 
 def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):

@@ -36,6 +36,7 @@ CASES = {
     "wide": (WIDE, {}, 1, 1),
     "135m, 256 adapters, adam": (SMOLLM, {"clusters": 256, "rounds": RoundConfig(server="adam")}, 1, 1),
     "135m, adapters of 512 clients": (SMOLLM, {"strategy": "local", "clients": 512}, 1, 1),
+    "135m, directions of 512 clients": (SMOLLM, {"strategy": "clustered", "clients": 512}, 1, 1),
     "wide, fedex": (WIDE, {"strategy": "fedex", "lora": LoRAConfig(targets=MODULES)}, 1, 1),
 }
 

@@ -1,7 +1,5 @@
 """The frozen base in 8 and 4 bits: codes against qwix, the model against itself with the dequantised kernels."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,8 @@ import pytest
 import qwix
 from helpers import assert_close, inputs
 
-from fedrouter_jax import experiment
-from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import MODULES, hidden_states, load_model
 from fedrouter_jax.models.quantise import LEVELS, kernel, quantise
-from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import fedrouter
 
 WAYS = ("int8", "nf4")
@@ -23,7 +18,7 @@ def plain(params):
     """The same parameters with the kernels that the codes stand for."""
 
     def module(leaf):
-        if not isinstance(leaf, dict):
+        if not isinstance(leaf, dict) or "codes" not in leaf:
             return leaf
         rest = {name: value for name, value in leaf.items() if name not in ("codes", "scales")}
         layers = [
@@ -52,7 +47,7 @@ def test_codes_stand_for_what_qwix_dequantises(how, rule, inputs, bits):
         found = kernel(jax.tree.map(lambda leaf, at=layer: leaf[at], stored), jnp.float32)
         # Scales of nf4 are kept in bfloat16: eight bits of them.
         np.testing.assert_allclose(found, expected, rtol=1e-6 if how == "int8" else 2**-8, atol=1e-6)
-    assert 8 * sum(leaf.on_device_size_in_bytes() for leaf in stored.values()) / w.size == pytest.approx(bits)
+    assert 8 * sum(leaf.nbytes for leaf in stored.values()) / w.size == pytest.approx(bits)
 
 
 def test_levels_of_nf4_are_quantiles_of_a_normal_distribution():
@@ -95,7 +90,22 @@ def test_training_on_a_quantised_base_is_training_on_its_kernels(federation, how
     assert_close(found, expected, 5e-4)
 
 
-def test_weights_that_a_method_shifts_cannot_be_codes():
+@pytest.mark.parametrize("how", ("none", *WAYS))
+def test_a_shift_is_added_to_what_codes_or_kernels_stand_for(tiny, how):
+    """However small it is beside the weights."""
+    shift = {m: 1e-3 * jax.random.normal(jax.random.key(2), tiny.params["blocks"][m]["kernel"].shape) for m in MODULES}
+
+    def states(params, change):
+        blocks = {name: change(name, leaf) if name in MODULES else leaf for name, leaf in params["blocks"].items()}
+        tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 256)
+        return hidden_states(tiny.config, {**params, "blocks": blocks}, tokens, jnp.tile(jnp.arange(20), (2, 1)))
+
+    params = quantise(tiny.params, how)
+    found = states(params, lambda name, leaf: leaf | {"shift": shift[name]})
+    expected = states(plain(params), lambda name, leaf: leaf | {"kernel": leaf["kernel"] + shift[name]})
+    assert_close(found, expected, 1e-4)
+    assert float(jnp.abs(found - states(params, lambda name, leaf: leaf)).max()) > 1e-3
+
+
+def test_a_base_is_loaded_as_codes():
     assert "codes" in load_model("tiny", "bfloat16", "nf4").params["blocks"]["up_proj"]
-    with pytest.raises(UserError, match="--quantise is nf4, but fedex shifts the frozen weights"):
-        experiment.prepare(dataclasses.replace(smoke(), strategy="fedex", quantise="nf4"))

@@ -11,7 +11,7 @@ from fedrouter_jax.models.decoder import (
     logits,
     prefill,
 )
-from fedrouter_jax.models.load import Model, load_model, model_config
+from fedrouter_jax.models.load import Model, load_model, model_config, on_device
 from fedrouter_jax.models.matrices import values
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
@@ -32,6 +32,7 @@ __all__ = [
     "logits",
     "model_config",
     "module_shapes",
+    "on_device",
     "prefill",
     "reuse_rows",
     "select_rows",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from fedrouter_jax.models.attention import product32
 from fedrouter_jax.models.config import DecoderConfig
@@ -36,18 +38,25 @@ class Cache(NamedTuple):
     written: Array  # int32 [], steps so far
 
 
-def empty_cache(config: DecoderConfig, rows: int, owner: Array, start: Array, new: int, dtype) -> Cache:
+def empty_cache(
+    config: DecoderConfig, rows: int, owner: Array, start: Array, new: int, dtype, where: Sharding | None = None
+) -> Cache:
     """A cache of `rows` rows that hold nothing yet, with room for `new` tokens more than their prompts.
 
     `owner` and `start` int32 [page] deal the pages to rows; `dtype` is best that of the embedding; uint16 holds
-    bfloat16, as in `as_bits`.
+    bfloat16, as in `as_bits`. It is made `where` it will be used: it may take much of a device.
     """
-    head = (config.kv_heads, config.head_dim)
-    k = jnp.zeros((config.layers, len(owner), *head, PAGE), dtype)
-    new_k, new_v = jnp.zeros((2, config.layers, rows, config.kv_heads, new, config.head_dim), dtype)
-    length, began = jnp.zeros((2, rows), jnp.int32)
-    deal = (jnp.asarray(part, jnp.int32) for part in (owner, start))
-    return Cache(k, jnp.swapaxes(k, -1, -2), *deal, length, began, new_k, new_v, jnp.zeros((), jnp.int32))
+    zeros = partial(jnp.zeros, device=where)
+    pages, answers = (config.layers, len(owner), config.kv_heads), (config.layers, rows, config.kv_heads, new)
+    deal = (jnp.asarray(part, jnp.int32, device=where) for part in (owner, start))
+    return Cache(
+        zeros((*pages, config.head_dim, PAGE), dtype),
+        zeros((*pages, PAGE, config.head_dim), dtype),
+        *deal,
+        *(zeros(rows, jnp.int32) for _ in range(2)),
+        *(zeros((*answers, config.head_dim), dtype) for _ in range(2)),
+        zeros((), jnp.int32),
+    )
 
 
 def pages_of(cache: Cache, owner: Array, positions: Array) -> Array:

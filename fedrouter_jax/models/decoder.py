@@ -4,7 +4,8 @@ The blocks are stacked on a leading layer axis and run by a scan, so compile tim
 of the project sees only the functions at the bottom; Flax Linen stays inside.
 
 Parameters: {"embedding": [vocab, width], "norm": [width], "blocks": {module: {"kernel": [layer, in, out], "bias"?:
-[layer, out]}, norm: [layer, size]}, "head"?: [vocab, width]}, or with {"codes", "scales"} for a kernel (`quantise.py`).
+[layer, out]}, norm: [layer, size]}, "head"?: [vocab, width]}, or with {"codes", "scales"} for a kernel (`quantise.py`),
+and with a "shift" of a kernel, [layer, in, out] in float32, for methods that move the frozen weights (`shift.py`).
 All computation is in the dtype of the norms, except RMSNorm, rotary positions and softmax, which are in float32.
 Where kernels, embedding and head are of fewer bits ("mixed"), the operands of their products are rounded to that, and
 sums are float32.
@@ -119,6 +120,8 @@ class _Linear(nn.Module):
             y = x @ kernel if kernel.dtype == x.dtype else rounded_product(x, kernel, 0).astype(x.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.width,), x.dtype)
+        if self.has_variable("params", "shift"):  # rounded with the kernel, a small one would leave it as it is
+            y = y + rounded_product(x, self.variables["params"]["shift"], 0).astype(x.dtype)
         if adapter is not None and self.name in adapter.lora.a:
             y = y + low_rank(x, self.name, adapter, self.rate)
         return y

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -55,7 +54,7 @@ def _get(tree: PyTree, path: tuple[str, ...]) -> Any:
 
 
 def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[[str], np.ndarray]) -> PyTree:
-    """Parameters from named tensors, read one at a time into stacked arrays, so that memory holds one copy.
+    """Parameters from named tensors, read one at a time into stacked arrays of NumPy, so that memory holds one copy.
 
     `names` are the tensors there are, spelled as in transformers' Llama; `read` gives one of them. Raises
     `UserError` for a tensor that is missing, unexpected or of the wrong shape.
@@ -87,7 +86,7 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
             "the configuration ties the head to the embedding, but the weights hold two different ones; expected equal "
             "ones: set tie_word_embeddings false in config.json to keep both"
         )
-    return jax.tree.map(jnp.asarray, params)
+    return params
 
 
 @contextmanager

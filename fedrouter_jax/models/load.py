@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.matrices import DTYPES, as_bits
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.models.quantise import quantise as quantise_params
-from fedrouter_jax.types import PyTree
+from fedrouter_jax.types import Array, PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -108,10 +109,21 @@ def model_config(name: str) -> DecoderConfig:
     return hf.folder_config(Path(name) if Path(name).is_dir() else hf.download(name, ["config.json"]))
 
 
-def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise = "none") -> Model:
+def on_device(params: PyTree) -> PyTree:
+    """The parameters as arrays of the first device."""
+    return jax.tree.map(jnp.asarray, params)
+
+
+def load_model(
+    name: str = DEFAULT,
+    dtype: str = "float32",
+    quantise: Quantise = "none",
+    place: Callable[[PyTree], PyTree] = on_device,
+) -> Model:
     """Loads a base model: "smollm2-135m", "tiny", a .gguf file, a Hugging Face folder, or else a hub id.
 
-    `dtype` (one of `DTYPES`) is that of the parameters; `quantise` stores the linear layers in fewer bits.
+    `dtype` (one of `DTYPES`) is that of the parameters; `quantise` stores the linear layers in fewer bits; `place` puts
+    them where they are used, out of the host's memory, for no single device may hold them all.
     Raises `UserError` for anything not found, not whole or not supported.
     """
     if dtype not in DTYPES:
@@ -126,18 +138,18 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", quantise: Quantise =
         )
     _check_finite(model)
     params = quantise_params(model.params, quantise)
-    return model._replace(params=as_bits(params) if jax.default_backend() == "cpu" else params)
+    return model._replace(params=place(as_bits(params) if jax.default_backend() == "cpu" else params))
 
 
 @jax.jit
-def _finite(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+def _finite(leaf: Array) -> Array:
+    return jnp.isfinite(leaf).all()
 
 
 def _check_finite(model: Model) -> None:
     """A number that is none would be noticed much later, as embeddings or lanes that are not finite."""
-    for path, finite in jax.tree_util.tree_leaves_with_path(_finite(model.params)):
-        if not finite:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        if not all(_finite(part) for part in (leaf if leaf.ndim > 2 else [leaf])):  # layer by layer
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             raise UserError(f"{model.name} has weights that are no finite numbers (in {where}); get its file again")
 

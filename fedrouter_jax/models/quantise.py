@@ -8,10 +8,12 @@ made by qwix; packing them is ours, since a 4-bit array takes a byte an element 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedrouter_jax.types import Array, PyTree
 
@@ -25,8 +27,16 @@ LEVELS = (
 )  # fmt: skip
 
 
-def quantise(params: PyTree, how: Quantise) -> PyTree:
-    """Parameters whose kernels `[layer, in, out]` have become codes and scales; the others are the same arrays."""
+def on_host(layers: list[Array]) -> np.ndarray:
+    """Arrays of layers as one, in the host's memory: a base need not fit one device whole."""
+    return np.stack([np.asarray(layer) for layer in layers])
+
+
+def quantise(params: PyTree, how: Quantise, stack: Callable[[list[Array]], Any] = on_host) -> PyTree:
+    """Parameters whose kernels `[layer, in, out]` have become codes and scales; the others are the same arrays.
+
+    A device has one layer at a time; `stack` puts them together.
+    """
     if how == "none":
         return params
     codes = {"int8": _int8, "nf4": _nf4}[how]
@@ -35,8 +45,8 @@ def quantise(params: PyTree, how: Quantise) -> PyTree:
         if not isinstance(leaf, dict):
             return leaf
         rest = {name: value for name, value in leaf.items() if name != "kernel"}
-        layers = [jax.jit(codes)(kernel) for kernel in leaf["kernel"]]  # layer by layer: the work needs little room
-        return rest | jax.tree.map(lambda *each: jnp.stack(each), *layers)
+        layers = [jax.jit(codes)(kernel) for kernel in leaf["kernel"]]
+        return rest | {name: stack([layer[name] for layer in layers]) for name in layers[0]}
 
     return {**params, "blocks": {name: module(leaf) for name, leaf in params["blocks"].items()}}
 
@@ -71,4 +81,4 @@ def kernel(stored: dict[str, Array], dtype) -> Array:
 
 def stored_shapes(shapes: PyTree, how: Quantise) -> PyTree:
     """The tree of `jax.ShapeDtypeStruct` that `quantise` makes of parameters of these shapes."""
-    return jax.eval_shape(lambda params: quantise(params, how), shapes)
+    return jax.eval_shape(lambda params: quantise(params, how, jnp.stack), shapes)

@@ -97,7 +97,7 @@ def _instance_wise(scale: float, weight_on: WeightOn):
         own = jax.nn.one_hot(1 + clients, 1 + count)  # slot 0 is the global adapter
         here = _unit(view.hidden(own))
         known = _unit(view.references(jnp.eye(count, 1 + count, k=1)))[clients]
-        w = scale * jnp.einsum("rw,rsw->rs", here, known).mean(axis=1, keepdims=True)
+        w = scale * jnp.einsum("rw,rsw->rs", here, known, precision="highest").mean(axis=1, keepdims=True)
         local = w if weight_on == "local" else 1 - w
         return local * own + (1 - local) * jax.nn.one_hot(jnp.zeros_like(clients), 1 + count)
 

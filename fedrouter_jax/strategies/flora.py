@@ -25,7 +25,8 @@ OWNERS = {"main": "shared"}
 def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
     """A shared shift of W0; `scale` is alpha / r, `seed` that of fresh adapters. Averaged: A B. Private: nothing."""
     create = owned(OWNERS)[0]
-    drawn = jax.random.fold_in(jax.random.key(seed), 0xF1)  # apart from the keys of enrolment and rounds
+    run = jax.random.key(seed, impl="threefry2x32")  # that of `experiment.key_of`
+    drawn = jax.random.fold_in(run, 0xF1)  # apart from the keys of enrolment and rounds
 
     def init(adapters, enrolment):
         return create(adapters, enrolment)._replace(memory=shift.none(adapters["main"]))

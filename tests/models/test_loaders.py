@@ -165,6 +165,15 @@ def test_load_model_from_a_folder(llama):
     assert models.load_model(str(llama)).fingerprint == model.fingerprint
 
 
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_a_base_stays_in_the_hosts_memory_until_it_is_placed(llama, quantise):
+    """What does not fit a device whole can still be put on several, or as codes on one."""
+    given = []
+    model = models.load_model(str(llama), "float32", quantise, lambda params: given.append(params) or "placed")
+    assert model.params == "placed"
+    assert {type(leaf) for leaf in jax.tree.leaves(given)} == {np.ndarray}
+
+
 def test_code_that_comes_with_a_tokenizer_is_not_run(broken, tmp_path):
     (broken / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
     path = broken / "tokenizer_config.json"
