@@ -31,7 +31,7 @@ from experiments.clustering_figures import FEW, draw, read
 from experiments.sweep import at_least_one
 from fedrouter_jax import embed, evaluate, files, plots, routing
 from fedrouter_jax.data import sources, synthetic, tokens
-from fedrouter_jax.data.rows import Row
+from fedrouter_jax.data.rows import Dataset, Row, digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.models.load import DEFAULT
@@ -103,26 +103,27 @@ def main(options: Clustering) -> None:
 
 def measure(options: Clustering, to: Path) -> None:
     """Add what is missing to the records in `to`; they are written after every one."""
-    model = load_model(options.model)
+    model, rows = load_model(options.model), rows_by_task(options)
     setting = {
         "model": model.base_name,
         "rows_a_task": options.rows,
         "clients": options.clients,
         "device": jax.devices()[0].device_kind,
         "synthetic": options.smoke,
+        "data": digest(Dataset(tuple(row for of_task in rows.values() for row in of_task), (), "")),
     }
     found = read(to) or {**setting, "records": []}
-    if {key: value for key, value in found.items() if key != "records"} != setting:
-        raise UserError(f"{to} was measured with other options; choose another --out or remove it")
+    if any(found.get(key, value) != value for key, value in setting.items()):  # older files say nothing of their rows
+        raise UserError(f"{to} was measured with other options or rows; choose another --out or remove it")
     jobs = {
         f"{name} {seed}, {recipe}, {few or 'all'} rows": (name, seed, tasks, recipe, few)
-        for name, seed, tasks in task_sets(sorted(rows_by_task(options)), options.seeds, options.smoke)
+        for name, seed, tasks in task_sets(sorted(rows), options.seeds, options.smoke)
         for recipe, few in [*product(RECIPES, [None]), *(product(SEARCHED, FEW) if "five" not in name else ())]
     }
     known = {record["name"] for record in found["records"]}
     order = {name: place for place, name in enumerate(jobs)}  # what was measured beyond these seeds comes last
     whole = set(options.recipes) == set(RECIPES)
-    states = cache(partial(embedded, model, rows_by_task(options), Path("runs/clustering")))
+    states = cache(partial(embedded, model, rows, Path("runs/clustering")))
     with progress() as track, track("clustering", len(jobs)) as advance:
         before = None
         for job, (name, seed, tasks, recipe, few) in jobs.items():

@@ -19,7 +19,8 @@ from fedrouter_jax.errors import UserError
 def of(folder: Path) -> dict:
     """Config, scores (not of single rows), cost and accuracy of a finished run. The path of the data is shortened.
 
-    Where clients were put into groups while they trained, `table` has the last ones: [client][0] -> slot.
+    Where clients were put into groups while they trained, `table` has the last ones: [client][0] -> slot. `data` and
+    `model` are the SHA-256 of the rows and the weights.
     """
     run = records.read(folder)
     keep = ("mean", "per_task", "per_client")
@@ -38,6 +39,7 @@ def of(folder: Path) -> dict:
         "accuracy": records.accuracy(run),
         "device": run.timings.get("device"),
         "taken_over": run.timings.get("taken_over", []),
+        **{name: run.clusters[name] for name in ("data", "model") if name in run.clusters},
         **({"table": regrouped[-1]} if regrouped else {}),
     }
 
@@ -47,12 +49,17 @@ def save(folder: Path, to: Path) -> None:
     files.write(to, json.dumps(of(folder), indent=1) + "\n")
 
 
-def known(path: Path, config: Config) -> bool:
-    """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed."""
+def known(path: Path, config: Config, rows: str | None = None) -> bool:
+    """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed.
+
+    `rows` is the SHA-256 of the rows that the config names now; summaries of older versions do not say theirs.
+    """
     if not path.exists():
         return False
-    theirs = config_lib.of_json(read(path)["config"], path)
-    return replace(theirs, compute=config.compute) == portable(config)
+    found = read(path)
+    theirs = config_lib.of_json(found["config"], path)
+    same_rows = rows is None or found.get("data", rows) == rows
+    return same_rows and replace(theirs, compute=config.compute) == portable(config)
 
 
 def portable(config: Config) -> Config:

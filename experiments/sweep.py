@@ -6,6 +6,7 @@ A finished run is never run again, so a sweep that was stopped goes on where it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,9 +14,12 @@ from rich.console import Console
 
 from experiments import summaries
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import report, runs
+from fedrouter_jax import formats, report, runs
 from fedrouter_jax.config import Config
+from fedrouter_jax.data import sources
+from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.experiment import columns
 from fedrouter_jax.models import load_model
 from fedrouter_jax.terminal import progress
 
@@ -35,9 +39,22 @@ def runs_of(out: Path | None, usual: Path, runs: Path) -> Path:
     return runs if out is None or out.resolve() == usual.resolve() else out / "work"
 
 
-def summarised(configs: Mapping[str, Config], kept: Path) -> set[str]:
+def rows_now(configs: Mapping[str, Config]) -> dict[str, str | None]:
+    """The SHA-256 of each config's rows as they are; None where they are not here."""
+
+    @cache
+    def of(data: str, named: tuple[str, ...], seed: int) -> str | None:
+        try:
+            return digest(sources.load(data, columns(named), seed=seed))
+        except UserError:
+            return None  # a run will say why
+
+    return {name: of(config.data.data, config.data.columns, config.seed) for name, config in configs.items()}
+
+
+def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> set[str]:
     """The runs that have a summary; raises `UserError` where one is of another experiment, which would be lost."""
-    there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}
+    there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config, rows[name])}
     for path in (kept / f"{name}.json" for name in configs if name not in there):
         if path.exists():
             raise UserError(f"{path} is of another experiment (other rows, perhaps); choose another --out or remove it")
@@ -49,9 +66,12 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
 
     With `kept`, a summary of each run goes there as `name.json`, and a run that has one is not run again.
     """
-    there = summarised(configs, kept) if kept else set()
+    rows = rows_now(configs)
+    there = summarised(configs, kept, rows) if kept else set()
     if there:
-        console.print(f"{len(there)} of {len(configs)} runs have a summary in {kept} and are not run again")
+        silent = sum("data" not in summaries.read(kept / f"{name}.json") for name in there)
+        older = f"; {silent} of them do not say of which rows they are" if silent else ""
+        console.print(f"{len(there)} of {len(configs)} runs have a summary in {kept} and are not run again{older}")
     folders: list[Path] = []
     model = loaded = None
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -61,6 +81,11 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
             continue
         if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
             raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
+        begun = formats.read_json(folder / "clusters.json") or {}
+        if rows[name] and begun.get("data", rows[name]) != rows[name]:
+            raise UserError(
+                f"{folder}: the rows of {config.data.data} were others then; choose another --out or remove it"
+            )
         if not (runs.finished(folder) and (folder / "report.md").exists()):
             console.rule(f"run {number} of {len(configs)}: {name}")
             wanted = (config.model, config.dtype, config.quantise)

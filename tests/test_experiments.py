@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from experiments import studies, summaries, table1, table1_tables
+from experiments import studies, summaries, sweep, table1, table1_tables
 from experiments.methods import METHODS
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
@@ -189,6 +190,38 @@ def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
     assert summaries.known(path, replace(config, compute=replace(config.compute, rows_at_once=7)))  # only faster
     assert not summaries.known(path, replace(config, seed=1))
     assert not summaries.known(tmp_path / "none.json", config)
+
+
+def test_a_summary_of_other_rows_under_the_same_name_is_not_known(tmp_path):
+    folder, kept = tmp_path / "rows", tmp_path / "kept"
+    folder.mkdir(), kept.mkdir()
+    config = replace(smoke(), data=replace(smoke().data, data=str(folder)))
+
+    def write(answer):
+        for name in ("train", "test"):
+            row = {"instruction": f"{name}?", "output": answer, "task": "qqp"}
+            (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+    assert sweep.rows_now({"one": config}) == {"one": None}  # they are not here
+    write("a")
+    rows = sweep.rows_now({"one": config})
+    summary = made("fedrouter", 0, 0.5)
+    summary["config"]["data"] |= {"data": "rows"}
+    summary["data"] = rows["one"]
+    (kept / "one.json").write_text(json.dumps(summary))
+    assert sweep.summarised({"one": config}, kept, rows) == {"one"}
+    write("b")
+    with pytest.raises(UserError, match="one.json is of another experiment"):
+        sweep.summarised({"one": config}, kept, sweep.rows_now({"one": config}))
+    del summary["data"]  # of an older version
+    (kept / "one.json").write_text(json.dumps(summary))
+    assert sweep.summarised({"one": config}, kept, rows) == {"one"}
+    out = tmp_path / "out" / "two"
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(to_json(config))
+    (out / "clusters.json").write_text(json.dumps({"data": rows["one"]}))
+    with pytest.raises(UserError, match="the rows of .* were others then"):
+        sweep.sweep({"two": config}, tmp_path / "out", Console(quiet=True))
 
 
 @pytest.mark.parametrize(
