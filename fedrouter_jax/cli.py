@@ -91,8 +91,9 @@ class Route:
     rows: Path | None = None
     """A file of instructions, in their place: JSONL, JSON, CSV or Parquet, in the columns where the run had its own. If
     it has the right answers, too, they are compared with those given."""
-    client: int | None = None
-    """Route as this client: among its own clusters only (fedrouter), or its own adapter (local)."""
+    client: str | None = None
+    """Route as this client, a number or the name its rows gave it (natural): among its own clusters only (fedrouter),
+    or its own adapter (local)."""
     json: bool = False
     """Print one JSON object a text instead of a table."""
 

@@ -23,7 +23,8 @@ from fedrouter_jax.routing import Enrolment
 def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
     """What `clusters.json` holds: local and global cluster of every row, how well they match the tasks, bytes."""
     tasks, table = prepared.partition.tasks, np.asarray(enrolment.table)
-    clients, right, total = [], 0.0, 0
+    clients, right, total, natural = [], 0.0, 0, prepared.config.data.scenario == "natural"
+    known = {row.instruction for row in prepared.dataset.train}
     for number, held in enumerate(prepared.partition.clients):
         labels = enrolment.labels[number][: len(held.train)]
         names = [prepared.dataset.train[i].task for i in held.train]
@@ -33,6 +34,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         clients.append(
             {
                 "client": number,
+                **({"name": prepared.dataset.train[held.train[0]].client} if natural else {}),
                 "rows": held.train,
                 "tasks": names,
                 "local": labels.tolist(),
@@ -62,6 +64,8 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         **origin(prepared),
         "config": config_lib.choices(prepared.config),
         "cut_rows": sum(row.truncated for held in prepared.train for row in held),
+        "seen_rows": sum(prepared.dataset.test[row].instruction in known for row in prepared.test),
+        "test_rows": len(prepared.test),
         "clients": clients,
     }
 

@@ -73,8 +73,16 @@ class Round(TypedDict):
 
 
 Client = TypedDict(
-    "Client", {"client": int, "rows": list[int], "tasks": list[str], "local": list[int], "global": list[int]}
-)  # "global" is a word of Python
+    "Client",
+    {
+        "client": int,
+        "name": NotRequired[str],  # of clients that came with their rows
+        "rows": list[int],
+        "tasks": list[str],
+        "local": list[int],
+        "global": list[int],  # a word of Python
+    },
+)
 Accuracy = TypedDict("Accuracy", {"local": float, "global": float})
 
 
@@ -93,6 +101,8 @@ class Clusters(TypedDict):
     bytes_down: float
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
     cut_rows: NotRequired[int]  # training rows longer than --max-length or --max-response
+    seen_rows: NotRequired[int]  # test rows that are asked, with an instruction of the training rows
+    test_rows: NotRequired[int]  # that are asked
     data: NotRequired[str]  # sha256 of all rows
     model: NotRequired[str]  # that of the weights
     config: NotRequired[dict[str, Any]]  # choices by section.name

@@ -200,6 +200,11 @@ def notes(run: Run) -> list[str]:
             f"{cut} of {rows} training rows lost their end, for they are longer than --max-length "
             f"{config.data.max_length} or --max-response {config.data.max_response} tokens"
         )
+    seen = run.clusters.get("seen_rows", 0)
+    if seen:
+        found.append(
+            f"{seen} of {run.clusters['test_rows']} test rows have an instruction that is among the training rows, too"
+        )
     missed = len(run.clusters.get("never_trained", ()))
     if missed:
         found.append(f"too few rounds: {missed} local clusters were never trained; raise --rounds")

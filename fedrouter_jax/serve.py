@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import answers, evaluate, experiment, routing, runs
+from fedrouter_jax import answers, clusters, evaluate, experiment, routing, runs
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.data import sources, tokens
 from fedrouter_jax.data.rows import Row
@@ -18,16 +18,32 @@ from fedrouter_jax.sharing import Track, silent
 from fedrouter_jax.types import OWNERSHIP
 
 
+def number_of(run: Path, client: str) -> int:
+    """A client's number from that, or from its name, which comes first; raises `UserError` where there is none such."""
+    clients = clusters.read(run / "clusters.json")["clients"]
+    names = [held["name"] for held in clients if "name" in held]
+    if client in names:
+        return names.index(client)
+    if client.isdecimal() and int(client) < len(clients):
+        return int(client)
+    named = f", or {names[0]!r} to {names[-1]!r}" if names else ""
+    raise UserError(f"--client {client} is not in this run; its clients are 0 to {len(clients) - 1}{named}")
+
+
 def route(
-    run: Path, texts: Sequence[str], client: int | None = None, track: Track = silent, references: Sequence[str] = ()
+    run: Path,
+    texts: Sequence[str],
+    client: int | str | None = None,
+    track: Track = silent,
+    references: Sequence[str] = (),
 ) -> list[dict]:
     """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer"}`.
 
     `cut`: the text is too long for the run and lost its end. `client` routes among that client's own clusters (or to
-    its own adapter); None among all. `adapter` names all that count, with a weight where that is not 1; `slot` is the
-    first of most weight. `distances` are to all centroids, empty for strategies without a router. `references` are the
-    right answers, where they are known ("" for one that is not): to those texts `{"reference"}` and the scores of
-    `evaluate.score` are added.
+    its own adapter), by its number or the name it came with; None among all. `adapter` names all that count, with a
+    weight where that is not 1; `slot` is the first of most weight. `distances` are to all centroids, empty for
+    strategies without a router. `references` are the right answers, where they are known ("" for one that is not): to
+    those texts `{"reference"}` and the scores of `evaluate.score` are added.
     """
     if not texts:
         raise UserError(
@@ -41,8 +57,7 @@ def route(
     loaded = runs.read(run)
     prepared, state = loaded.prepared, loaded.state
     data = prepared.config.data
-    if client is not None and not 0 <= client < data.clients:
-        raise UserError(f"--client {client} is not in this run; its clients are 0 to {data.clients - 1}")
+    client = None if client is None else number_of(run, str(client))
     owned = any(OWNERSHIP[owner].slot_per == "client" for owner in jax.tree.leaves(prepared.strategy.owners))
     personal = owned or prepared.strategy.regroup or prepared.strategy.choose
     if client is None and personal:

@@ -34,6 +34,18 @@ def test_a_client_of_few_rows_counts_little_in_the_accuracy_of_local_clusters():
     assert found["accuracy"]["local"] == pytest.approx((4 + 3 * 12) / (4 + 3 * 24))
 
 
+def test_test_rows_that_training_has_seen_are_counted():
+    prepared, enrolment, _, _ = begun("fedit")
+    train, test = prepared.dataset.train, list(prepared.dataset.test)
+    asked = [*prepared.test]
+    assert clusters.describe(prepared, enrolment)["seen_rows"] == 0
+    for row in (*asked[:2], next(row for row in range(len(test)) if row not in asked)):
+        test[row] = test[row]._replace(instruction=train[0].instruction)
+    leaking = prepared._replace(dataset=prepared.dataset._replace(test=tuple(test)))
+    found = clusters.describe(leaking, enrolment)
+    assert (found["seen_rows"], found["test_rows"]) == (2, len(asked))
+
+
 def test_each_part_is_routed_as_its_option_says():
     prepared, enrolment, state, points = begun("fedrouter", data={"scenario": "all", "clients": 5, "newcomers": 1})
     told = dataclasses.replace(

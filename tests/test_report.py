@@ -239,6 +239,9 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
         return records.notes(records.read(path))
 
     (random,) = noted()
+    assert noted(seen_rows=3, test_rows=20)[1].startswith(
+        "3 of 20 test rows have an instruction that is among the train"
+    )
     assert random.startswith("the model is random")
     more = {"clusters": 5, "slot_tasks": [*TASKS, "none", "none"]}
     filled = [[*row, -1] for row in clusters["table"]]  # of three clusters that a client may hold, two

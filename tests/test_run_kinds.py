@@ -130,7 +130,8 @@ def test_rows_with_a_client_and_without_a_task(tmp_path, unanswered):
     for name, rows in (("train", made.train), ("test", made.test)):
         own = [row for row in rows if row.task in kept]
         lines = [
-            {"instruction": row.instruction, "output": row.output, "user": i // 2 % 3} for i, row in enumerate(own)
+            {"instruction": row.instruction, "output": row.output, "user": f"ward {i // 2 % 3}"}
+            for i, row in enumerate(own)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = dataclasses.replace(
@@ -143,6 +144,13 @@ def test_rows_with_a_client_and_without_a_task(tmp_path, unanswered):
     found = json.loads((out / "clusters.json").read_text())
     assert found["clusters"] >= 2 and len(found["silhouettes"]["global"]) > 1 and found["accuracy"] is None
     assert all(len(set(client["global"])) >= 2 for client in found["clients"])
+    names = [client["name"] for client in found["clients"]]
+    assert sorted(names) == ["ward 0", "ward 1", "ward 2"]
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all({rows[row]["user"] for row in client["rows"]} == {client["name"]} for client in found["clients"])
+    assert [serve.number_of(out, said) for said in (*names, "2")] == [0, 1, 2, 2]
+    with pytest.raises(UserError, match="--client ward 3 is not in this run; its clients are 0 to 2, or 'ward"):
+        serve.number_of(out, "ward 3")
     report.write([out], out)
     assert "each task" not in (out / "report.md").read_text()
     assert "routing_accuracy" not in json.loads((out / "scores.json").read_text())["personalised"]
