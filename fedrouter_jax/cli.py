@@ -303,7 +303,7 @@ def export(arguments: list[str]) -> None:
     parsed = parse(Export, prog="fedrouter export", args=arguments)
     held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
     if held is not None:
-        raise UserError(f"{held} is there already, and adapters of two runs would mix; give a new folder by --to, or remove it")
+        raise UserError(f"{held} is there, and adapters of two runs would mix; remove it, or give a new folder by --to")
     loaded = runs.read(parsed.run, routes=False)
     export_lib.write(parsed.to, loaded.prepared, loaded.state, loaded.slot_tasks)
     note_unfinished(parsed.run)
