@@ -38,7 +38,7 @@ from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import all_groups, over_clients
 from fedrouter_jax.memory import nbytes
-from fedrouter_jax.models import Blocks, DecoderConfig
+from fedrouter_jax.models import Blocks, DecoderConfig, on_device
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
@@ -119,7 +119,7 @@ def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:
     """Medians over turns of useful tokens a second, the share of the matrix rate, and that rate."""
     config = lora.LoRAConfig()
     base = quantise(drawn(decoder, dtype), options.quantise)
-    base = as_bits(base) if jax.default_backend() == "cpu" else base
+    base = on_device(as_bits(base) if jax.default_backend() == "cpu" else base)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)["blocks"]))
     lanes = options.groups * options.lanes
     batch, useful = rows_of_a_turn(decoder, options)

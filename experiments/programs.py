@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,7 +114,7 @@ def phases(federation: memory.Federation, time: int, clusters: int, on: Mesh) ->
     gates = jax.ShapeDtypeStruct((rows, clusters * config.lora.rank), jnp.float32)
 
     def start() -> generate.Answering:
-        dealt, new = jnp.zeros(pages, jnp.int32), config.data.max_response
+        dealt, new = np.zeros(pages, np.int32), config.data.max_response
         cache = models.empty_cache(decoder, rows, dealt, dealt, new, base["embedding"].dtype)
         return generate.Answering(cache, jnp.zeros(rows, jnp.int32), jnp.zeros((rows, new), jnp.int32))
 

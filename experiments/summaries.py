@@ -58,8 +58,12 @@ def known(path: Path, config: Config, rows: str | None = None) -> bool:
         return False
     found = read(path)
     theirs = config_lib.of_json(found["config"], path)
-    same_rows = rows is None or found.get("data", rows) == rows
-    return same_rows and replace(theirs, compute=config.compute) == portable(config)
+    return (rows is None or found.get("data", rows) == rows) and same(theirs, portable(config))
+
+
+def same(theirs: Config, ours: Config) -> bool:
+    """Whether two configs are of one experiment, however it is computed."""
+    return replace(theirs, compute=ours.compute) == ours
 
 
 def portable(config: Config) -> Config:

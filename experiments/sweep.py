@@ -6,7 +6,6 @@ A finished run is never run again, so a sweep that was stopped goes on where it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -14,12 +13,11 @@ from rich.console import Console
 
 from experiments import summaries
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import formats, report, runs
+from fedrouter_jax import formats, mesh, report, runs
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import sources
 from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import columns
+from fedrouter_jax.experiment import on_mesh, rows_of
 from fedrouter_jax.models import load_model
 from fedrouter_jax.terminal import progress
 
@@ -42,14 +40,19 @@ def runs_of(out: Path | None, usual: Path, runs: Path) -> Path:
 def rows_now(configs: Mapping[str, Config]) -> dict[str, str | None]:
     """The SHA-256 of each config's rows as they are; None where they are not here."""
 
-    @cache
-    def of(data: str, named: tuple[str, ...], seed: int) -> str | None:
-        try:
-            return digest(sources.load(data, columns(named), seed=seed))
-        except UserError:
-            return None  # a run will say why
+    found: dict[tuple, str | None] = {}
+    for config in configs.values():
+        if (key := _rows_key(config)) not in found:
+            try:
+                found[key] = digest(rows_of(config))
+            except UserError:
+                found[key] = None  # a run will say why
+    return {name: found[_rows_key(config)] for name, config in configs.items()}
 
-    return {name: of(config.data.data, config.data.columns, config.seed) for name, config in configs.items()}
+
+def _rows_key(config: Config) -> tuple:
+    """What the rows depend on: one file is split by the seed."""
+    return config.data.data, config.data.columns, config.seed
 
 
 def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> set[str]:
@@ -79,7 +82,7 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
         folders.append(folder)
         if name in there:
             continue
-        if (folder / "config.json").exists() and config_lib.load(folder / "config.json") != config:
+        if (folder / "config.json").exists() and not summaries.same(config_lib.load(folder / "config.json"), config):
             raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
         begun = formats.read_json(folder / "clusters.json") or {}
         if rows[name] and begun.get("data", rows[name]) != rows[name]:
@@ -88,9 +91,10 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
             )
         if not (runs.finished(folder) and (folder / "report.md").exists()):
             console.rule(f"run {number} of {len(configs)}: {name}")
-            wanted = (config.model, config.dtype, config.quantise)
+            wanted = (config.model, config.dtype, config.quantise, config.compute.model_parallel)
             if loaded != wanted:
-                loaded, model = wanted, load_model(*wanted)
+                place = on_mesh(mesh.make(config.compute.model_parallel))
+                loaded, model = wanted, load_model(*wanted[:3], place)
             shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
             with progress() as track:
                 if (folder / "config.json").exists():

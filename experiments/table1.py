@@ -114,8 +114,8 @@ def main(options: Table1) -> None:
             f"no method is called {unknown[0]!r}; choose among {', '.join(METHODS)}, or give MODULE:FUNCTION"
         )
     if not options.redraw:
-        for name in sorted(filter(own, named)):  # before hours of others
-            config_lib.strategy(variant(budget(options, "dual"), name, 0), None)
+        for method in sorted(filter(own, named)):  # before hours of others
+            config_lib.strategy(variant(budget(options, "dual"), method, 0), None)
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         sweep(configs(options), runs_of(options.out, usual, folder), console, out / "runs")
     draw(out)

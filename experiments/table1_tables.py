@@ -31,9 +31,9 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
     for name, method in sorted(runs, key=lambda pair: -known.index(pair[1])):  # the first has the word
         scenario, summary = name.partition("-")[0], found[name]
         seed = summary["config"]["seed"]
-        own = {"personalised": "personalised", "generalisation": "generalisation"}
+        trained = {"personalised": "personalised", "generalisation": "generalisation"}
         base = {"personalised": "base", "generalisation": "base_generalisation"}
-        for who, parts in ((method, own), (UNTRAINED, base)):
+        for who, parts in ((method, trained), (UNTRAINED, base)):
             for part, score in parts.items():
                 if metric not in summary["scores"][score]:
                     continue  # runs of older versions have no loss

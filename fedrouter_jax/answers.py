@@ -44,6 +44,7 @@ def answer(
             rows_at_once=at_once.rows(config, model, prompts),
             packs_at_once=at_once.packs(config),
             shrinks=jax.default_backend() == "cpu",
+            where=mesh.row_of(base),
             advance=advance,
         )
         return np.array([tokens + [-1] * (longest - len(tokens)) for tokens in found])
@@ -106,7 +107,7 @@ def _under_adapters(
 
     def some(params, places, advance):
         found = np.zeros((len(places), *empty.shape), empty.dtype)
-        here = mesh.beside(params, state)
+        here = mesh.beside(params, state._replace(server=()))
         bank = bank_lib.serving(here.bank)
         for base, chosen in ((shift(here, params) if shift else params, ~plain[places]), (params, plain[places])):
             for rows, slots in together(weights[places], np.flatnonzero(chosen), SLOTS):

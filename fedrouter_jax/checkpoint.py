@@ -9,10 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.types import PyTree
+from fedrouter_jax.types import Array, PyTree
 
 
 def _open(folder: Path) -> ocp.training.Checkpointer:
@@ -40,6 +43,11 @@ def latest(folder: Path) -> int | None:
         return None if checkpoints.latest is None else checkpoints.latest.step
 
 
+def _as_made(leaf: Array) -> Array:
+    """On one device what is read is tied to it, and what is made is not, for which JAX would compile all anew."""
+    return jnp.asarray(np.asarray(leaf)) if isinstance(leaf.sharding, SingleDeviceSharding) else leaf
+
+
 def load(folder: Path, step: int, like: PyTree) -> PyTree:
     """The state after `step` rounds, with the structure, shapes, dtypes and placement of `like`."""
 
@@ -54,7 +62,7 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
             if held != wanted:
                 odd = next(iter((held - wanted) or (wanted - held)))
                 raise ValueError(f"an array of shape {odd} is in one of config.json and the checkpoint only")
-            return checkpoints.load(step, jax.tree.map(describe, like))
+            return jax.tree.map(_as_made, checkpoints.load(step, jax.tree.map(describe, like)))
     except Exception as error:  # as in save
         raise UserError(
             f"{folder}: the checkpoint of round {step} could not be read ({_one_line(error)}); "

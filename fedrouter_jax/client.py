@@ -18,6 +18,7 @@ import optax
 from fedrouter_jax import likelihood
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
+from fedrouter_jax.keys import key_of
 from fedrouter_jax.models import LOOP, Blocks, DecoderConfig
 from fedrouter_jax.types import Adapters, Array, ClientLoss, ClientUpdate, PyTree
 
@@ -165,7 +166,7 @@ def make_client_loss(decoder: DecoderConfig, lora: lora_lib.LoRAConfig, packs_at
 
     def loss(base, adapters, batch):
         lanes = jax.tree.leaves(adapters)[0].shape[0]
-        keys, weights = jax.random.split(jax.random.key(0), lanes), dict.fromkeys(adapters, 1.0)
+        keys, weights = jax.random.split(key_of(0), lanes), dict.fromkeys(adapters, 1.0)
 
         def step(_, inputs):
             rows, count = inputs

@@ -24,7 +24,6 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
     """What `clusters.json` holds: local and global cluster of every row, how well they match the tasks, bytes."""
     tasks, table = prepared.partition.tasks, np.asarray(enrolment.table)
     clients, right, total, natural = [], 0.0, 0, prepared.config.data.scenario == "natural"
-    known = {row.instruction for row in prepared.dataset.train}
     for number, held in enumerate(prepared.partition.clients):
         labels = enrolment.labels[number][: len(held.train)]
         names = [prepared.dataset.train[i].task for i in held.train]
@@ -43,6 +42,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         )
     sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
     training = len(clients) - prepared.config.data.newcomers
+    seen = {prepared.dataset.train[i].instruction for held in prepared.partition.clients[:training] for i in held.train}
     counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.enrolling == "clustering"
     up, down = traffic(prepared, enrolment) if clustered else (0, 0)
@@ -64,7 +64,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         **origin(prepared),
         "config": config_lib.choices(prepared.config),
         "cut_rows": sum(row.truncated for held in prepared.train for row in held),
-        "seen_rows": sum(prepared.dataset.test[row].instruction in known for row in prepared.test),
+        "seen_rows": sum(prepared.dataset.test[row].instruction in seen for row in prepared.test),
         "test_rows": len(prepared.test),
         "clients": clients,
     }

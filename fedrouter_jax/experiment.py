@@ -28,9 +28,10 @@ from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_losses
+from fedrouter_jax.keys import key_of
 from fedrouter_jax.models import Model, load_model, on_device
 from fedrouter_jax.sharing import Advance, divided, unseen
-from fedrouter_jax.types import Array, FederationState, PyTree, Strategy, Work
+from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
 
 
 class Prepared(NamedTuple):
@@ -62,7 +63,7 @@ def prepare(
     """
     config_lib.check(config)
     on = mesh.make(config.compute.model_parallel)
-    dataset = dataset or sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
+    dataset = dataset or rows_of(config)
     data = config.data
     split = partition(dataset, data, config.seed)
     n_l, n_g = cluster_counts(config, split)
@@ -75,7 +76,7 @@ def prepare(
     place = on_mesh(on)
     given = model and model._replace(params=place(model.params))
     model = given or load_model(config.model, config.dtype, config.quantise, place)
-    on = on if on.size > 1 else None
+    on = several(on)
     config_lib.check_length(config, model.config)
     encode = partial(
         tokens.encode,
@@ -105,18 +106,28 @@ def prepare(
     return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
 
 
+def rows_of(config: Config) -> Dataset:
+    """The rows that a config names; raises `UserError` for what `sources.load` refuses."""
+    return sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
+
+
 def without_rows(config: Config, split: Partition) -> Prepared:
     """The same of a run that only answers: whose rows were dealt so, but are not read."""
     on = mesh.make(config.compute.model_parallel)
     model = load_model(config.model, config.dtype, config.quantise, on_mesh(on))
     strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
-    return Prepared(config, model, strategy, split, on if on.size > 1 else None)
+    return Prepared(config, model, strategy, split, several(on))
+
+
+def several(on: Mesh) -> Mesh | None:
+    """The mesh, where it is of several devices."""
+    return on if on.size > 1 else None
 
 
 def on_mesh(on: Mesh) -> Callable[[PyTree], PyTree]:
     """What puts a base on a mesh; where that is one device, on it."""
-    return partial(mesh.place_base, on) if on.size > 1 else on_device
+    return partial(mesh.place_base, on) if several(on) else on_device
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
@@ -217,16 +228,11 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
         recipe, newcomers = routing.RECIPES[config.cluster.recipe], config.data.newcomers
         found = routing.enroll(key, clients, recipe, local, total, config.cluster.max_clusters, newcomers)
         # Several processes each come to the same, but for the last bit, which may decide where a row belongs.
-        table, labels, router = processes.of_first((found.table, found.labels, found.router))
-        found = found._replace(table=table, labels=labels, router=router)
+        agreed = processes.of_first((found.table, found.clusters, found.router, found.labels))
+        found = routing.Enrolment(agreed[0], int(agreed[1]), *agreed[2:], found.silhouettes)
     if config.rounds.turns == "staggered":
         return routing.staggered(found, config.rounds.rounds, config.data.newcomers, config.rounds.clusters_per_round)
     return found
-
-
-def key_of(seed: int) -> Array:
-    """The key of a run: the same whatever `JAX_DEFAULT_PRNG_IMPL` says, which is often rbg on TPUs."""
-    return jax.random.key(seed, impl="threefry2x32")
 
 
 def cluster_counts(config: Config, split: Partition) -> tuple[int | None, int | None]:
@@ -340,7 +346,7 @@ def train_round(
     clients = len(set(work.client[trained].tolist()))
     up, down = strategy.traffic(state, len(lanes), size)
     if strategy.regroup is not None:
-        state = placed(prepared, strategy.regroup(processes.whole(state)))
+        state = placed(prepared, processes.of_first(strategy.regroup(processes.whole(state))))
     regrouped = {} if np.array_equal(table, state.table) else {"table": np.asarray(state.table).tolist()}
     return state, {
         "round": int(state.round),

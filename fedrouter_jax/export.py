@@ -45,7 +45,7 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
         whose = {str(client): names[clusters[table[client, 0]]] for client in known}
         peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:
-        peft_io.write_shift(folder, strategy.base(state, model.params), config.lora.targets)
+        peft_io.write_shift(folder, strategy.base(state, model.params))
 
 
 def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks: Sequence[str]) -> None:

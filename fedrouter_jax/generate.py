@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Sharding
 
 from fedrouter_jax import models
 from fedrouter_jax.data import packing
@@ -126,6 +126,7 @@ def generate(
     rows_at_once: int = 64,
     packs_at_once: int = 1,
     shrinks: bool = True,
+    where: Sharding | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
@@ -134,6 +135,7 @@ def generate(
     prompts go through the model together. `gates` is [prompt, rank]; `advance` is called with the number of rows done.
     Finished rows take the next prompts once they are a quarter of all; these are shorter, so the pages that are free
     hold them.
+    Keys and values lie `where` that says, by default on the first device.
     Few shapes are compiled: a cache that `shrinks` does so to half its rows or pages at least. Not to is for devices
     whose programs take long to compile.
     """
@@ -150,11 +152,9 @@ def generate(
     held = np.full(rows, -1)  # the prompt that each row answers
     owner = np.full(_pages(needs[waiting[-rows:]].sum(), 32 if shrinks else rows), rows, np.int32)  # of each page
     start = np.zeros_like(owner)
-    where = _beside(base)
     state = Answering(
         models.empty_cache(config, rows, owner, start, new_tokens, base["embedding"].dtype, where),
-        jnp.full(rows, stop, jnp.int32, device=where),
-        jnp.full((rows, new_tokens), stop, jnp.int32, device=where),
+        *jax.device_put((np.full(rows, stop, np.int32), np.full((rows, new_tokens), stop, np.int32)), where),
     )
     while waiting or (held >= 0).any():
         if waiting:  # as many rows are free as are to be filled
@@ -187,12 +187,6 @@ def generate(
         held[done] = -1
         advance(len(done))
     return answers
-
-
-def _beside(base: PyTree) -> NamedSharding | None:
-    """Whole on every device of the row that holds this base; None where it is on no mesh, or in the host's memory."""
-    found = getattr(base["embedding"], "sharding", None)
-    return NamedSharding(found.mesh, PartitionSpec()) if isinstance(found, NamedSharding) else None
 
 
 def _pages(count: int, step: int) -> int:

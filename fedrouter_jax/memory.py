@@ -22,6 +22,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.federation import even_chunk
+from fedrouter_jax.keys import key_of
 from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import computation
@@ -56,7 +57,7 @@ class Memory(NamedTuple):
     """Bytes on one device."""
 
     base: int  # frozen weights
-    bank: int  # every adapter and what the method remembers, the same for the sums of a round, the server's moments
+    bank: int  # every adapter and what the method remembers, the sums of a round, the server's moments
     batches: int  # tokens of a round
     lanes: int  # adapters in training, summed gradients, optimiser states: of the groups that run at once
     activations: int  # what the blocks keep of the packs of a turn for the way back, of the groups that run at once
@@ -75,7 +76,7 @@ def nbytes(tree: PyTree) -> int:
 
 def adapter_shapes(decoder: DecoderConfig, config: lora.LoRAConfig) -> LoRA:
     """One adapter, abstract."""
-    return jax.eval_shape(lambda: lora.init(jax.random.key(0), decoder, config))
+    return jax.eval_shape(lambda: lora.init(key_of(0), decoder, config))
 
 
 def pack_rows(pack: Pack, packs: int) -> Rows:
@@ -105,7 +106,7 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
 
         return jax.vjp(loss, adapters)[1]
 
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pack.lanes))
+    keys = jax.eval_shape(lambda: jax.random.split(key_of(0), pack.lanes))
     found = jax.tree.leaves(jax.eval_shape(residuals, adapters, base, pack_rows(pack, pack.at_once), keys))
     # Weights that the backward pass reads are among them, but are not kept twice: nor the adapters in another order.
     given = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((base, adapters)))

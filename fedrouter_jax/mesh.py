@@ -99,12 +99,15 @@ def copies(params: PyTree) -> list[PyTree]:
     return [of_row(devices) for devices in sharding.mesh.devices]
 
 
+def row_of(params: PyTree) -> NamedSharding | None:
+    """Whole on every device of the row that holds these parameters; None where they lie on no mesh."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
+
+
 def beside(params: PyTree, tree: PyTree) -> PyTree:
     """Arrays, whole, on every device of the row that holds these parameters."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding):
-        return tree
-    return jax.device_put(tree, NamedSharding(sharding.mesh, P()))
+    return tree if (row := row_of(params)) is None else jax.device_put(tree, row)
 
 
 def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:

@@ -6,7 +6,6 @@ A PEFT folder stores `lora_A` as [rank, in] and `lora_B` as [out, rank], transpo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -34,7 +33,6 @@ def tensor_name(layer: int, module: str, side: str) -> str:
 
 def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) -> None:
     """One adapter (leaves [layer, in, rank] and [layer, rank, out]) as a PEFT folder for the model `base_name`."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         tensor_name(layer, module, side): np.ascontiguousarray(np.asarray(stacked[layer]).T)
         for side, leaves in (("A", lora.a), ("B", lora.b))
@@ -62,12 +60,12 @@ def write_adapter(folder: Path, lora: LoRA, config: LoRAConfig, base_name: str) 
     write_json(folder / "adapter_config.json", description)
 
 
-def write_shift(folder: Path, params: PyTree, targets: Sequence[str]) -> None:
+def write_shift(folder: Path, params: PyTree) -> None:
     """The shift of frozen weights: `base_shift.safetensors`, [out, in] by the names of transformers."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for module in targets:
-        for layer, delta in enumerate(np.asarray(params["blocks"][module]["shift"])):
+    moved = {name: leaf["shift"] for name, leaf in params["blocks"].items() if name in BLOCK and "shift" in leaf}
+    for module, shift in moved.items():
+        for layer, delta in enumerate(np.asarray(shift)):
             tensors[f"model.layers.{layer}.{BLOCK[module]}.{module}.weight"] = np.ascontiguousarray(delta.T)
     _write_tensors(folder / "base_shift.safetensors", tensors)
 
@@ -118,7 +116,6 @@ def read_adapter(folder: Path, decoder: DecoderConfig) -> tuple[LoRA, LoRAConfig
 
 def write_router(folder: Path, router: Router, description: dict) -> None:
     """Centroids and standardisation (float32 safetensors), and `router.json`: how a text becomes an embedding."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(value, np.float32) for name, value in router._asdict().items() if name != "unit"}
     _write_tensors(folder / "router.safetensors", tensors)
     write_json(folder / "router.json", {**description, "unit_length": bool(router.unit)})
@@ -144,8 +141,7 @@ def _write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[st
 
 def write_json(path: Path, value: dict) -> None:
     """A small JSON file."""
-    with files.replaced(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict:

@@ -19,7 +19,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import even_chunk
-from fedrouter_jax.models import DecoderConfig, model_config
+from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
 from fedrouter_jax.models.decoder import param_shapes
 
 # Shapes of models that may not be at hand, from their published configurations.
@@ -123,7 +123,9 @@ def plan(
     # Of the last round, when as many clusters of clients are found as there may be.
     found = np.arange(data.clients)[:, None] % clusters
     up, down = strategy.traffic(start.state._replace(round=config.rounds.rounds, table=found), lanes, size)
-    flops = 4.0 * (blocks + head) * tokens
+    moved = sum(i * o for m, (i, o) in module_shapes(decoder).items() if m in config.lora.targets) * decoder.layers
+    moved = moved if strategy.base is not None else 0  # beside a kernel lies what moves it, as large
+    flops = 4.0 * (blocks + moved + head) * tokens
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
         adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(memory.asked(start, 1))),

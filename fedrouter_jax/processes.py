@@ -1,8 +1,8 @@
 """Several processes that run one experiment together (`jax.distributed`), the same program on every host.
 
-All decide alike, for they have the same config and rows. What divides (texts to embed, prompts to answer) each does a
-share of, and all then hold everything. The first writes the files; checkpoints are written by all. With one process
-nothing here does anything.
+All decide alike, for they have the same config and rows, and as the first does where the last bit of a sum may decide
+(clusters, routes). What divides (texts to embed, prompts to answer) each does a share of, and all then hold everything.
+The first writes the files; checkpoints are written by all. With one process nothing here does anything.
 """
 
 from __future__ import annotations
@@ -73,10 +73,16 @@ def agreed(number: int) -> int:
 
 
 def of_first(tree: PyTree) -> PyTree:
-    """The first process's arrays."""
+    """The first process's arrays and numbers, whatever the shapes of this one's; as many dimensions."""
     if jax.process_count() == 1:
         return tree
-    return multihost_utils.broadcast_one_to_all(tree)
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    shapes = multihost_utils.broadcast_one_to_all([np.array([0, *leaf.shape]) for leaf in leaves])
+    fitting = [
+        leaf if leaf.shape == tuple(shape[1:]) else np.zeros(shape[1:], leaf.dtype)
+        for leaf, shape in zip(leaves, shapes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, multihost_utils.broadcast_one_to_all(fitting))
 
 
 def share() -> slice:

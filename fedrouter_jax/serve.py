@@ -18,15 +18,15 @@ from fedrouter_jax.sharing import Track, silent
 from fedrouter_jax.types import OWNERSHIP
 
 
-def number_of(run: Path, client: str) -> int:
-    """A client's number from that, or from its name, which comes first; raises `UserError` where there is none such."""
+def number_of(run: Path, client: int | str) -> int:
+    """A client's number, from text by its name first; raises `UserError` where there is none such."""
     clients = clusters.read(run / "clusters.json")["clients"]
     names = [held["name"] for held in clients if "name" in held]
     if client in names:
         return names.index(client)
-    if client.isdecimal() and int(client) < len(clients):
+    if str(client).isdecimal() and int(client) < len(clients):
         return int(client)
-    named = f", or {names[0]!r} to {names[-1]!r}" if names else ""
+    named = f", by name {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
     raise UserError(f"--client {client} is not in this run; its clients are 0 to {len(clients) - 1}{named}")
 
 
@@ -57,7 +57,7 @@ def route(
     loaded = runs.read(run)
     prepared, state = loaded.prepared, loaded.state
     data = prepared.config.data
-    client = None if client is None else number_of(run, str(client))
+    client = None if client is None else number_of(run, client)
     owned = any(OWNERSHIP[owner].slot_per == "client" for owner in jax.tree.leaves(prepared.strategy.owners))
     personal = owned or prepared.strategy.regroup or prepared.strategy.choose
     if client is None and personal:

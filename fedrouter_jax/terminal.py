@@ -67,9 +67,8 @@ def of_device(error: Exception) -> str | None:
     said = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in said:
         return (
-            f"a device's memory is used up ({said[:200]}); less at a time takes less: --groups-at-once 1 "
-            "--packs-at-once 1 --rows-at-once 8 --remat; of a run that has begun, change these under compute in its "
-            "config.json and resume it"
+            f"a device's memory is used up ({said[:200]}); less at a time takes less: of a run --groups-at-once 1 "
+            "--packs-at-once 1 --rows-at-once 8 --remat, or, where it has begun, these under compute in its config.json"
         )
     import jax
 

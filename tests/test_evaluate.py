@@ -37,10 +37,12 @@ def test_a_client_of_few_rows_counts_little_in_the_accuracy_of_local_clusters():
 def test_test_rows_that_training_has_seen_are_counted():
     prepared, enrolment, _, _ = begun("fedit")
     train, test = prepared.dataset.train, list(prepared.dataset.test)
-    asked = [*prepared.test]
+    asked, held = [*prepared.test], {row for client in prepared.partition.clients for row in client.train}
     assert clusters.describe(prepared, enrolment)["seen_rows"] == 0
-    for row in (*asked[:2], next(row for row in range(len(test)) if row not in asked)):
-        test[row] = test[row]._replace(instruction=train[0].instruction)
+    dealt, other = min(held), min({*range(len(train))} - held)
+    unasked = min({*range(len(test))} - {*asked})
+    for row, known in ((asked[0], dealt), (asked[1], dealt), (asked[2], other), (unasked, dealt)):
+        test[row] = test[row]._replace(instruction=train[known].instruction)
     leaking = prepared._replace(dataset=prepared.dataset._replace(test=tuple(test)))
     found = clusters.describe(leaking, enrolment)
     assert (found["seen_rows"], found["test_rows"]) == (2, len(asked))

@@ -30,6 +30,27 @@ def test_other_seeds_are_other_adapters_and_other_dropout():
     assert (found[0].bank["main"].b["q_proj"] != found[1].bank["main"].b["q_proj"]).any()
 
 
+def test_clusters_are_those_of_the_first_process(monkeypatch):
+    monkeypatch.setattr(experiment.processes, "of_first", lambda found: (found[0], np.int32(found[1]), *found[2:]))
+    enrolment = begun("fedrouter")[1]
+    assert type(enrolment.clusters) is int
+    others = [np.flip(enrolment.table), enrolment.clusters, enrolment.router, enrolment.labels + 1]
+    monkeypatch.setattr(experiment.processes, "of_first", lambda found: others)
+    found = begun("fedrouter")[1]
+    assert (found.table == others[0]).all() and (found.labels == others[3]).all()
+
+
+def test_a_run_does_not_depend_on_the_kind_of_keys_that_jax_is_told():
+    """rbg is often told for TPUs."""
+    _, _, state, _ = begun("fedit")
+    with jax.default_prng_impl("rbg"):
+        prepared, enrolment, other, _ = begun("fedit")
+        inputs = experiment.round_inputs(prepared, experiment.members(prepared, enrolment), 1)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, other.bank, state.bank))
+        assert experiment.train_round(prepared, other, *inputs)[1]["loss"] > 0
+        assert plan.plan(prepared.config, 60, 12).memory.total > 0
+
+
 def test_texts_are_embedded_by_the_recipe_of_the_config():
     prepared = experiment.prepare(smoke())
     texts, model = ["one two three", "four"], prepared.model
@@ -91,7 +112,7 @@ def test_no_more_clusters_are_looked_for_than_asked(monkeypatch):
         dataclasses.replace(smoke(), cluster=dataclasses.replace(smoke().cluster, max_clusters=3))
     )
     asked = []
-    monkeypatch.setattr(routing, "enroll", lambda *given: asked.append(given[5]))
+    monkeypatch.setattr(routing, "enroll", lambda *given: asked.append(given[5]) or routing.one_cluster_each([1], 1))
     experiment.enroll(prepared, np.zeros((len(experiment.embedded_rows(prepared)), 64), np.float32))
     assert asked == [3]
 

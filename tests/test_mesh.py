@@ -193,6 +193,23 @@ def test_what_clients_own_lies_apart_where_they_divide_evenly(federation, rows, 
     assert places.bank["main"].b["q_proj"].spec == (P(mesh.CLIENTS) if apart else P())
 
 
+def test_clusters_and_routes_are_the_first_processs(monkeypatch):
+    """Where the last bit of a sum decides, other processes may have found others, and even another number of them."""
+    first = {"table": np.arange(6).reshape(2, 3), "unit": np.True_, "clusters": np.int64(3)}
+    mine = {"table": np.zeros((2, 4), int), "unit": np.False_, "clusters": np.int64(4)}
+    sent = iter([[np.array([0, *np.shape(leaf)]) for leaf in jax.tree.leaves(first)], jax.tree.leaves(first)])
+
+    def broadcast(tree):
+        found = next(sent)
+        assert [np.shape(leaf) for leaf in tree] == [np.shape(leaf) for leaf in found]  # or JAX would wait for ever
+        return found
+
+    assert processes.of_first(mine) is mine  # which is the first, alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+    assert jax.tree.all(jax.tree.map(np.array_equal, processes.of_first(mine), first))
+
+
 def test_all_processes_stop_where_the_first_gets_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "first", lambda: False)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.zeros_like)  # it says no

@@ -214,7 +214,7 @@ def test_what_fedex_added_to_weights_is_written_by_the_names_of_transformers(tmp
     blocks = load_model("tiny").params["blocks"]
     shapes = {module: blocks[module]["kernel"].shape for module in CONFIG.targets}
     added = {module: jax.random.normal(jax.random.key(0), shape) for module, shape in shapes.items()}
-    peft_io.write_shift(tmp_path, {"blocks": {m: {"shift": shift} for m, shift in added.items()}}, CONFIG.targets)
+    peft_io.write_shift(tmp_path, {"blocks": {m: {"shift": shift} for m, shift in added.items()}})
     tensors = load_file(tmp_path / "base_shift.safetensors")
     for module, added_to in added.items():
         part = "mlp" if module == "down_proj" else "self_attn"

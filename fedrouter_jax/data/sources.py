@@ -108,7 +108,10 @@ def _instruction(record: Record, found: Mapping[str, str], place: str) -> str:
 
 
 def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) -> tuple[tuple[Row, ...], ...]:
-    """(train, test) of `rows`, divided by instruction so that repeated ones do not leak, and never empty."""
+    """(train, test) of `rows`, neither empty, divided by instruction so that repeated ones do not leak.
+
+    Of each task of each client `test_fraction` goes to test, one instruction at least where there are two.
+    """
     instructions = list(dict.fromkeys(row.instruction for row in rows))
     if len(instructions) < 2:
         raise UserError(

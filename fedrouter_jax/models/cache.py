@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from fedrouter_jax.models.attention import product32
@@ -46,9 +47,9 @@ def empty_cache(
     `owner` and `start` int32 [page] deal the pages to rows; `dtype` is best that of the embedding; uint16 holds
     bfloat16, as in `as_bits`. It is made `where` it will be used: it may take much of a device.
     """
-    zeros = partial(jnp.zeros, device=where)
+    zeros = jnp.zeros if where is None else partial(_zeros, where=where)
     pages, answers = (config.layers, len(owner), config.kv_heads), (config.layers, rows, config.kv_heads, new)
-    deal = (jnp.asarray(part, jnp.int32, device=where) for part in (owner, start))
+    deal = (jax.device_put(np.asarray(part, np.int32), where) for part in (owner, start))
     return Cache(
         zeros((*pages, config.head_dim, PAGE), dtype),
         zeros((*pages, PAGE, config.head_dim), dtype),
@@ -57,6 +58,12 @@ def empty_cache(
         *(zeros((*answers, config.head_dim), dtype) for _ in range(2)),
         zeros((), jnp.int32),
     )
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "where"))
+def _zeros(shape: tuple[int, ...], dtype, where: Sharding) -> Array:
+    """Zeros that are made where they will lie: `jnp.zeros(..., device=where)` makes them on the first device."""
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), where)
 
 
 def pages_of(cache: Cache, owner: Array, positions: Array) -> Array:

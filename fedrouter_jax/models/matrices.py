@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedrouter_jax.types import Array, PyTree
 
@@ -27,7 +28,10 @@ def as_bits(params: PyTree) -> PyTree:
 
     def bits(path, leaf):
         matrix = path[-1].key in MATRICES and leaf.dtype == jnp.bfloat16
-        return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if matrix else leaf
+        if not matrix:
+            return leaf
+        on_host = isinstance(leaf, np.ndarray)
+        return leaf.view(np.uint16) if on_host else jax.lax.bitcast_convert_type(leaf, jnp.uint16)
 
     return jax.tree_util.tree_map_with_path(bits, params)
 

@@ -27,16 +27,16 @@ LEVELS = (
 )  # fmt: skip
 
 
-def on_host(layers: list[Array]) -> np.ndarray:
-    """Arrays of layers as one, in the host's memory: a base need not fit one device whole."""
-    return np.stack([np.asarray(layer) for layer in layers])
+def quantise(params: PyTree, how: Quantise) -> PyTree:
+    """Parameters whose kernels `[layer, in, out]` have become codes and scales in the host's memory.
 
-
-def quantise(params: PyTree, how: Quantise, stack: Callable[[list[Array]], Any] = on_host) -> PyTree:
-    """Parameters whose kernels `[layer, in, out]` have become codes and scales; the others are the same arrays.
-
-    A device has one layer at a time; `stack` puts them together.
+    A device has one layer at a time: a base need not fit it whole. The other parameters are the same arrays.
     """
+    return _quantised(params, how, lambda codes: jax.tree.map(np.asarray, codes), np.stack)
+
+
+def _quantised(params: PyTree, how: Quantise, keep: Callable[[PyTree], PyTree], stack: Callable) -> PyTree:
+    """The same, where `keep` is done with the codes of a layer, and `stack` with those of all."""
     if how == "none":
         return params
     codes = {"int8": _int8, "nf4": _nf4}[how]
@@ -45,7 +45,7 @@ def quantise(params: PyTree, how: Quantise, stack: Callable[[list[Array]], Any] 
         if not isinstance(leaf, dict):
             return leaf
         rest = {name: value for name, value in leaf.items() if name != "kernel"}
-        layers = [jax.jit(codes)(kernel) for kernel in leaf["kernel"]]
+        layers = [keep(jax.jit(codes)(kernel)) for kernel in leaf["kernel"]]
         return rest | {name: stack([layer[name] for layer in layers]) for name in layers[0]}
 
     return {**params, "blocks": {name: module(leaf) for name, leaf in params["blocks"].items()}}
@@ -81,4 +81,4 @@ def kernel(stored: dict[str, Array], dtype) -> Array:
 
 def stored_shapes(shapes: PyTree, how: Quantise) -> PyTree:
     """The tree of `jax.ShapeDtypeStruct` that `quantise` makes of parameters of these shapes."""
-    return jax.eval_shape(lambda params: quantise(params, how, jnp.stack), shapes)
+    return jax.eval_shape(lambda params: _quantised(params, how, lambda codes: codes, jnp.stack), shapes)

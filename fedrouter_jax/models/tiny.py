@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from fedrouter_jax.keys import key_of
 from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.decoder import init_params
 from fedrouter_jax.types import PyTree
@@ -41,4 +41,4 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_params(dtype: str = "float32") -> PyTree:
     """The tiny model's parameters: the same every time."""
-    return init_params(CONFIG, jax.random.key(SEED), dtype)
+    return init_params(CONFIG, key_of(SEED), dtype)

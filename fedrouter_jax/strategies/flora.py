@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fedrouter_jax import shift
 from fedrouter_jax.federation import only_slot, owned
+from fedrouter_jax.keys import key_of
 from fedrouter_jax.lora import draw
 from fedrouter_jax.types import Strategy
 
@@ -25,8 +26,7 @@ OWNERS = {"main": "shared"}
 def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
     """A shared shift of W0; `scale` is alpha / r, `seed` that of fresh adapters. Averaged: A B. Private: nothing."""
     create = owned(OWNERS)[0]
-    run = jax.random.key(seed, impl="threefry2x32")  # that of `experiment.key_of`
-    drawn = jax.random.fold_in(run, 0xF1)  # apart from the keys of enrolment and rounds
+    drawn = jax.random.fold_in(key_of(seed), 0xF1)  # apart from the keys of enrolment and rounds
 
     def init(adapters, enrolment):
         return create(adapters, enrolment)._replace(memory=shift.none(adapters["main"]))
