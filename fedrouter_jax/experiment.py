@@ -7,7 +7,6 @@ train_round (T times); `evaluate` scores
 
 from __future__ import annotations
 
-import itertools
 import time as clock
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -108,7 +107,7 @@ def prepare(
 
 def rows_of(config: Config) -> Dataset:
     """The rows that a config names; raises `UserError` for what `sources.load` refuses."""
-    return sources.load(config.data.data, columns(config.data.columns), seed=config.seed)
+    return sources.load(config.data.data, sources.columns(config.data.columns), seed=config.seed)
 
 
 def without_rows(config: Config, split: Partition) -> Prepared:
@@ -155,24 +154,6 @@ def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
             f"the tokenizer of {model.name} gives token {largest}, but the model embeds {model.config.vocab_size}; "
             "are they of one model?"
         )
-
-
-def columns(pairs: Sequence[str]) -> dict[str, str]:
-    """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
-    mapping: dict[str, str] = {}
-    for name, _, column in (pair.partition("=") for pair in pairs):
-        if name not in sources.FIELDS or not column:
-            expected = ", ".join(f"{field}=NAME" for field in sources.FIELDS)
-            raise UserError(f"--columns has {name!r}; expected {expected}")
-        if name in mapping:
-            raise UserError(f"--columns gives {name} twice, {mapping[name]!r} and {column!r}; choose one")
-        mapping[name] = column
-    texts = {"instruction": "instruction", "output": "output"}
-    texts |= {name: column for name, column in mapping.items() if name in (*texts, "input")}
-    for one, other in itertools.combinations(texts, 2):
-        if texts[one] == texts[other]:
-            raise UserError(f"--columns takes {texts[one]!r} for both {one} and {other}; name a column for each")
-    return mapping
 
 
 def test_rows(split: Partition) -> list[int]:

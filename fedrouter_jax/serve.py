@@ -107,7 +107,7 @@ def scored(reference: str, answer: str) -> dict:
 
 def questions_of(path: Path, run: Path) -> tuple[Row, ...]:
     """The rows of a file, in the columns where the run had them, answers where there are any."""
-    return sources.read_questions(path, experiment.columns(runs.read_config(run).data.columns))
+    return sources.read_questions(path, sources.columns(runs.read_config(run).data.columns))
 
 
 def notes(run: Path, answers: Sequence[dict]) -> list[str]:

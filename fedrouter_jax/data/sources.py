@@ -7,9 +7,10 @@ one line that names the file and the line.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedrouter_jax.data import synthetic
@@ -67,6 +68,24 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?", spec):
         raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
     return _hugging_face(spec, columns, test_fraction, seed)
+
+
+def columns(pairs: Sequence[str]) -> dict[str, str]:
+    """`("instruction=question", ...)` as a mapping; raises `UserError` for anything else."""
+    mapping: dict[str, str] = {}
+    for name, _, column in (pair.partition("=") for pair in pairs):
+        if name not in FIELDS or not column:
+            expected = ", ".join(f"{field}=NAME" for field in FIELDS)
+            raise UserError(f"--columns has {name!r}; expected {expected}")
+        if name in mapping:
+            raise UserError(f"--columns gives {name} twice, {mapping[name]!r} and {column!r}; choose one")
+        mapping[name] = column
+    texts = {"instruction": "instruction", "output": "output"}
+    texts |= {name: column for name, column in mapping.items() if name in (*texts, "input")}
+    for one, other in itertools.combinations(texts, 2):
+        if texts[one] == texts[other]:
+            raise UserError(f"--columns takes {texts[one]!r} for both {one} and {other}; name a column for each")
+    return mapping
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[Row, ...]:
