@@ -266,6 +266,49 @@ def test_the_leads_in_studies_of_five_seeds_are_those_of_their_runs(study, value
     assert " | ".join(cells) + " |" in SAID and " | ".join(short) + " |" in README
 
 
+def test_what_is_said_of_rates_with_eight_clients_is_what_their_runs_say():
+    found = summaries.load(RESULTS / "studies" / "rate-eight-clients")
+    readme, results = (" ".join(text.split()) for text in (README, SAID))
+    best = {"fedrouter+": "0.01", "fedit": "0.02", "clustered": "0.01", "fedlease": "0.01"}
+    rates, parts = ("0.0025", "0.005", "0.01", "0.02"), ("personalised", "generalisation")
+
+    def values(method, rate, part, metric="rouge1"):
+        return np.array([summaries.score(found[f"{method}-{rate}-{seed}"], part, metric) for seed in (0, 1)])
+
+    def short(value):
+        return f"{value:.3f}".removeprefix("0")
+
+    means = {}
+    for method, chosen in best.items():
+        cells = []
+        for rate in rates:
+            scores = [short(values(method, rate, part).mean()) for part in parts]
+            losses = [short(values(method, rate, part, "loss").mean()) for part in parts]
+            cells.append(f"{' / '.join(scores)}, {' / '.join(losses)}")
+        assert f"| `{method}` | {' | '.join(cells)} |" in results
+        assert min(rates, key=lambda rate, m=method: values(m, rate, parts[0], "loss").mean()) == chosen
+        means[method] = [short(values(method, chosen, part).mean()) for part in parts]
+    own, mix = zip(*means.values(), strict=True)
+    assert "`fedrouter+` scores {} on own tasks, FedIT {}, Clustered {}, FedLEASE {} (".format(*own) in readme
+    assert "on the mix {}, {}, {} and {}, so".format(*mix) in readme
+    for method, said in (
+        ("fedit", "FedIT on own tasks is {} ({:.1f} per cent; {} and {} by seeds)"),
+        ("clustered", "Over Clustered it is {} ({:.1f} per cent; {} and {})"),
+        ("fedlease", "over FedLEASE {} ({:.1f} per cent; {} and {};"),
+    ):
+        theirs = values(method, best[method], parts[0])
+        lead = values("fedrouter+", "0.01", parts[0]) - theirs
+        assert said.format(short(lead.mean()), 100 * lead.mean() / theirs.mean(), *map(short, lead)) in results
+        loss = values(method, best[method], parts[0], "loss")
+        less = loss - values("fedrouter+", "0.01", parts[0], "loss")
+        assert f"{100 * less.mean() / loss.mean():.1f} per cent less" in results
+        assert all(short(abs(value)) in results for value in less)
+    usual = values("fedrouter+", "0.005", parts[0]) - values("fedit", "0.005", parts[0])
+    assert f"gives {short(usual.mean())} on these seeds" in results
+    behind = values("fedit", "0.02", parts[1]) - values("fedrouter+", "0.01", parts[1])
+    assert f"FedIT is ahead by {short(behind.mean())} ({short(behind[0])} and {short(behind[1])})" in results
+
+
 def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
     scores, leads = [], []
     for part in ("personalised", "generalisation"):
