@@ -159,8 +159,8 @@ def test_what_comes_down_is_counted(federation):
 def test_what_is_added_to_the_weights_is_scaled_as_the_config_says(name):
     strategy = config_lib.strategy(Config(name, lora=lora.LoRAConfig(rank=4, alpha=12.0)), None)
     state = strategy.init({"main": SMALL}, routing.one_cluster_each([3]))._replace(memory={"q": jnp.ones((1, 2, 2))})
-    kernel = strategy.base(state, {"blocks": {"q": {"kernel": jnp.ones((1, 2, 2))}}})["blocks"]["q"]["kernel"]
-    np.testing.assert_array_equal(kernel, jnp.full((1, 2, 2), 1 + 12.0 / 4))
+    moved = strategy.base(state, {"blocks": {"q": {"kernel": jnp.ones((1, 2, 2))}}})["blocks"]["q"]
+    np.testing.assert_array_equal(moved["shift"], jnp.full((1, 2, 2), 12.0 / 4))
 
 
 def test_floras_fresh_adapters_are_drawn_by_the_configs_seed():
