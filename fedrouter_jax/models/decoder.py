@@ -4,11 +4,10 @@ The blocks are stacked on a leading layer axis and run by a scan, so compile tim
 of the project sees only the functions at the bottom; Flax Linen stays inside.
 
 Parameters: {"embedding": [vocab, width], "norm": [width], "blocks": {module: {"kernel": [layer, in, out], "bias"?:
-[layer, out]}, norm: [layer, size]}, "head"?: [vocab, width]}, or with {"codes", "scales"} for a kernel (`quantise.py`),
-and with a "shift" of a kernel, [layer, in, out] in float32, for methods that move the frozen weights (`shift.py`).
-All computation is in the dtype of the norms, except RMSNorm, rotary positions and softmax, which are in float32.
-Where kernels, embedding and head are of fewer bits ("mixed"), the operands of their products are rounded to that, and
-sums are float32.
+[layer, out], "shift"? of methods that move a kernel: float32 like it}, norm: [layer, size]}, "head"?: [vocab, width]},
+or with {"codes", "scales"} for a kernel (`quantise.py`). All computation is in the dtype of the norms, except RMSNorm,
+rotary positions and softmax, which are in float32. Where kernels, embedding and head are of fewer bits ("mixed"), the
+operands of their products are rounded to that, and sums are float32.
 """
 
 from __future__ import annotations
