@@ -115,7 +115,7 @@ STUDIES = {
         peak_rate, ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-1.5b")),
     ),
     "rate-eight-clients": Study(
-        "peak learning rate with eight clients", (0.0025, 0.005, 0.01, 0.02),
+        "peak learning rate with eight clients", (0.0025, 0.005, 0.01, 0.02, 0.04),
         lambda rate: {**peak_rate(rate), "data": {"clients": 8}}, ("fedrouter+", "fedit", "clustered", "fedlease"),
     ),
     "rate-0.5b": Study(
