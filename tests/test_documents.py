@@ -266,6 +266,16 @@ def test_the_leads_in_studies_of_five_seeds_are_those_of_their_runs(study, value
     assert " | ".join(cells) + " |" in SAID and " | ".join(short) + " |" in README
 
 
+@pytest.mark.parametrize("scenario", ["single", "dual"])
+@pytest.mark.parametrize("seed", range(5))
+def test_clustered_found_the_clients_of_equal_tasks_at_the_papers_budget(scenario, seed):
+    """Clients of a group have one adapter, so the same scores on the mix; these of eight hold the same tasks."""
+    run = summaries.read(RESULTS / "table1-full" / "runs" / f"{scenario}-clustered-{seed}.json")
+    own, mix = (run["scores"][part]["rouge1"]["per_client"] for part in ("personalised", "generalisation"))
+    groups = {score: {client for client in mix if mix[client] == score} for score in mix.values()}
+    assert len(own) == 8 and sorted(map(sorted, groups.values())) == [["0", "4"], ["1", "5"], ["2", "6"], ["3", "7"]]
+
+
 def test_what_is_said_of_rates_with_eight_clients_is_what_their_runs_say():
     found = summaries.load(RESULTS / "studies" / "rate-eight-clients")
     readme, results = (" ".join(text.split()) for text in (README, SAID))
