@@ -51,8 +51,8 @@ def rows_now(configs: Mapping[str, Config]) -> dict[str, str | None]:
 
 
 def _rows_key(config: Config) -> tuple:
-    """What the rows depend on: one file is split by the seed."""
-    return config.data.data, config.data.columns, config.seed
+    """What the rows depend on: one file, and training rows for validation, are split by the seed."""
+    return config.data.data, config.data.columns, config.data.validation, config.seed
 
 
 def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> set[str]:

@@ -3,6 +3,7 @@
     python -m experiments.table1 --data ../shared/data/flan4          what is missing of the table, then the table
     python -m experiments.table1 --data ... --budget long ...         five times the rows, more test rows
     python -m experiments.table1 --data ... --budget full ...         the paper's budget: for a GPU
+    python -m experiments.table1 --data ... --rates .005 .01 --out X  each method at the better of two learning rates
     python -m experiments.table1 --smoke                              the tiny model on synthetic rows, two runs
     python -m experiments.table1 --redraw                             the table from the committed summaries alone
 
@@ -20,7 +21,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from experiments import summaries, table1_tables
+from experiments import learning_rates, summaries, table1_tables
 from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import config as config_lib
@@ -47,6 +48,9 @@ class Table1:
     """Methods that run in Dual with seed 0 only."""
     scenarios: tuple[Literal["dual", "single", "all"], ...] = SCENARIOS
     """Scenarios."""
+    rates: tuple[float, ...] = ()
+    """Peak learning rates to choose among, for each method and scenario by rows held out of the training rows before
+    any test row is asked: a run more for each. By default all train at the budget's."""
     clients: int | None = None
     """Clients; by default 4, of the full budget 8. Methods that group clients want more of them than tasks."""
     budget: Literal["short", "long", "full"] = "short"
@@ -117,7 +121,16 @@ def main(options: Table1) -> None:
         for method in sorted(filter(own, named)):  # before hours of others
             config_lib.strategy(variant(budget(options, "dual"), method, 0), None)
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
-        sweep(configs(options), runs_of(options.out, usual, folder), console, out / "runs")
+        folder, made = runs_of(options.out, usual, folder), configs(options)
+        if options.rates:
+            tried = learning_rates.trials(made, options.rates)
+            if options.first_seed and not all((out / "rates" / f"{name}.json").exists() for name in tried):
+                raise UserError("not all --rates have been tried; the process with --first-seed 0 does that first")
+            sweep(tried, folder / "rates", console, out / "rates")
+            best = learning_rates.chosen({name: summaries.read(out / "rates" / f"{name}.json") for name in tried})
+            console.print(f"peak learning rates: {', '.join(f'{kind} {rate:g}' for kind, rate in best.items())}")
+            made = learning_rates.tuned(made, best)
+        sweep(made, folder, console, out / "runs")
     draw(out)
     show_markdown(out / "table1.md")
 
@@ -142,7 +155,8 @@ def draw(out: Path) -> None:
         raise UserError(
             f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"
         )
-    files.write(out / "table1.md", table1_tables.markdown(found))
+    tried = learning_rates.markdown(summaries.load(out / "rates"))
+    files.write(out / "table1.md", table1_tables.markdown(found, tried))
     table1_tables.figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 
 

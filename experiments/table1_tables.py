@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,10 +50,10 @@ def method_of(name: str) -> str:
     return name.partition("-")[2].rpartition("-")[0]
 
 
-def markdown(found: dict[str, dict]) -> str:
-    """The report: scores of all methods, then by task, then costs."""
+def markdown(found: dict[str, dict], rates: Sequence[str] = ()) -> str:
+    """The report: scores of all methods, then by task, then costs; `rates` says which were tried, in lines."""
     lines = ["# Methods by scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found)]
+    lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found), *rates]
     lines += [*same_seed(found), "", *by_task(found), ""]
     return "\n".join([*lines, *costs(found), ""])
 
@@ -237,19 +237,21 @@ def text(values: list[float], best: bool) -> str:
 
 def setting(found: dict[str, dict]) -> list[str]:
     """What was run, from the configs themselves."""
-    said: dict[str, set[str]] = {}
+    said: dict[tuple[str, str], tuple[dict[float, float], set[str]]] = {}
     for summary in found.values():
         c = summary["config"]
         data, local = c["data"], c["local"]
         kind = "**synthetic** rows" if data["data"] == "synthetic" else f"rows of {data['data']}"
         precision = "" if c["dtype"] == "float32" else f" in {c['dtype']} precision"
-        what = (
+        before = (
             f"{c['model']}{precision}, {kind}; {data['clients']} clients, at most {data['train_rows']} training rows "
             f"each; {c['rounds']['rounds']} rounds of {local['steps']} optimiser steps of {local['batch']} rows a "
-            f"client in every method; learning rate {local['learning_rate']:g} to {local['min_learning_rate']:g}; at "
-            f"most {data['test_rows']} test rows a client, {data['mix_rows']} of the mix"
+            f"client in every method"
         )
-        said.setdefault(what, set()).add(summary["device"])
+        after = f"at most {data['test_rows']} test rows a client, {data['mix_rows']} of the mix"
+        falls, devices = said.setdefault((before, after), ({}, set()))
+        falls[local["learning_rate"]] = local["min_learning_rate"]
+        devices.add(summary["device"])
     seeds = sorted({summary["config"]["seed"] for summary in found.values()})
     spread = f"Seeds {seeds}: mean ± half of the 95 % interval." if len(seeds) > 1 else f"Seed {seeds[0]}, once."
     if len({len(same) for same in grouped(found).values()}) > 1:
@@ -257,7 +259,11 @@ def setting(found: dict[str, dict]) -> list[str]:
             " Means are over the seeds that all methods of a column with several have; without ±: one seed. Gains are "
             "over all seeds that a method has, which the table task by task counts."
         )
-    lines = [f"{what}; device {' or '.join(sorted(said[what]))}." for what in sorted(said)]
+    lines = []
+    for before, after in sorted(said):
+        falls, devices = said[before, after]
+        peaks = " or ".join(f"{peak:g} to {falls[peak]:g}" for peak in sorted(falls))
+        lines.append(f"{before}; learning rate {peaks}; {after}; device {' or '.join(sorted(devices))}.")
     return [*lines, "", f"{spread} Generalisation: the mix of all tasks."]
 
 

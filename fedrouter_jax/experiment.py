@@ -62,7 +62,7 @@ def prepare(
     """
     config_lib.check(config)
     on = mesh.make(config.compute.model_parallel)
-    dataset = dataset or rows_of(config)
+    dataset = rows_of(config, dataset)
     data = config.data
     split = partition(dataset, data, config.seed)
     n_l, n_g = cluster_counts(config, split)
@@ -105,9 +105,15 @@ def prepare(
     return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
 
 
-def rows_of(config: Config) -> Dataset:
-    """The rows that a config names; raises `UserError` for what `sources.load` refuses."""
-    return sources.load(config.data.data, sources.columns(config.data.columns), seed=config.seed)
+def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
+    """The rows that a config names, or those given; for validation the training rows of them, split once more.
+
+    Raises `UserError` for what `sources.load` refuses.
+    """
+    dataset = dataset or sources.load(config.data.data, sources.columns(config.data.columns), seed=config.seed)
+    if not config.data.validation:
+        return dataset
+    return Dataset(*sources.split(dataset.train, config.seed, dataset.name), dataset.name)
 
 
 def without_rows(config: Config, split: Partition) -> Prepared:

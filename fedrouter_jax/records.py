@@ -101,7 +101,8 @@ def _check_origins(runs: Sequence[Run]) -> None:
         found = run.clusters or {}
         for key, named in (("data", run.config.data.data), ("model", run.config.model)):
             # One file is split by the seed, and synthetic rows are made by it.
-            of = (key, named, run.config.dtype, run.config.quantise, run.config.data.columns, run.config.seed)
+            data = run.config.data
+            of = (key, named, run.config.dtype, run.config.quantise, data.columns, data.validation, run.config.seed)
             other = known.setdefault(of, run) if key in found else run
             if other is not run and other.clusters[key] != found[key]:
                 kind = {"data": "rows", "model": "weights"}[key]
@@ -200,6 +201,8 @@ def notes(run: Run) -> list[str]:
             f"{cut} of {rows} training rows lost their end, for they are longer than --max-length "
             f"{config.data.max_length} or --max-response {config.data.max_response} tokens"
         )
+    if config.data.validation:
+        found.append("scores are of training rows that were held out (--validation); no test row was asked")
     seen = run.clusters.get("seen_rows", 0)
     if seen:
         found.append(

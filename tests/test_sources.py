@@ -156,19 +156,19 @@ def test_byte_order_mark_is_skipped(tmp_path, suffix):
 def test_one_file_split_is_a_partition_by_seed(tmp_path):
     rows = [Row(f"instruction {i // 2}", f"output {i}", "") for i in range(200)]  # every instruction twice
     path = write(tmp_path / "data.jsonl", rows)
-    first = sources.load(str(path), test_fraction=0.25, seed=3)
-    assert first == sources.load(str(path), test_fraction=0.25, seed=3)
-    assert first.test != sources.load(str(path), test_fraction=0.25, seed=4).test
+    first = sources.load(str(path), seed=3)
+    assert first == sources.load(str(path), seed=3)
+    assert first.test != sources.load(str(path), seed=4).test
     assert sorted(first.train + first.test) == sorted(rows)
-    assert len(first.test) == 50
+    assert len(first.test) == 40
     assert not {row.instruction for row in first.train} & {row.instruction for row in first.test}
     assert list(first.train) == [row for row in rows if row in set(first.train)]  # in file order
 
 
 def test_split_is_the_same_on_every_platform():
     rows = tuple(Row(str(i), "x", "") for i in range(10))
-    assert [row.instruction for row in sources.split(rows, 0.3, 0, "")[1]] == ["0", "6", "8"]
-    assert len(sources.split(rows, 0.26, 0, "")[1]) == 3  # the nearest number
+    assert [row.instruction for row in sources.split(rows, 0, "")[1]] == ["0", "8"]
+    assert len(sources.split(rows[:8], 0, "")[1]) == 2  # the nearest number
 
 
 def test_every_task_of_every_client_has_test_rows():
@@ -176,17 +176,16 @@ def test_every_task_of_every_client_has_test_rows():
     rows = [Row(f"{client} {i}", "x", "ab"[i % 2], client) for client in ("one", "two", "three") for i in range(6)]
     rows += [Row("one 0", "again", "b", "two"), Row("alone", "x", "c", "one")]
     for seed in range(10):
-        train, test = sources.split(tuple(rows), 0.2, seed, "")
+        train, test = sources.split(tuple(rows), seed, "")
         assert sorted(train + test) == sorted(rows)
         assert {(row.client, row.task) for row in test} >= {(c, t) for c in ("one", "two", "three") for t in "ab"}
         assert not {row.instruction for row in train} & {row.instruction for row in test}
         assert "alone" in {row.instruction for row in train}
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.999])
-def test_split_is_never_empty(tmp_path, fraction):
-    loaded = sources.load(str(write(tmp_path / "data.csv", ROWS)), test_fraction=fraction)
-    assert loaded.train and loaded.test
+def test_split_is_never_empty():
+    train, test = sources.split((Row("one", "x", ""), Row("two", "x", "")), 0, "")
+    assert train and test
 
 
 def test_synthetic_takes_the_seed():

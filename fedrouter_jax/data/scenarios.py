@@ -48,6 +48,8 @@ class DataConfig:
     balanced: bool = False
     """Test rows of a task that is answered by labels: as many of each label. One answer to all then scores the same
     whichever it is. (In dirichlet and natural those of the mix alone.)"""
+    validation: bool = False
+    """Ask held-out training rows, a fifth of each task's, and leave the test rows alone: to choose a rate, say."""
     template: str = "alpaca"
     """Prompt template: alpaca; short, which saves 25 tokens a row; chat, the model's own; or a text that holds
     {instruction} once."""

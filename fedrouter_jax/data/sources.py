@@ -20,10 +20,11 @@ from fedrouter_jax.errors import UserError
 
 FIELDS = (*Row._fields, "input")
 OPTIONAL = ("task", "client", "input")
+HELD_OUT = 0.2  # of the instructions, where one file is both train and test
 TEST_NAMES = ("test", "validation", "valid", "val", "dev")  # the first one present is the test split
 
 
-def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+def load(spec: str, columns: dict[str, str] | None = None, seed: int = 0) -> Dataset:
     """Rows of the source that `spec` names.
 
     `spec` is one of, in this order:
@@ -31,9 +32,7 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     * `"synthetic"`: the embedded tasks, `synthetic.make(seed)`;
     * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a file of one of
       `SUFFIXES`;
-    * one such file, split by `seed`: of each task of each client about `test_fraction` of the distinct instructions,
-      and one at least where there are two, are held out with all their rows, so that no test instruction occurs in
-      train; rows keep their order;
+    * one such file, split by `seed` (`split`);
     * else the id of a Hugging Face data set, or `ID:CONFIGURATION` where it has several, whose `train` split and first
       split named as above are read (a data set with no test split is split as one file is).
 
@@ -43,8 +42,6 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
     be text that is not blank.
     Raises `UserError` for anything else that is found.
     """
-    if not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction is {test_fraction}; expected a number between 0 and 1, such as 0.2")
     unknown = sorted(set(columns or {}) - set(FIELDS))
     if unknown:
         raise UserError(f"columns has no field '{unknown[0]}'; the fields are {listed(FIELDS)}")
@@ -63,11 +60,11 @@ def load(spec: str, columns: dict[str, str] | None = None, test_fraction: float 
         train_path, test_path = _split_files(path)
         return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name)
     if path.is_file():
-        train, test = split(read(path, columns), test_fraction, seed, str(path))
+        train, test = split(read(path, columns), seed, str(path))
         return Dataset(train, test, path.stem)
     if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?", spec):
         raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
-    return _hugging_face(spec, columns, test_fraction, seed)
+    return _hugging_face(spec, columns, seed)
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
@@ -126,10 +123,11 @@ def _instruction(record: Record, found: Mapping[str, str], place: str) -> str:
     return f"{text}\n\n{about}" if about.strip() else text
 
 
-def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) -> tuple[tuple[Row, ...], ...]:
-    """(train, test) of `rows`, neither empty, divided by instruction so that repeated ones do not leak.
+def split(rows: tuple[Row, ...], seed: int, where: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """(train, test) of `rows`, neither empty, in their order, divided by instruction so that repeated ones do not leak.
 
-    Of each task of each client `test_fraction` goes to test, one instruction at least where there are two.
+    Of each task of each client a fifth of the distinct instructions, and one at least where there are two, goes to test
+    with all their rows. `where` names the rows in the `UserError` for a single instruction.
     """
     instructions = list(dict.fromkeys(row.instruction for row in rows))
     if len(instructions) < 2:
@@ -145,7 +143,7 @@ def split(rows: tuple[Row, ...], test_fraction: float, seed: int, where: str) ->
     shuffled, held_out = random.Random(f"{seed}/split"), set()
     for group in map(list, groups.values()):
         shuffled.shuffle(group)
-        held_out.update(group[: min(max(round(test_fraction * len(group)), 1), len(group) - 1)])
+        held_out.update(group[: min(max(round(HELD_OUT * len(group)), 1), len(group) - 1)])
     return (
         tuple(row for row in rows if row.instruction not in held_out),
         tuple(row for row in rows if row.instruction in held_out),
@@ -216,7 +214,7 @@ def _text(value: object, column: str, place: str, blank: bool) -> str:
     return value
 
 
-def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: float, seed: int) -> Dataset:
+def _hugging_face(spec: str, columns: Mapping[str, str] | None, seed: int) -> Dataset:
     try:
         import datasets
     except ImportError as error:
@@ -240,6 +238,6 @@ def _hugging_face(spec: str, columns: Mapping[str, str] | None, test_fraction: f
 
     test_name = next((name for name in TEST_NAMES if name in loaded), None)
     if test_name is None:
-        train, test = split(rows("train"), test_fraction, seed, spec)
+        train, test = split(rows("train"), seed, spec)
         return Dataset(train, test, spec)
     return Dataset(rows("train"), rows(test_name), spec)
