@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
     "fedavgm": ("fedit", {"rounds": {"server": "momentum"}}),
+    "fedadagrad": ("fedit", {"rounds": {"server": "adagrad", "server_rate": 1e-2}}),
     "fedadam": ("fedit", {"rounds": {"server": "adam", "server_rate": 1e-2}}),
     "fedyogi": ("fedit", {"rounds": {"server": "yogi", "server_rate": 1e-2}}),
 }

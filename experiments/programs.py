@@ -11,12 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedrouter_jax import client, embed, generate, lora, memory, mesh, models, plan, routing
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import server as server_lib
+from fedrouter_jax import embed, experiment, generate, lora, memory, mesh, models, plan, routing
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Batch, Packs
-from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import as_bits
@@ -88,11 +86,8 @@ def round_of(
 ) -> jax.stages.Lowered:
     """A round of so many groups of lanes, lowered for the devices of a mesh, by default for the one here."""
     decoder, config, strategy, state, _ = federation
-    update = client.make_client_update(decoder, config.lora, config.local, config.compute.blocks, pack.at_once)
-    server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
-    loss = client.make_client_loss(decoder, config.lora, pack.at_once)
     several = on if on is not None and on.size > 1 else None
-    run = make_round(strategy, update, lambda t: 1e-3, 3, at_once, server, loss, several)
+    run = experiment.round_program(config, decoder, strategy, pack.at_once, at_once, several)
     lanes, lead = groups * pack.lanes, (groups, config.local.steps)
     rows = jax.tree.map(lambda leaf: ints(*lead, *leaf.shape), memory.pack_rows(pack, pack.rows))
     work, batch = Work(ints(lanes), ints(lanes), jax.ShapeDtypeStruct((lanes,), jnp.float32)), Batch(rows, ints(*lead))

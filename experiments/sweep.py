@@ -17,7 +17,7 @@ from fedrouter_jax import formats, mesh, report, runs
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.rows import digest
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.experiment import on_mesh, rows_of
+from fedrouter_jax.experiment import rows_of
 from fedrouter_jax.models import load_model
 from fedrouter_jax.terminal import progress
 
@@ -93,7 +93,7 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
             console.rule(f"run {number} of {len(configs)}: {name}")
             wanted = (config.model, config.dtype, config.quantise, config.compute.model_parallel)
             if loaded != wanted:
-                place = on_mesh(mesh.make(config.compute.model_parallel))
+                place = mesh.placing(mesh.make(config.compute.model_parallel))
                 loaded, model = wanted, load_model(*wanted[:3], place)
             shared = runs.Shared(model, [other for other in folders[:-1] if other.exists()])
             with progress() as track:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedrouter_jax import lora
 from fedrouter_jax.types import OWNERSHIP, Adapters, Array, LoRA, Owner, Phase, PyTree
@@ -99,10 +100,10 @@ def expand(values: Array, like: Array) -> Array:
 
 def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> int:
     """Bytes one lane sends in a round: of the leaves whose owner has them sent, those that a phase moves."""
-    moved = [spread(phase.train, bank) for phase in phases] or [spread(True, bank)]
+    moved = [spread({name: phase.train[name] for name in bank}, bank) for phase in phases] or [spread(True, bank)]
 
     def size(owner, leaf, *trains):
-        sent = OWNERSHIP[owner].sent and any(map(bool, trains))
+        sent = OWNERSHIP[owner].sent and any(map(np.any, trains))
         return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize if sent else 0
 
     return sum(jax.tree.leaves(jax.tree.map(size, spread(owners, bank), bank, *moved)))

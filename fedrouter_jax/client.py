@@ -8,6 +8,7 @@ with no padding per lane. A group of one lane is plain training.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,9 @@ def response_losses(
     `adapters` has leaves `[lane, ...]`, and `weights` says how much each of them counts; `keys` [lane] are for dropout.
     """
     lanes = keys.shape[0]
-    slots = lora_lib.stack(adapters.values())
+    slots = lora_lib.stack(adapters[name] for name in weights)
     lane = jax.nn.one_hot(rows.lane, lanes)
-    own = jnp.concatenate([lane * weights[name] for name in adapters], axis=-1)
+    own = jnp.concatenate([lane * weight for weight in weights.values()], axis=-1)
     losses = likelihood.of_packs(
         decoder,
         base,
@@ -99,30 +100,41 @@ def make_client_update(
     local: LocalConfig,
     blocks: Blocks = LOOP,
     packs_at_once: int = 1,
+    optimiser: Callable[..., optax.GradientTransformation] | None = None,
 ) -> ClientUpdate:
     """The function `(base, adapters [lane, ...], batch [step], lr, keys [lane], phases) -> (adapters, loss)`.
 
     The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. The loss
     [lane, step] of a lane in a step is the mean over all its response tokens there. A step's packs are visited by a
     loop, `packs_at_once` in a turn, that stops after the last one with rows. A lane without rows has a gradient of
-    zero.
+    zero. `optimiser` is a strategy's.
     """
 
     def update(base, adapters, batch, lr, keys, phases):
         count = batch.count.shape[0]
         each = count // len(phases)
-        losses = []
+        received, losses = adapters, []
         for number, phase in enumerate(phases):
             first, last = number * each, count if number == len(phases) - 1 else (number + 1) * each
             part = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], batch)
-            adapters, loss = train(base, adapters, part, lr, keys, phase, jnp.arange(first, last))
+            adapters, loss = train(base, adapters, received, part, lr, keys, phase, jnp.arange(first, last))
             losses.append(loss)
         return adapters, jnp.concatenate(losses).T
 
-    def train(base, adapters, batch, lr, keys, phase, steps):
-        optimiser = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))
-        lanes, received = keys.shape[0], adapters
+    def train(base, adapters, received, batch, lr, keys, phase, steps):
+        lanes = keys.shape[0]
         moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
+
+        def moving(tree):
+            return jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, tree)
+
+        usual = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))
+        if optimiser is not None:
+            usual = optimiser(optax.chain(optax.stateless(lambda gradients, _: moving(gradients)), usual), lr, local)
+        own = optax.with_extra_args_support(usual)
+
+        def updates_of(gradients, state, adapters, received):
+            return own.update(gradients, state, adapters, received=received)
 
         def summed(adapters, packs, counts, step_keys):
             losses = response_losses(decoder, lora, base, adapters, phase.weights, packs, step_keys, blocks) / counts
@@ -144,14 +156,13 @@ def make_client_update(
             if local.proximal:
                 pulled = jax.tree.map(lambda leaf, start: local.proximal * (leaf - start), adapters, received)
                 gradients = jax.tree.map(jnp.add, gradients, pulled)
-            # What does not move must not count in the norm that clips the rest.
-            gradients = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, gradients)
             with jax.named_scope("optimiser"):
-                updates, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, adapters)
-            updates = jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, updates)
-            return (optax.apply_updates(adapters, updates), optimiser_state), loss
+                # What does not move must not count in the norm that clips the rest.
+                given = (moving(gradients), optimiser_state, adapters, received)
+                updates, optimiser_state = jax.vmap(updates_of)(*given)
+            return (optax.apply_updates(adapters, moving(updates)), optimiser_state), loss
 
-        (adapters, _), loss = jax.lax.scan(step, (adapters, jax.vmap(optimiser.init)(adapters)), (steps, batch))
+        (adapters, _), loss = jax.lax.scan(step, (adapters, jax.vmap(own.init)(adapters)), (steps, batch))
         return adapters, loss
 
     return update

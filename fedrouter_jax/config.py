@@ -225,11 +225,15 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
             "its slots"
         )
     phases = strategy.phases(1, config.rounds.rounds)
-    for part in (part for phase in phases for part in phase):
-        if isinstance(part, dict) and set(part) != names:
+    for train, weights in phases:
+        told = set(train) if isinstance(train, dict) else names
+        if strategy.optimiser is not None:  # what it is given beside adapters has no owner
+            told &= names
+        if told != names or not names >= set(weights) > set():
             raise UserError(
-                f"{strategy.name}: a phase tells of {', '.join(sorted(part))}, but the adapters are "
-                f"{', '.join(sorted(names))}; name all of them, in both parts (without `phases` there is one, main)"
+                f"{strategy.name}: a phase tells of {', '.join(sorted({*told, *weights}))}, but the adapters are "
+                f"{', '.join(sorted(names))}; name all of them in `train`, and those of the forward pass in `weights` "
+                "(without `phases` there is one, main)"
             )
     if config.local.steps < len(phases):
         raise UserError(
@@ -244,8 +248,7 @@ def has_slots(strategy: Strategy) -> bool:
 
 def told_slots(strategy: Strategy) -> bool:
     """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
-    finds = strategy.name == "fedlease"  # by its own silhouette, up to --max-clusters
-    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not finds
+    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
 
 
 def check_length(config: Config, decoder: DecoderConfig) -> None:
@@ -278,7 +281,7 @@ def idle(config: Config) -> list[str]:
         "--shift (a multiple of --clients)": config.data.shift and config.data.shift % config.data.clients == 0,
         f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
         f"--global-clusters {no_rows}": config.cluster.global_clusters and not (clusters or slots),
-        f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not clusters and name != "fedlease",
+        f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not (clusters or method.finds_slots),
         f"--turns {no_rows}": changed("rounds", "turns") and not lanes,
         f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
         f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,

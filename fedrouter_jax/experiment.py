@@ -8,7 +8,7 @@ train_round (T times); `evaluate` scores
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from fedrouter_jax.data.scenarios import Partition, partition, tasks_of
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_losses
 from fedrouter_jax.keys import key_of
-from fedrouter_jax.models import Model, load_model, on_device
+from fedrouter_jax.models import DecoderConfig, Model, load_model
 from fedrouter_jax.sharing import Advance, divided, unseen
-from fedrouter_jax.types import FederationState, PyTree, Strategy, Work
+from fedrouter_jax.types import FederationState, Strategy, Work
 
 
 class Prepared(NamedTuple):
@@ -61,22 +61,41 @@ def prepare(
     own, in place of the config's.
     """
     config_lib.check(config)
-    on = mesh.make(config.compute.model_parallel)
     dataset = rows_of(config, dataset)
-    data = config.data
-    split = partition(dataset, data, config.seed)
+    split = partition(dataset, config.data, config.seed)
     n_l, n_g = cluster_counts(config, split)
     strategy = strategy or config_lib.strategy(config, n_g)
     config_lib.check_strategy(config, strategy)
     if split.tasks == [""]:
         check_unlabelled(config, strategy, dataset.name)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
-        routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, data.newcomers)
-    place = on_mesh(on)
-    given = model and model._replace(params=place(model.params))
-    model = given or load_model(config.model, config.dtype, config.quantise, place)
-    on = several(on)
+        routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, config.data.newcomers)
+    model, on = loaded(config, model)
     config_lib.check_length(config, model.config)
+    train, test = encoded(config, model, dataset, split)
+    groups_of_lanes = at_once.groups_of_lanes(config, strategy, n_l)
+    lanes, batch = groups_of_lanes[1], config.local.batch
+    pack = packing.shape(train, batch, lanes)
+    counts = packing.packs_of_steps(train, batch, lanes, *pack)
+    found = at_once.training(config, model.config, strategy, n_g, groups_of_lanes, pack, counts)
+    packs, groups = map(processes.agreed, found)  # free memory differs between hosts, programs may not
+    round = round_program(config, model.config, strategy, packs, groups or None, on)
+    return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
+
+
+def loaded(config: Config, model: Model | None = None) -> tuple[Model, Mesh | None]:
+    """The config's model, or the one given, where it is to lie; and the mesh, where there are several devices."""
+    on = mesh.make(config.compute.model_parallel)
+    place = mesh.placing(on)
+    given = model and model._replace(params=place(model.params))
+    return given or load_model(config.model, config.dtype, config.quantise, place), mesh.several(on)
+
+
+def encoded(
+    config: Config, model: Model, dataset: Dataset, split: Partition
+) -> tuple[list[list[tokens.Tokens]], dict[int, tokens.Tokens]]:
+    """The training rows by [client][row], and the test rows that are asked by their index."""
+    data, asked = config.data, test_rows(split)
     encode = partial(
         tokens.encode,
         model.tokenizer,
@@ -84,25 +103,23 @@ def prepare(
         max_length=data.max_length,
         max_response=data.max_response,
     )
-    asked = test_rows(split)
     test = dict(zip(asked, encode([dataset.test[i] for i in asked], to_answer=True), strict=True))
     train = [encode([dataset.train[i] for i in held.train]) for held in split.clients]
     for rows in (*train, test.values()):
-        check_tokens(model, rows)
-    rate = partial(client.learning_rate, config.local, config.rounds.rounds)
-    local, shared = config.local, at_once.groups_of_lanes(config, strategy, n_l)
-    lanes = shared[1]
-    pack = packing.shape(train, local.batch, lanes)
-    counts = packing.packs_of_steps(train, local.batch, lanes, *pack)
-    # Free memory differs between hosts, programs may not.
-    found = at_once.training(config, model.config, strategy, n_g, shared, pack, counts)
-    packs, groups = map(processes.agreed, found)
-    update = client.make_client_update(model.config, config.lora, local, config.compute.blocks, packs)
-    rounds = config.rounds
+        tokens.check(rows, model.config.vocab_size, model.name)
+    return train, test
+
+
+def round_program(
+    config: Config, decoder: DecoderConfig, strategy: Strategy, packs: int, groups: int | None, on: Mesh | None
+) -> Callable:
+    """A strategy's round with the config's local steps, learning rates and server (`federation.make_round`)."""
+    local, rounds, blocks = config.local, config.rounds, config.compute.blocks
+    update = client.make_client_update(decoder, config.lora, local, blocks, packs, strategy.optimiser)
+    rate = partial(client.learning_rate, local, rounds.rounds)
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
-    loss = client.make_client_loss(model.config, config.lora, packs)
-    round = make_round(strategy, update, rate, rounds.rounds, groups or None, server, loss, on)
-    return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
+    loss = client.make_client_loss(decoder, config.lora, packs)
+    return make_round(strategy, update, rate, rounds.rounds, groups, server, loss, on)
 
 
 def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
@@ -118,21 +135,10 @@ def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
 
 def without_rows(config: Config, split: Partition) -> Prepared:
     """The same of a run that only answers: whose rows were dealt so, but are not read."""
-    on = mesh.make(config.compute.model_parallel)
-    model = load_model(config.model, config.dtype, config.quantise, on_mesh(on))
+    model, on = loaded(config)
     strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
-    return Prepared(config, model, strategy, split, several(on))
-
-
-def several(on: Mesh) -> Mesh | None:
-    """The mesh, where it is of several devices."""
-    return on if on.size > 1 else None
-
-
-def on_mesh(on: Mesh) -> Callable[[PyTree], PyTree]:
-    """What puts a base on a mesh; where that is one device, on it."""
-    return partial(mesh.place_base, on) if several(on) else on_device
+    return Prepared(config, model, strategy, split, on)
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
@@ -149,16 +155,6 @@ def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
         raise UserError(
             f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
             "--global-clusters"
-        )
-
-
-def check_tokens(model: Model, rows: Iterable[tokens.Tokens]) -> None:
-    """Raises `UserError` for a token that the model does not embed; JAX would take the last one it does."""
-    largest = max(max(row.prompt + row.response) for row in rows)
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {model.name} gives token {largest}, but the model embeds {model.config.vocab_size}; "
-            "are they of one model?"
         )
 
 

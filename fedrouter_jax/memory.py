@@ -97,7 +97,7 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
     decoder, config = federation.decoder, federation.config
 
     def residuals(adapters, base, rows, keys):
-        weights = dict.fromkeys(adapters, 1.0)
+        weights = dict.fromkeys(federation.state.bank, 1.0)
 
         def loss(adapters):
             return client.response_losses(

@@ -10,6 +10,9 @@ divided by hand (`federation.make_round`), over the model by JAX's partitioner.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -18,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from fedrouter_jax import bank
 from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import on_device
 from fedrouter_jax.types import OWNERSHIP, Array, FederationState, PyTree, Strategy
 
 CLIENTS, MODEL = "clients", "model"
@@ -35,6 +39,16 @@ def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
             "choose a divisor of that"
         )
     return Mesh(np.array(devices).reshape(-1, model_parallel), (CLIENTS, MODEL))
+
+
+def several(mesh: Mesh) -> Mesh | None:
+    """The mesh, where it is of several devices."""
+    return mesh if mesh.size > 1 else None
+
+
+def placing(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    """What puts a base on a mesh; where that is one device, on it."""
+    return partial(place_base, mesh) if several(mesh) else on_device
 
 
 def by_hand(mesh: Mesh) -> set[str]:

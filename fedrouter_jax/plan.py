@@ -126,9 +126,10 @@ def plan(
     moved = sum(i * o for m, (i, o) in module_shapes(decoder).items() if m in config.lora.targets) * decoder.layers
     moved = moved if strategy.base is not None else 0  # beside a kernel lies what moves it, as large
     flops = 4.0 * (blocks + moved + head) * tokens
+    adapters = [memory.asked(start, 1)[name] for name in start.state.bank]
     return Plan(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
-        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(memory.asked(start, 1))),
+        adapter_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(adapters)),
         slots=bank.slots_of(start.state.bank),
         lanes=lanes,
         groups=groups,

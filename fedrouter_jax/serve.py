@@ -69,7 +69,7 @@ def route(
     encoded = tokens.encode(
         prepared.model.tokenizer, rows, data.template, data.max_length, data.max_response, to_answer=True
     )
-    experiment.check_tokens(prepared.model, encoded)
+    tokens.check(encoded, prepared.model.config.vocab_size, prepared.model.name)
     embeddings = distances = None
     if prepared.strategy.enrolling == "clustering":
         with track("embedding", len(texts)) as advance:

@@ -25,20 +25,22 @@ def moves(owners: PyTree) -> bool:
 
 
 def optimiser(name: Server, rate: float) -> optax.GradientTransformation | None:
-    """FedAvg (None), FedAvgM, FedAdam or FedYogi with the paper's constants; `rate` is the server's learning rate."""
+    """FedAvg (None), FedAvgM, FedAdagrad, FedAdam or FedYogi with the papers' constants at a learning rate."""
     return {
         "average": None,
         "momentum": optax.sgd(rate, momentum=0.9),
+        "adagrad": adaptive(rate, lambda v, square: v + square, first=0.0),
         "adam": adaptive(rate, lambda v, square: 0.99 * v + 0.01 * square),
         "yogi": adaptive(rate, lambda v, square: v - 0.01 * square * jnp.sign(v - square)),
     }[name]
 
 
-def adaptive(rate: float, second: Callable[[Array, Array], Array]) -> optax.GradientTransformation:
+def adaptive(rate: float, second: Callable[[Array, Array], Array], first: float = 0.9) -> optax.GradientTransformation:
     """Algorithm 2 of Reddi et al.: m <- .9 m + .1 g; v <- second(v, g^2); a step of -rate m / (sqrt(v) + tau).
 
-    Unlike optax's, without bias correction, and v starts at tau^2: the averages of adapters move by about tau, and the
-    correction would make first steps ten times as long.
+    `first` is the .9, 0 for FedAdagrad as in the paper's experiments. Unlike optax's, without bias correction, and v
+    starts at tau^2: the averages of adapters move by about tau, and the correction would make first steps ten times as
+    long.
     """
     tau = 1e-3
 
@@ -46,7 +48,7 @@ def adaptive(rate: float, second: Callable[[Array, Array], Array]) -> optax.Grad
         return jax.tree.map(jnp.zeros_like, x), jax.tree.map(lambda leaf: jnp.full_like(leaf, tau**2), x)
 
     def update(gradient, state, x=None):
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state[0], gradient)
+        m = jax.tree.map(lambda m, g: first * m + (1 - first) * g, state[0], gradient)
         v = jax.tree.map(lambda v, g: second(v, g**2), state[1], gradient)
         return jax.tree.map(lambda m, v: -rate * m / (jnp.sqrt(v) + tau), m, v), (m, v)
 

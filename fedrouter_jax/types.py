@@ -15,7 +15,7 @@ import jax
 Array = jax.Array
 PyTree = Any
 Owner = Literal["fixed", "shared", "copied", "cluster", "public", "client"]
-Server = Literal["average", "momentum", "adam", "yogi"]  # what the server does with averages
+Server = Literal["average", "momentum", "adagrad", "adam", "yogi"]  # what the server does with averages
 Enrolling = Literal["nothing", "random", "clustering", "tasks"]  # how a client's rows become local clusters
 
 
@@ -85,7 +85,7 @@ class Phase(NamedTuple):
     """One part of a lane's local work. All numbers may be traced: they may depend on the round."""
 
     train: PyTree  # prefix tree of the adapters, bool: the leaves that move
-    weights: dict[str, Any]  # the weight of each named adapter in the forward pass
+    weights: dict[str, Any]  # of each named adapter in the forward pass; one that is not named has no part in it
 
 
 # Trains a group of lanes whose rows share packs; a group may be one lane: (base params, adapters [lane, ...], batch of
@@ -138,3 +138,7 @@ class Strategy(NamedTuple):
     # (state after a round, its lanes, bytes of all that one trains and does not keep) -> bytes one sends, and receives
     traffic: Callable[[FederationState, int, int], tuple[int, int]] = lambda state, lanes, size: (size, size)
     derive: Callable[[FederationState], FederationState] | None = None  # what follows from the new adapters
+    # (AdamW on what a phase moves, learning rate, LocalConfig) -> the optax transformation of a lane in place of it;
+    # its `update` is told `received`, too: what the lane was given at the start of the round
+    optimiser: Callable[[Any, Array, Any], Any] | None = None
+    finds_slots: bool = False  # it finds by itself how many clusters of clients there are

@@ -98,7 +98,7 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         ("mymethods:stranger", "the owner of 'main' is 'clients'; choose among fixed, shared, "),
         ("mymethods:nameless", "owners are LoRA(a='client', b='shared', gate={}); expected a dict of named adapters"),
         ("mymethods:crossed", "client and cluster own the parts of 'main'"),
-        ("mymethods:other_name", "a phase tells of main, but the adapters are own; name all"),
+        ("mymethods:other_name", "a phase tells of main, but the adapters are own; name all of them in `train`"),
         ("json:loads", "could not be called, with config if it takes one (TypeError"),
         ("broken:method", "ZeroDivisionError: division by zero, "),
         ("broken:method", "broken.py:2)"),

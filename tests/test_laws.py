@@ -185,14 +185,15 @@ def test_what_a_client_owns_reaches_nobody_else(federation, strategy):
     """Another value of client 1's own leaves as they come back: what others hold and the server knows is the same."""
     state, (work, _) = begin(federation, strategy), inputs(federation, 1)
     asked = strategy.ask(state, work)
-    spread = bank.spread(strategy.owners, asked)
+    held = {name: asked[name] for name in strategy.owners}
+    spread = bank.spread(strategy.owners, held)
 
     def change(owner, leaf):
         return leaf + 5.0 * bank.expand(work.client == 1, leaf) if owner == "client" else leaf
 
     after = [
         told(strategy, begin(federation, strategy), work, lanes)
-        for lanes in (asked, jax.tree.map(change, spread, asked))
+        for lanes in (asked, asked | jax.tree.map(change, spread, held))
     ]
 
     def others(owner, leaf):
@@ -209,7 +210,8 @@ def test_client_owned_leaves_never_travel(federation, strategy):
     spread = bank.spread(strategy.owners, state.bank)
     poisoned = jax.tree.map(lambda owner, leaf: leaf * (jnp.nan if owner == "client" else 1), spread, state.bank)
     work, _ = inputs(federation, 1)
-    sent = strategy.ask(state._replace(bank=poisoned), work)
+    asked = strategy.ask(state._replace(bank=poisoned), work)
+    sent = {name: asked[name] for name in strategy.owners}
     sizes = jax.tree.map(
         lambda owner, leaf: 0 if owner in ("client", "fixed", "copied") else leaf[0].nbytes,
         bank.spread(strategy.owners, sent),

@@ -28,6 +28,7 @@ from fedrouter_jax import bank, client, routing
 from fedrouter_jax import federation as federation_lib
 from fedrouter_jax.strategies import (
     clustered,
+    ditto,
     feddpa_f,
     fedex,
     fedit,
@@ -40,6 +41,7 @@ from fedrouter_jax.strategies import (
     flora,
     ifca,
     rolora,
+    scaffold,
 )
 from fedrouter_jax.types import FederationState, LoRA, View
 
@@ -230,6 +232,33 @@ def test_fedex_with_one_client_is_fedit(federation):
     found = play(federation, fedex(LORA.scale), federation.update, change=alone)[0]
     assert_close(found.bank, play(federation, BY_NAME["fedit"], federation.update, change=alone)[0].bank, 5e-4)
     assert max(float(jnp.abs(delta).max()) for delta in found.memory.values()) < 1e-6
+
+
+def test_scaffold_with_one_client_is_fedit(federation):
+    """Its own control variate is everybody's: nothing is taken out of its steps."""
+    alone = federation._replace(
+        enrolment=federation.enrolment._replace(table=federation.enrolment.table[:1]), members=federation.members[:1]
+    )
+    update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=scaffold().optimiser)
+    state, _ = play(alone, scaffold(), update)
+    assert_close(state.bank, play(alone, BY_NAME["fedit"], federation.update)[0].bank)
+    assert all(leaf.any() for leaf in jax.tree.leaves(state.memory))
+
+
+def test_the_personal_adapters_of_ditto_are_locals_without_a_pull(federation):
+    """In their half of the steps, the first of two."""
+
+    def first_step(work, batch):
+        return work, jax.tree.map(lambda leaf: leaf[:, :1], batch)
+
+    def own(pull):
+        update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=ditto(pull).optimiser)
+        return play(federation, ditto(pull), update)[0].bank["own"]
+
+    local = play(federation, BY_NAME["local"], federation.update, change=first_step)[0].bank["main"]
+    assert_close(own(0.0), local)
+    pulled = zip(*map(jax.tree.leaves, (own(1.0), local)), strict=True)
+    assert any((abs(one - other) > 1e-4).any() for one, other in pulled)
 
 
 def test_clustered_compares_the_first_updates_alone(federation):

@@ -104,7 +104,9 @@ def test_every_strategy_is_planned_with_the_state_it_starts_from(name):
     rounds = config.rounds.rounds
     phases = [prepared.strategy.phases(t, rounds) for t in range(1, rounds + 1)]
     wire = max(bank.wire_bytes(prepared.strategy.owners, state.bank, of_round) for of_round in phases)
+    wire *= 2 if name == "scaffold" else 1  # control variates, too
     assert made.bytes_up == (0 if prepared.strategy.pooled else len(work.client) * wire)
+    assert made.adapter_parameters == sum(leaf[0].size for leaf in jax.tree.leaves(state.bank))
 
 
 def test_more_groups_at_once_where_there_is_more_memory(capsys):

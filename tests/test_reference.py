@@ -10,7 +10,7 @@ from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import hf
 from fedrouter_jax.routing import Enrolment
-from fedrouter_jax.strategies import feddpa_t, fedit, fedrouter, fedsa
+from fedrouter_jax.strategies import ditto, feddpa_t, fedit, fedrouter, fedsa, scaffold
 from fedrouter_jax.types import LoRA
 
 torch = pytest.importorskip("torch", reason="torch is a development dependency: pip install -r requirements-dev.txt")
@@ -58,8 +58,15 @@ def in_numpy(adapter: dict) -> LoRA:
     return LoRA(*({m: leaf.detach().numpy() for (s, m), leaf in adapter.items() if s == side} for side in "ab"))
 
 
-def local_steps(llama, adapters: dict[str, LoRA], moving: str, weights: dict[str, float], batches) -> LoRA:
-    """AdamW on one named adapter; the forward pass is W x + sum of weight * alpha / r * (x A) B over all of them."""
+def local_steps(
+    llama, adapters: dict[str, LoRA], moving: str, weights: dict[str, float], batches, pull=(0.0, None), drift=None
+) -> LoRA:
+    """AdamW on one named adapter; the forward pass is W x + sum of weight * alpha / r * (x A) B over all of them.
+
+    `pull`: a factor, and the adapter that it draws to. `drift`: what is taken, times the learning rate, from each step.
+    """
+    pull, towards = pull[0], None if pull[1] is None else in_torch(pull[1], False)
+    drift = None if drift is None else in_torch(drift, False)
     held = {name: in_torch(adapter, name == moving) for name, adapter in adapters.items()}
     hooks = []
     for number, block in enumerate(llama.model.layers):
@@ -81,8 +88,12 @@ def local_steps(llama, adapters: dict[str, LoRA], moving: str, weights: dict[str
             total = total + torch.nn.functional.cross_entropy(scores, torch.tensor(row.response), reduction="sum")
         optimiser.zero_grad()
         (total / count).backward()
+        for key, leaf in held[moving].items() if towards else ():
+            leaf.grad += pull * (leaf.detach() - towards[key])
         torch.nn.utils.clip_grad_norm_(held[moving].values(), 1.0)
         optimiser.step()
+        for key, leaf in held[moving].items() if drift else ():
+            leaf.data -= RATE * drift[key]
     for hook in hooks:
         hook.remove()
     return in_numpy(held[moving])
@@ -106,7 +117,8 @@ def play(model, members, start, strategy, table) -> dict:
     """The bank after two rounds."""
     _, decoder, params = model
     enrolment = Enrolment(jax.numpy.asarray(table), SLOTS, (), np.zeros((len(table), 1), np.int32), {})
-    run = make_round(strategy, client.make_client_update(decoder, CONFIG, LOCAL), lambda t: RATE, ROUNDS)
+    update = client.make_client_update(decoder, CONFIG, LOCAL, optimiser=strategy.optimiser)
+    run = make_round(strategy, update, lambda t: RATE, ROUNDS)
     state = strategy.init(dict.fromkeys(strategy.owners, start), enrolment)
     sizes = np.array([[len(rows) for rows in held] for held in members])
     for t in range(1, ROUNDS + 1):
@@ -164,6 +176,41 @@ def test_feddpa_t(model, members, start):
     assert_close(jax.tree.map(lambda leaf: leaf[0], found["global"]), shared, 1e-4)
     for c in range(3):
         assert_close(jax.tree.map(lambda leaf, c=c: leaf[c], found["local"]), own[c], 1e-4)
+
+
+def test_scaffold(model, members, start):
+    """The control variates by option II of the paper, c_i - c + (x - y) / (K lr), not step by step."""
+    members, rows = pooled(members), SIZES.sum(axis=1)
+    found = play(model, members, start, scaffold(), one_cluster())
+    x, own = start, [jax.tree.map(np.zeros_like, start)] * 3
+    for t in (1, 2):
+        everybodys = mean(own, np.ones(3))
+        drifts = [jax.tree.map(np.subtract, everybodys, c) for c in own]
+        trained = [
+            local_steps(model[0], {"g": x}, "g", {"g": 1.0}, drawn(members, t, c, 0), drift=drifts[c]) for c in range(3)
+        ]
+        own = [
+            jax.tree.map(lambda d, x, y: -d + (x - y) / (LOCAL.steps * RATE), drift, x, y)
+            for drift, y in zip(drifts, trained, strict=True)
+        ]
+        x = mean(trained, rows)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], found["main"]), x, 1e-4)
+
+
+def test_ditto(model, members, start):
+    members, rows = pooled(members), SIZES.sum(axis=1)
+    found = play(model, members, start, ditto(pull=5.0), one_cluster())
+    shared, own = start, [start] * 3
+    for t in (1, 2):
+        sent = []
+        for c in range(3):
+            batches = drawn(members, t, c, 0)
+            own[c] = local_steps(model[0], {"v": own[c]}, "v", {"v": 1.0}, batches[:2], pull=(5.0, shared))
+            sent.append(local_steps(model[0], {"g": shared}, "g", {"g": 1.0}, batches[2:]))
+        shared = mean(sent, rows)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], found["global"]), shared, 1e-4)
+    for c in range(3):
+        assert_close(jax.tree.map(lambda leaf, c=c: leaf[c], found["own"]), own[c], 1e-4)
 
 
 def test_fedrouter(model, members, start):

@@ -28,7 +28,7 @@ def test_copies_are_of_what_the_servers_optimiser_made(federation, name):
             assert (leaf[0] != other[0]).any()  # or the server's step would not show
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+@pytest.mark.parametrize("name", ["momentum", "adagrad", "adam", "yogi"])
 def test_the_servers_optimiser_moves_only_slots_that_came_back(federation, name):
     """Only client 0 trains, so only its slot moves; momentum's first step is the plain average."""
     server = server_lib.optimiser(name, 1.0 if name == "momentum" else 0.01)
@@ -51,7 +51,7 @@ def test_the_servers_optimiser_moves_only_slots_that_came_back(federation, name)
         assert_close(state.bank, plain.bank)
 
 
-@pytest.mark.parametrize("name", ["adam", "yogi"])
+@pytest.mark.parametrize("name", ["adagrad", "adam", "yogi"])
 def test_adaptive_servers_are_algorithm_2_of_reddi_et_al(name):
     """Three steps by hand in numpy: no bias correction, and v starts at tau squared."""
     server, rng = server_lib.optimiser(name, 0.01), np.random.default_rng(0)
@@ -62,8 +62,12 @@ def test_adaptive_servers_are_algorithm_2_of_reddi_et_al(name):
         moved = rng.normal(size=5) * 10.0 ** rng.integers(-5, 0, 5)
         update, state = server.update(jnp.asarray(-moved, jnp.float32), state, found)
         found = found + update
-        m = 0.9 * m + 0.1 * moved
-        v = 0.99 * v + 0.01 * moved**2 if name == "adam" else v - 0.01 * moved**2 * np.sign(v - moved**2)
+        m = moved if name == "adagrad" else 0.9 * m + 0.1 * moved
+        v = {
+            "adagrad": v + moved**2,
+            "adam": 0.99 * v + 0.01 * moved**2,
+            "yogi": v - 0.01 * moved**2 * np.sign(v - moved**2),
+        }[name]
         x = x + 0.01 * m / (np.sqrt(v) + 1e-3)
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-6)
 

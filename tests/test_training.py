@@ -185,7 +185,7 @@ def test_momentum_is_fedavgm():
     np.testing.assert_allclose(found, x, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam", "yogi"])
+@pytest.mark.parametrize("name", ["momentum", "adagrad", "adam", "yogi"])
 def test_a_slot_that_did_not_move_keeps_its_optimisers_state(name):
     server, owners = server_lib.optimiser(name, 0.1), {"main": "cluster"}
     before = {"main": LoRA({"q": jnp.zeros((2, 3))}, {"q": jnp.zeros((2, 3))})}

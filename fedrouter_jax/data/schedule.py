@@ -37,9 +37,10 @@ class RoundConfig:
     weighting: Weighting = "cluster"
     """An adapter's weight in averages: rows of its local cluster, rows of its client (as released), or 1."""
     server: Server = "average"
-    """What the server does with averages: takes them (FedAvg), or FedAvgM, FedAdam, FedYogi (arXiv 2003.00295)."""
+    """What the server does with averages: takes them (FedAvg), or FedAvgM, or FedAdagrad, FedAdam, FedYogi
+    (arXiv 2003.00295)."""
     server_rate: float = 1.0
-    """Learning rate of the server's optimiser; FedAdam and FedYogi want about 1e-2."""
+    """Learning rate of the server's optimiser; all but FedAvgM want about 1e-2."""
 
 
 def taking_part(clients: int, participation: float) -> int:

@@ -6,7 +6,7 @@ boundary that generation starts from, and the loss mask needs no search for a ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedrouter_jax.data import templates
@@ -74,6 +74,15 @@ def encode(
             prompt = prompt[: room - tail_tokens] + prompt[len(prompt) - tail_tokens :]
         encoded.append(Tokens(prompt, answer, truncated))
     return encoded
+
+
+def check(rows: Iterable[Tokens], vocabulary: int, model: str) -> None:
+    """Raises `UserError` for a token that the model does not embed; JAX would take the last one it does."""
+    largest = max(max(row.prompt + row.response) for row in rows)
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer of {model} gives token {largest}, but the model embeds {vocabulary}; are they of one model?"
+        )
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:

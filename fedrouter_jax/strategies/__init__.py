@@ -15,6 +15,7 @@ from fedrouter_jax.strategies.collaboration import (
     fedrouter_sum,
     fedrouter_warm,
 )
+from fedrouter_jax.strategies.ditto import ditto
 from fedrouter_jax.strategies.fedalt import fedalt
 from fedrouter_jax.strategies.feddpa import feddpa_f, feddpa_t
 from fedrouter_jax.strategies.fedex import fedex
@@ -28,6 +29,7 @@ from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
 from fedrouter_jax.strategies.oracle import oracle
 from fedrouter_jax.strategies.rolora import rolora
+from fedrouter_jax.strategies.scaffold import scaffold
 from fedrouter_jax.types import Strategy
 
 STRATEGIES = {
@@ -35,6 +37,8 @@ STRATEGIES = {
     "fedit": fedit,
     "local": local,
     "fedsa": fedsa,
+    "scaffold": scaffold,
+    "ditto": ditto,
     "feddpa-t": feddpa_t,
     "feddpa-f": feddpa_f,
     "clustered": clustered,

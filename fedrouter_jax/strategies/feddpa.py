@@ -31,7 +31,7 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
     def phases(round, rounds):
         return (
             Phase(train={"global": False, "local": True}, weights={"global": 1 - mix, "local": mix}),
-            Phase(train={"global": True, "local": False}, weights={"global": 1.0, "local": 0.0}),
+            Phase(train={"global": True, "local": False}, weights={"global": 1.0}),
         )
 
     route = _instance_wise(scale, weight_on)

@@ -123,7 +123,7 @@ def fedlease(experts: int = 4) -> Strategy:
 
     return Strategy(
         "fedlease", owners, init, ask, collect, tell, route, phases=phases, regroup=regroup, traffic=traffic,
-        derive=copied,
+        derive=copied, finds_slots=True,
     )  # fmt: skip
 
 
