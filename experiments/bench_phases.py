@@ -22,6 +22,7 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.presets import demo
 from fedrouter_jax.types import LoRA
+from fedrouter_jax.weighted_rows import padded
 
 LANES, SLOTS = 8, 4
 POINTS, WIDTH = 96, 576  # K-Means: rows of a client
@@ -151,18 +152,13 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
     table = jnp.asarray([[c % SLOTS, (c + 1) % SLOTS] for c in range(LANES)], jnp.int32)
     width = prepared.model.config.width
     router = routing.Router(jnp.zeros((SLOTS, width)), jnp.zeros(width), jnp.ones(width), jnp.asarray(False))
-    padded = np.full((LANES, max(map(len, labels))), -1, np.int32)
-    for row, found in zip(padded, labels, strict=True):
-        row[: len(found)] = found
-    enrolment = routing.Enrolment(table, SLOTS, router, padded, {})
+    enrolment = routing.Enrolment(table, SLOTS, router, padded(labels), {})
     members = experiment.members(prepared, enrolment)
     work, _ = experiment.round_inputs(prepared, members, 1)
     steps, size = config.local.steps, config.local.batch
     lanes = []
     for c, k, weight in zip(work.client, work.cluster, work.weight, strict=True):
-        rows = members[c][k]
-        order = schedule.draw(len(rows), steps * size, np.random.default_rng([config.seed, 1, int(c), int(k)]))
-        drawn = [[rows[i] for i in order[step * size :][:size]] for step in range(steps)]
+        drawn = schedule.rows_of_steps(members[c][k], steps, size, [config.seed, 1, int(c), int(k)])
         lanes.append((int(table[c, k]), float(weight), drawn))
     given = {name: leaf.detach().clone() for name, leaf in flow.get_peft_model_state_dict(peers[0].model).items()}
     rate = float(client.learning_rate(config.local, config.rounds.rounds, 1))
@@ -245,12 +241,7 @@ def generation(mine: dict[str, Prepared], adapters: LoRA, peers: list[Peer], loa
 
 def in_torch(adapter: LoRA, device) -> dict:
     """An adapter as a PEFT state dict."""
-    return {
-        peft_io.tensor_name(layer, module, side): torch.tensor(np.asarray(stacked[layer]).T.copy(), device=device)
-        for side, leaves in (("A", adapter.a), ("B", adapter.b))
-        for module, stacked in leaves.items()
-        for layer in range(stacked.shape[0])
-    }
+    return {name: torch.tensor(leaf, device=device) for name, leaf in peft_io.tensors(adapter).items()}
 
 
 def clustering(load: Load) -> Phase:

@@ -136,7 +136,7 @@ def measure(options: Clustering, to: Path) -> None:
                 of = {"name": job, "set": name, "tasks": tasks, "seed": seed, "recipe": recipe, "few": few}
                 found["records"].append({**of, **record})
                 found["records"].sort(key=lambda record: order.get(record["name"], len(order)))
-                files.write(to, json.dumps(rounded(found), indent=None) + "\n")
+                files.write(to, json.dumps(rounded(found)) + "\n")
             advance(1, job)
 
 
@@ -188,8 +188,8 @@ def embedded(
     path = folder / f"{content[:24]}.npy"
     if not path.exists():
         at_once = 1 if jax.default_backend() == "cpu" else 16
-        name = "all layers" if depth is None else f"{round(depth * model.config.layers)} layers"
-        with progress() as track, track(f"embedding by {name}", len(ids)) as advance:
+        layers = embed.blocks(model.config, depth)
+        with progress() as track, track(f"embedding by {layers} layers", len(ids)) as advance:
             found = embed.embed(model.config, model.params, ids, depth, at_once, advance, skip=skip)
         with files.replaced(path) as beside, beside.open("wb") as file:
             np.save(file, found, allow_pickle=False)
@@ -223,8 +223,7 @@ def cluster(
         }
         if seed == 0 and recipe == "refined":
             flat = np.concatenate(points)
-            router = given.router._replace(centroids=given.router.centroids[:0])
-            picture, method = plots.project(np.asarray(routing.prepare(router, flat)))
+            picture, method = plots.project(np.asarray(routing.prepare(given.router, flat)))
             slots = [int(given.table[c, k]) for c, row in enumerate(given.labels) for k in row[: len(labels[c])]]
             record["picture"] = {
                 "method": method,
@@ -238,7 +237,6 @@ def cluster(
 
 def other_scores(router: routing.Router, points: list[np.ndarray], labels: np.ndarray) -> dict[str, dict]:
     """Two scores against k from scikit-learn: of the first client's rows, and of all clients' centres."""
-    router = router._replace(centroids=router.centroids[:0])
     rows = [np.asarray(routing.prepare(router, held)) for held in points]
     centres = [
         r[lab[: len(r)] == k].mean(axis=0) for r, lab in zip(rows, labels, strict=True) for k in set(lab[: len(r)])

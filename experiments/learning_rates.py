@@ -6,12 +6,13 @@ is the one with the least loss of clients' own held-out rows; the table's runs t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from experiments import summaries, table1_tables
+from experiments import table1_tables
 from fedrouter_jax.config import Config
 
 
@@ -42,9 +43,13 @@ def tuned(configs: Mapping[str, Config], rates: Mapping[str, float]) -> dict[str
 
 
 def by_rate(tried: Mapping[str, dict]) -> dict[tuple[str, str], dict[float, float]]:
-    """`{(scenario, method): {rate: loss of clients' own held-out rows}}`."""
+    """`{(scenario, method): {rate: loss of clients' own held-out rows}}`; infinite where it was no finite number."""
+
+    def loss(summary):
+        return summary["scores"]["personalised"].get("loss", {"mean": math.inf})["mean"]
+
     return {
-        kind: {s["config"]["local"]["learning_rate"]: summaries.score(s, "personalised", "loss") for s in same}
+        kind: {summary["config"]["local"]["learning_rate"]: loss(summary) for summary in same}
         for kind, same in table1_tables.grouped(tried).items()
     }
 

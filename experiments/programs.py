@@ -124,8 +124,10 @@ def phases(federation: memory.Federation, time: int, clusters: int, on: Mesh) ->
     layers = None if recipe.depth is None else embed.blocks(decoder, recipe.depth)
     return {
         "embedding": embed.pooled.lower(decoder, base, here, None, None, layers, False, recipe.skip),
-        "reading": generate.read.lower(decoder, base, turn, owner, number, lengths, dealt, state, slots, gates, stop=0),
-        "writing": generate.write.lower(decoder, base, number, state, slots, gates, stop=0),
+        "reading": generate.prefill.lower(
+            decoder, base, turn, owner, number, lengths, dealt, state, slots, gates, stop=0
+        ),
+        "writing": generate.decode.lower(decoder, base, number, state, slots, gates, stop=0),
     }
 
 

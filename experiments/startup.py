@@ -24,10 +24,8 @@ import numpy as np
 from experiments.sweep import at_least_one
 from fedrouter_jax import experiment, files
 from fedrouter_jax.models.load import smollm2_path
-from fedrouter_jax.presets import demo, smoke
+from fedrouter_jax.presets import PRESETS
 from fedrouter_jax.terminal import guarded, keep_programs, parse, show_markdown
-
-PRESETS = {"demo": demo, "smoke": smoke}
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,10 @@ def of(folder: Path) -> dict:
     `model` are the SHA-256 of the rows and the weights.
     """
     run = records.read(folder)
-    keep = ("mean", "per_task", "per_client")
-    scores = {
-        part: {
-            name: {key: value[key] for key in keep} if isinstance(value, dict) else value
-            for name, value in found.items()
-        }
-        for part, found in run.scores.items()
-    }
     regrouped = [record["table"] for record in run.rounds if "table" in record]
     return {
         "config": asdict(portable(run.config)),
-        "scores": scores,
+        "scores": run.scores,
         "cost": records.cost(run) | {"tokens": sum(record["tokens"] for record in run.rounds)},
         "accuracy": records.accuracy(run),
         "device": run.timings.get("device"),

@@ -18,6 +18,7 @@ from fedrouter_jax.data.scenarios import Client, Partition
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.routing import Enrolment
+from fedrouter_jax.weighted_rows import padded
 
 
 def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
@@ -142,11 +143,8 @@ def enrolment(path: Path, found: formats.Clusters, prepared: Prepared) -> Enrolm
         ) from None
     labels, silhouettes = [client["local"] for client in found["clients"]], found["silhouettes"]
     table, clusters = jnp.asarray(found["table"], jnp.int32), found["clusters"]
-    padded = np.full((len(labels), max(map(len, labels))), -1, np.int32)
-    for number, row in enumerate(labels):
-        padded[number, : len(row)] = row
     if prepared.strategy.enrolling != "clustering":
-        return Enrolment(table, clusters, (), padded, {})
+        return Enrolment(table, clusters, (), padded(labels), {})
     width = prepared.model.config.width
     router = routing.Router(jnp.zeros((clusters, width)), jnp.zeros(width), jnp.zeros(width), jnp.zeros((), bool))
-    return Enrolment(table, clusters, router, padded, silhouettes)
+    return Enrolment(table, clusters, router, padded(labels), silhouettes)

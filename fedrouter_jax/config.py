@@ -241,6 +241,14 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
         )
 
 
+def weighs(config: Config) -> bool:
+    """Whether averages go by weights. Of somebody's own method, which need not be here, that is supposed."""
+    if config.strategy not in STRATEGIES:
+        return True
+    method = strategy(config, None)
+    return server_lib.moves(method.owners) and not method.pooled
+
+
 def has_slots(strategy: Strategy) -> bool:
     """Whether adapters are the clusters'."""
     return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))

@@ -21,7 +21,6 @@ from fedrouter_jax.types import Array, FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")
 _UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # Thai to Chinese
-REFERENCES = 5  # training prompts of a client that FedDPA compares a text with
 
 
 class Question(NamedTuple):
@@ -198,18 +197,19 @@ def view(
         return jnp.asarray(answers.states(prepared, state, prompts, weights))
 
     def references(weights) -> jnp.ndarray:
-        if not prepared.strategy.references:
+        count = prepared.strategy.references
+        if not count:
             raise UserError(
                 f"{prepared.strategy.name} routes by training prompts of clients, which its Strategy does not say; set "
-                "references=True"
+                "`references` to how many"
             )
         drawn = [
             held[i].prompt
             for client, held in enumerate(prepared.train)
-            for i in np.random.default_rng([prepared.config.seed, client, 0xD9A]).integers(0, len(held), REFERENCES)
+            for i in np.random.default_rng([prepared.config.seed, client, 0xD9A]).integers(0, len(held), count)
         ]
-        found = states(drawn, jnp.repeat(weights, REFERENCES, axis=0))
-        return found.reshape(len(prepared.train), REFERENCES, -1)
+        found = states(drawn, jnp.repeat(weights, count, axis=0))
+        return found.reshape(len(prepared.train), count, -1)
 
     return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 

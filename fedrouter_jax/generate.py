@@ -37,7 +37,7 @@ class Answering(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "stop"), donate_argnames="state")
-def read(
+def prefill(
     config: DecoderConfig,
     base: PyTree,
     packs: packing.Packs,
@@ -77,7 +77,7 @@ def read(
 
 
 @partial(jax.jit, static_argnames=("config", "stop"), donate_argnames="state")
-def write(
+def decode(
     config: DecoderConfig,
     base: PyTree,
     few: Array,
@@ -162,7 +162,7 @@ def generate(
             held[free] = [waiting.pop() for _ in free]
             owner, start = _dealt(owner, start, held, free, needs)
             turn = _packed(prompts, held, free, time, packs_at_once)
-            state = read(config, base, *turn, (owner, start), state, lora, _of(gates, held), stop=stop)
+            state = prefill(config, base, *turn, (owner, start), state, lora, _of(gates, held), stop=stop)
 
         live = np.flatnonzero(held >= 0)
         half = not waiting and _FEWEST <= rows // 2 >= len(live)
@@ -179,7 +179,7 @@ def generate(
             few = rows - min(max(1, rows // 4), len(waiting))
         else:
             few = rows // 2 if shrinks and rows // 2 >= _FEWEST else 0
-        state = write(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
+        state = decode(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
         latest, written = np.asarray(state.latest), np.asarray(state.answer).tolist()
         done = np.flatnonzero((held >= 0) & (latest == stop))
         for row in done:

@@ -20,6 +20,7 @@ import numpy as np
 
 from fedrouter_jax import kmeans
 from fedrouter_jax.types import Array
+from fedrouter_jax.weighted_rows import padded
 
 _LEAST_SHARE = 0.25  # of an even share of its rows: what a client has less of in a slot goes to its other slots
 
@@ -105,13 +106,11 @@ def follow(
         order = np.argsort(-counts, kind="stable")
         enough = int(np.sum(counts >= max(2, _LEAST_SHARE * here.sum() / slots))) if local is None else local
         kept.append(np.sort(order[: max(1, min(enough, np.count_nonzero(counts)))]))
-    table = np.full((len(kept), max(map(len, kept))), -1, np.int32)
     labels = np.full(held.shape, -1, np.int32)
     for client, slots_kept in enumerate(kept):
-        table[client, : len(slots_kept)] = slots_kept
         nearest = distances[client][:, slots_kept].argmin(axis=1)
         labels[client] = np.where(held[client], nearest, -1)
-    return table, labels
+    return padded(kept), labels
 
 
 def _reports(points: Array, present: Array, centroids: Array, valid: Array | None) -> tuple[Array, Array, Array]:

@@ -21,6 +21,7 @@ from rich.filesize import decimal
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, formats
 from fedrouter_jax.records import (
     PARTS,
@@ -190,7 +191,7 @@ def setups(rows: Sequence[Row]) -> list[str]:
             f"{rounds.rounds} rounds x {local.steps} steps x batch {local.batch}",
             f"learning rate {local.learning_rate:g} to {local.min_learning_rate:g}",
             f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {brief(lora.targets)}",
-            f"averages weighted by {rounds.weighting}" if config.strategy != "local" else "no averages",
+            f"averages weighted by {rounds.weighting}" if config_lib.weighs(config) else "no weighted averages",
         ]
         if rounds.participation < 1:
             said.append(f"{rounds.participation:.0%} of the clients a round")

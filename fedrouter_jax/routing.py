@@ -21,6 +21,7 @@ import numpy as np
 from fedrouter_jax import kmeans, refine, silhouette
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array
+from fedrouter_jax.weighted_rows import padded
 
 RecipeName = Literal["refined", "standardised", "paper"]
 Mode = Literal["local", "global", "oracle"]
@@ -123,7 +124,7 @@ def statistics(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 0)
     deviation = np.where(variance > 1e-14 * (origin + mean) ** 2, np.sqrt(variance), 1.0)
-    return (origin + mean).astype(np.float32), np.where(deviation > 0, deviation, 1.0).astype(np.float32)
+    return (origin + mean).astype(np.float32), deviation.astype(np.float32)
 
 
 def one_cluster_each(rows: Sequence[int], clusters: int = 1, key: Array | None = None, newcomers: int = 0) -> Enrolment:
@@ -136,19 +137,14 @@ def one_cluster_each(rows: Sequence[int], clusters: int = 1, key: Array | None =
     founders = len(rows) - newcomers
     dealt = jnp.zeros(founders, jnp.int32) if key is None else jax.random.permutation(key, founders) % clusters
     table = jnp.pad(dealt, (0, newcomers))
-    labels = np.where(np.arange(max(rows))[None] < np.asarray(rows)[:, None], 0, -1).astype(np.int32)
+    labels = padded([[0] * count for count in rows])
     return Enrolment(table[:, None].astype(jnp.int32), clusters, (), labels, {})
 
 
 def one_cluster_a_task(tasks: Sequence[Sequence[int]], total: int) -> Enrolment:
     """The enrolment of an oracle: `tasks` [client][row] are true task numbers below `total`; a task is a slot."""
     held = [sorted(set(numbers)) for numbers in tasks]
-    table = np.full((len(tasks), max(map(len, held))), -1, np.int32)
-    labels = np.full((len(tasks), max(map(len, tasks))), -1, np.int32)
-    for client, numbers in enumerate(tasks):
-        table[client, : len(held[client])] = held[client]
-        labels[client, : len(numbers)] = np.searchsorted(held[client], numbers)
-    return Enrolment(jnp.asarray(table), total, (), labels, {})
+    return Enrolment(jnp.asarray(padded(held)), total, (), padded([*map(np.searchsorted, held, tasks)]), {})
 
 
 def enroll(

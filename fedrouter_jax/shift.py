@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from fedrouter_jax.bank import expand
-from fedrouter_jax.types import Array, FederationState, LoRA, PyTree
+from fedrouter_jax.types import Adapters, Array, FederationState, LoRA, PyTree, Work
 
 # What is kept may be a small difference of products: rounded operands, an accelerator's default, would leave little.
 exact = partial(jnp.einsum, precision="highest")
@@ -25,6 +26,21 @@ def added(shift: dict[str, Array], share: Array, lora: LoRA) -> dict[str, Array]
         m: total + exact("kldr,klro->ldo", lora.a[m] * expand(share, lora.a[m]), lora.b[m])
         for m, total in shift.items()
     }
+
+
+def collect(state: FederationState, work: Work) -> tuple[PyTree, Callable]:
+    """What `Strategy.collect` of such methods sums up: the share of the lanes that came back, and their products."""
+
+    def add(sums: PyTree, lanes: Work, adapters: Adapters) -> PyTree:
+        share = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12)
+        return sums[0] + jnp.sum(share), added(sums[1], share, adapters["main"])
+
+    return (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)), add
+
+
+def traffic(state: FederationState, lanes: int, size: int) -> tuple[int, int]:
+    """A client sends its adapter, and adds up those of all lanes by itself."""
+    return size, lanes * size
 
 
 def base(scale: float) -> Callable[[FederationState, PyTree], PyTree]:

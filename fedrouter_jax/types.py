@@ -109,8 +109,8 @@ class View(NamedTuple):
     task_slots: Array | None = None  # int32 [row]: the slot of a row's true task, -1: none has it; for oracles only
     # weights [row, slot] -> the last hidden state of each prompt's last token, [row, width]
     hidden: Callable[[Array], Array] | None = None
-    # weights [client, slot] -> the same of some training prompts of each client, [client, reference, width]; for
-    # strategies that say so
+    # weights [client, slot] -> the same of training prompts of each client, [client, reference, width]; for strategies
+    # that say how many
     references: Callable[[Array], Array] | None = None
 
 
@@ -127,7 +127,7 @@ class Strategy(NamedTuple):
     route: Callable[..., Array]  # (state, clients [row], view, mode) -> weights [row, slot] over `bank.serving`
     enrolling: Enrolling = "nothing"
     pooled: bool = False  # all clients' rows are one lane
-    references: bool = False  # `route` looks at training prompts of the clients (`View.references`)
+    references: int = 0  # so many training prompts of each client `route` looks at (`View.references`)
     phases: Callable[[Array, int], tuple[Phase, ...]] = one_phase  # (round 1..T, T); their number never changes
     # (round 1..T, T) -> the round, or what is between two, whose learning rate it has
     pace: Callable[[Array, int], Array] = lambda round, rounds: round

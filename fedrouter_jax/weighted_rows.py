@@ -1,14 +1,25 @@
-"""Rows with weights, and squared distances between rows and points: what K-Means and silhouettes are made of."""
+"""Rows with weights, and squared distances between rows and points: what K-Means and silhouettes are made of.
+
+Clients have any number of rows and clusters: `padded` puts them into one array.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import Array
+
+
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of whole numbers as one array: int32 [row, longest], -1 behind those that are shorter."""
+    return np.array([*zip_longest(*rows, fillvalue=-1)], np.int32).reshape(-1, len(rows)).T
 
 
 class Rows(NamedTuple):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fedrouter_jax import bank, client, experiment, lora
 from fedrouter_jax.data import schedule, tokens
@@ -19,7 +20,7 @@ from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.routing import Enrolment
 from fedrouter_jax.strategies import STRATEGIES
-from fedrouter_jax.types import Adapters, FederationState, Strategy, Work
+from fedrouter_jax.types import Adapters, FederationState, LoRA, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
 
@@ -121,6 +122,15 @@ def tiny_llama(folder: Path, seed: int, layers: int = 2):
     model = transformers.LlamaForCausalLM(shape).float().eval()
     model.save_pretrained(folder)
     return model
+
+
+def read_adapter(folder: Path) -> LoRA:
+    """A PEFT folder's adapter, [layer, in, rank] and [layer, rank, out]."""
+    sides: dict[str, dict[str, dict[int, np.ndarray]]] = {"A": {}, "B": {}}
+    for name, leaf in load_file(folder / "adapter_model.safetensors").items():
+        *_, layer, _, module, side, _ = name.split(".")
+        sides[side.removeprefix("lora_")].setdefault(module, {})[int(layer)] = leaf.T
+    return LoRA(*({m: np.stack([found[n] for n in sorted(found)]) for m, found in sides[s].items()} for s in "AB"))
 
 
 def assert_close(one, other, tolerance: float = 1e-5) -> None:

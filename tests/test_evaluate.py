@@ -88,11 +88,11 @@ def test_feddpas_references_are_drawn_for_each_client_apart(monkeypatch):
 
     monkeypatch.setattr(answers, "states", states)
     evaluate.view(prepared, state, None, None, []).references(jnp.eye(4, 5, k=1))
-    prompts, each = [[row.prompt for row in held] for held in prepared.train], evaluate.REFERENCES
+    prompts, each = [[row.prompt for row in held] for held in prepared.train], prepared.strategy.references
     drawn = {tuple(own.index(prompt) for prompt in asked[c * each :][:each]) for c, own in enumerate(prompts)}
     assert len(drawn) == 4
-    silent = prepared._replace(strategy=prepared.strategy._replace(references=False))
-    with pytest.raises(UserError, match="which its Strategy does not say; set references=True"):
+    silent = prepared._replace(strategy=prepared.strategy._replace(references=0))
+    with pytest.raises(UserError, match="which its Strategy does not say; set `references` to how many"):
         evaluate.view(silent, state, None, None, []).references(jnp.eye(4, 5, k=1))
 
 

@@ -1,18 +1,16 @@
 """PEFT and transformers on torch as oracles: the same adapter, loss, gradients, training and answers."""
 
-import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, tiny_llama, word_rows
-from safetensors.numpy import load_file, save_file
+from helpers import assert_close, read_adapter, tiny_llama, word_rows
+from safetensors.numpy import load_file
 
 from fedrouter_jax import client, likelihood, lora, peft_io
 from fedrouter_jax.data import packing, schedule, tokens
-from fedrouter_jax.errors import UserError
 from fedrouter_jax.generate import generate
 from fedrouter_jax.models import hf, hidden_states, load_model, logits, tiny_tokenizer
 from fedrouter_jax.routing import Router
@@ -156,7 +154,7 @@ def test_twenty_steps_of_adamw_equal_torch(base, adapter, rows, tmp_path):
     trained = jax.tree.map(lambda leaf: leaf[0], trained)
     np.testing.assert_allclose(loss[0], losses, rtol=1e-3)
     model.save_pretrained(tmp_path / "trained")
-    expected, _ = peft_io.read_adapter(tmp_path / "trained", decoder)
+    expected = read_adapter(tmp_path / "trained")
     for found, other in zip(jax.tree.leaves(trained["main"]), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(found - other) <= 1e-3 * np.linalg.norm(other)
 
@@ -188,26 +186,12 @@ def test_an_exported_adapter_gives_our_logits_and_answers_in_peft(base, adapter,
         assert answer == (out[: out.index(stop)] if stop in out else out)
 
 
-def test_adapters_round_trip_bit_exactly(base, adapter, tmp_path):
-    _, decoder, _ = base
+def test_an_adapters_numbers_are_written_bit_by_bit_and_its_config_as_peft_reads_it(adapter, tmp_path):
     peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
-    found, config = peft_io.read_adapter(tmp_path, decoder)
-    assert config == CONFIG
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
-    assert_close(found, adapter, tolerance=0)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_adapters_of_fewer_bits_and_without_a_word_on_dropout_are_read(dtype, base, adapter, tmp_path):
-    _, decoder, _ = base
-    peft_io.write_adapter(tmp_path, adapter, dataclasses.replace(CONFIG, dropout=0.3), "some/base")
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({name: leaf.astype(jnp.dtype(dtype)) for name, leaf in load_file(path).items()}, path)
-    told = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({k: v for k, v in told.items() if k != "lora_dropout"}))
-    found, config = peft_io.read_adapter(tmp_path, decoder)
-    assert config == CONFIG and {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-    assert_close(found, adapter, 0.01)
+    assert_close(read_adapter(tmp_path), adapter, tolerance=0)
+    told = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (told.r, told.lora_alpha, told.lora_dropout) == (CONFIG.rank, CONFIG.alpha, CONFIG.dropout)
+    assert (told.target_modules, told.base_model_name_or_path) == ({*CONFIG.targets}, "some/base")
 
 
 def test_what_fedex_added_to_weights_is_written_by_the_names_of_transformers(tmp_path):
@@ -223,65 +207,10 @@ def test_what_fedex_added_to_weights_is_written_by_the_names_of_transformers(tmp
     assert not tensors
 
 
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("use_dora", True, "use_dora is not plain LoRA"),
-        ("use_rslora", True, "is not plain LoRA"),
-        ("modules_to_save", ["lm_head"], "is not plain LoRA"),
-        ("rank_pattern", {"q_proj": 2}, "is not plain LoRA"),
-        ("alpha_pattern", {"q_proj": 4}, "is not plain LoRA"),
-        ("layers_to_transform", [0], "is not plain LoRA"),
-        ("layer_replication", [[0, 2]], "is not plain LoRA"),
-        ("alora_invocation_tokens", [5], "is not plain LoRA"),
-        ("init_lora_weights", "pissa", "init_lora_weights 'pissa' is not plain LoRA"),
-        ("peft_type", "LOHA", "is not plain LoRA"),
-        ("bias", "all", "is not plain LoRA"),
-        ("r", None, "garbles a number of LoRA"),
-        ("lora_alpha", "x", "garbles a number of LoRA"),
-        ("target_modules", [["q_proj"]], "target_modules is"),
-        ("r", 8, "expected .8, 64."),
-    ],
-)
-def test_an_adapter_that_cannot_be_represented_is_refused(key, value, message, base, adapter, tmp_path):
-    _, decoder, _ = base
-    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=message):
-        peft_io.read_adapter(tmp_path, decoder)
-
-
-def test_an_adapter_of_a_deeper_model_is_refused(base, adapter, tmp_path):
-    _, decoder, _ = base
-    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    deeper = peft_io.tensor_name(99, "q_proj", "A")
-    save_file(tensors | {deeper: tensors[peft_io.tensor_name(0, "q_proj", "A")]}, path)
-    with pytest.raises(UserError, match=f"tensor {deeper} is unknown here"):
-        peft_io.read_adapter(tmp_path, decoder)
-
-
-def test_adapter_files_that_are_not_whole_are_refused(base, adapter, tmp_path):
-    _, decoder, _ = base
-    peft_io.write_adapter(tmp_path, adapter, CONFIG, "some/base")
-    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not readable"):
-        peft_io.read_adapter(tmp_path, decoder)
-    config.write_text("[]")
-    with pytest.raises(UserError, match="type list; expected an object"):
-        peft_io.read_adapter(tmp_path, decoder)
-
-
 @pytest.mark.parametrize("unit", [True, False])
-def test_a_router_comes_back_as_it_was_written(unit, tmp_path):
+def test_a_router_is_written_as_it_is(unit, tmp_path):
     router = Router(jnp.full((2, 3), 1.0), jnp.full(3, 2.0), jnp.full(3, 3.0), jnp.asarray(unit))
     peft_io.write_router(tmp_path, router, {"recipe": "paper"})
-    found, description = peft_io.read_router(tmp_path)
-    assert_close(found, router, 0)
-    assert description["recipe"] == "paper"
-    (tmp_path / "router.json").write_text("{}")
-    with pytest.raises(UserError, match="no complete router .'unit_length'.; export the run again"):
-        peft_io.read_router(tmp_path)
+    found = load_file(tmp_path / "router.safetensors")
+    assert_close(found, {name: np.asarray(leaf) for name, leaf in router._asdict().items() if name != "unit"}, 0)
+    assert json.loads((tmp_path / "router.json").read_text()) == {"recipe": "paper", "unit_length": unit}

@@ -252,11 +252,3 @@ def test_hugging_face_errors(hub):
     assert "no train split; the splits are 'test'" in error_of("owner/chat")
     hub["train"] = [{"instruction": "a", "output": 1}]
     assert "owner/chat split 'train' row 1: 'output' is 1 (int)" in error_of("owner/chat")
-
-
-def test_missing_library_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in error_of("owner/chat")
-    path = write(tmp_path / "data.parquet", ROWS)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in error_of(path)

@@ -139,11 +139,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Record]]:
     """The columns wanted of those there are, and nothing else: others may be of types that Python has no values for."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow") from error
+    import pyarrow  # here, for few commands need it
+    import pyarrow.parquet
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names

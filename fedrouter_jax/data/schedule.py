@@ -87,6 +87,12 @@ def draw(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[:count]
 
 
+def rows_of_steps(rows: Sequence[Tokens], steps: int, size: int, seeds: Sequence[int]) -> list[list[Tokens]]:
+    """The `size` rows of each step of a lane; `seeds` are the run's seed, round, client and local cluster."""
+    order = draw(len(rows), steps * size, np.random.default_rng(seeds))
+    return [[rows[i] for i in order[step * size :][:size]] for step in range(steps)]
+
+
 def groups_of(lanes: int, together: int, rows_of_devices: int = 1) -> tuple[int, int]:
     """How many groups of how many lanes: as many on each row of devices, of `together` lanes at most, and even.
 
@@ -114,13 +120,11 @@ def batches(
     lanes, in order, are a group and share its packs; there are as many groups on each of `rows_of_devices`. A lane of
     weight 0 gets no rows, and a group that only fills up has none.
     """
-
-    def lane(client: int, cluster: int, weight: float) -> list[list[Tokens]]:
-        rows = members[client][cluster]
-        order = draw(len(rows), steps * size, np.random.default_rng([seed, round, client, cluster]))
-        return [[rows[i] for i in order[step * size :][:size]] if weight > 0 else [] for step in range(steps)]
-
-    drawn = [lane(*entry) for entry in zip(work.client, work.cluster, work.weight, strict=True)]
+    none: list[list[Tokens]] = [[]] * steps
+    drawn = [
+        rows_of_steps(members[client][cluster], steps, size, [seed, round, client, cluster]) if weight > 0 else none
+        for client, cluster, weight in zip(work.client, work.cluster, work.weight, strict=True)
+    ]
     groups, each = groups_of(len(drawn), together, rows_of_devices)
 
     def group(lanes: list[list[list[Tokens]]]) -> packing.Batch:

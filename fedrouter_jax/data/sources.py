@@ -215,12 +215,8 @@ def _text(value: object, column: str, place: str, blank: bool) -> str:
 
 
 def _hugging_face(spec: str, columns: Mapping[str, str] | None, seed: int) -> Dataset:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"'{spec}' is no local path, and a Hugging Face data set needs datasets; run: pip install datasets"
-        ) from error
+    import datasets  # here, for it takes seconds and few commands need it
+
     try:
         loaded = datasets.load_dataset(*spec.split(":"))
     except Exception as error:  # the hub, the network and each builder raise types of their own

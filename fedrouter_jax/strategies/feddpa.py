@@ -22,6 +22,7 @@ from fedrouter_jax.federation import owned
 from fedrouter_jax.types import Phase, Strategy
 
 OWNERS = {"global": "shared", "local": "client"}
+REFERENCES = 5  # S: training prompts of a client, with which a text is compared
 WeightOn = Literal["local", "global"]
 
 
@@ -35,7 +36,7 @@ def feddpa_t(mix: float = 0.5, scale: float = 0.5, weight_on: WeightOn = "local"
         )
 
     route = _instance_wise(scale, weight_on)
-    return Strategy("feddpa-t", OWNERS, *owned(OWNERS), route, phases=phases, references=True)
+    return Strategy("feddpa-t", OWNERS, *owned(OWNERS), route, phases=phases, references=REFERENCES)
 
 
 def shared_rounds(rounds: int) -> int:
@@ -83,7 +84,7 @@ def feddpa_f(together: int = 20, scale: float = 0.5, weight_on: WeightOn = "loca
 
     return Strategy(
         "feddpa-f", OWNERS, init, ask, collect, tell, _instance_wise(scale, weight_on),
-        phases=phases, pace=pace, derive=follow, traffic=traffic, references=True,
+        phases=phases, pace=pace, derive=follow, traffic=traffic, references=REFERENCES,
     )  # fmt: skip
 
 

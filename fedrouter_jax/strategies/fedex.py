@@ -11,7 +11,6 @@ it costs as many adapters on the way down as there are lanes. (Where clients mis
 come on top, which is not counted.)
 """
 
-import jax
 import jax.numpy as jnp
 
 from fedrouter_jax import shift
@@ -30,30 +29,19 @@ def fedex(scale: float = 2.0) -> Strategy:
 
     def collect(state, work):
         """Beside the sums of A and B, those of A B."""
-        nothing, add = halves(state, work)
+        (nothing, add), (none, add_products) = halves(state, work), shift.collect(state, work)
 
         def added(sums, lanes, adapters):
-            share = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12)
-            return add(sums[0], lanes, adapters), shift.added(sums[1], share, adapters["main"])
+            return add(sums[0], lanes, adapters), add_products(sums[1], lanes, adapters)
 
-        return (nothing, jax.tree.map(jnp.zeros_like, state.memory)), added
+        return (nothing, none), added
 
     def tell(state, sums):
-        halves, products = sums
-        told, share = average(state, halves), halves.share["shared"]
+        halves, (share, products) = sums
+        told = average(state, halves)
         mean = told.bank["main"]
         kept = {m: shift.exact("ldr,lro->ldo", mean.a[m][0], mean.b[m][0]) for m in products}
         memory = {m: state.memory[m] + jnp.where(share > 0, products[m] / share - kept[m], 0) for m in products}
         return told._replace(memory=memory)
 
-    return Strategy(
-        "fedex",
-        OWNERS,
-        init,
-        ask,
-        collect,
-        tell,
-        only_slot,
-        base=shift.base(scale),
-        traffic=lambda state, lanes, size: (size, lanes * size),
-    )
+    return Strategy("fedex", OWNERS, init, ask, collect, tell, only_slot, base=shift.base(scale), traffic=shift.traffic)

@@ -44,28 +44,11 @@ def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
         b = {m: jnp.repeat(leaf, len(work.client), axis=0) for m, leaf in empty.b.items()}
         return {"main": empty._replace(a=jax.vmap(fresh)(work.client), b=b)}
 
-    def collect(state, work):
-        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)
-
-        def add(sums, lanes, adapters):
-            share = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12)
-            return sums[0] + jnp.sum(share), shift.added(sums[1], share, adapters["main"])
-
-        return nothing, add
-
     def tell(state, sums):
         share, products = sums
         memory = {m: state.memory[m] + jnp.where(share > 0, total / share, 0) for m, total in products.items()}
         return state._replace(round=state.round + 1, memory=memory)
 
     return Strategy(
-        "flora",
-        OWNERS,
-        init,
-        ask,
-        collect,
-        tell,
-        only_slot,
-        base=shift.base(scale),
-        traffic=lambda state, lanes, size: (size, lanes * size),
+        "flora", OWNERS, init, ask, shift.collect, tell, only_slot, base=shift.base(scale), traffic=shift.traffic
     )
