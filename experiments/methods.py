@@ -57,7 +57,8 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def variant(config: Config, method: str, seed: int) -> Config:
-    """The config of a method."""
-    strategy, changes = METHODS.get(method, (method, {}))
+    """The config of a method; of somebody's own with a + behind it clients take turns as in FedRouter+."""
+    staggered = METHODS["fedrouter+"][1] if own(method) and method.endswith("+") else {}
+    strategy, changes = METHODS.get(method, (method.removesuffix("+"), staggered))
     parts = {section: replace(getattr(config, section), **values) for section, values in changes.items()}
     return replace(config, strategy=strategy, seed=seed, **parts)

@@ -338,7 +338,7 @@ def train_round(
         "seconds": round(seconds, 3),
         "bytes_up": len(lanes) * up,
         "bytes_down": len(lanes) * down,
-        "optimiser_steps_per_client": loss.shape[1] * len(lanes) / clients,
+        "optimiser_steps_per_client": loss.shape[1] * len(lanes) / max(1, clients),
         "tokens": int((batch.rows.packs.segments > 0).sum()),
         "lanes": lanes,
         **regrouped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import tiny_tokenizer
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.routing import Enrolment
-from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.strategies import STRATEGIES, find
 from fedrouter_jax.types import Adapters, FederationState, LoRA, Strategy, Work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real rows, where a checkout has them beside it
@@ -30,6 +31,8 @@ LOCAL = client.LocalConfig(steps=2, batch=3, learning_rate=1e-2)
 CLIENTS, CLUSTERS, SLOTS = 4, 2, 3
 # The rounds of these are FedRouter's and FedIT's, function for function: only routes and what they are given differ.
 OTHERS = [make() for name, make in STRATEGIES.items() if name not in ("oracle", "centralised", "fedrouter-soft")]
+if "METHOD" in os.environ:  # one of somebody's own, MODULE:FUNCTION
+    OTHERS.append(find(os.environ["METHOD"])(smoke()))
 BY_NAME = {strategy.name: strategy for strategy in OTHERS}
 every_strategy = pytest.mark.parametrize("strategy", OTHERS, ids=lambda s: s.name)
 

@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_laws
-from helpers import begin, play
+from helpers import assert_close, begin, play
 
-from fedrouter_jax import config, runs
+from fedrouter_jax import bank, config, runs
 from fedrouter_jax.cli import main
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.strategies import fedit
+from fedrouter_jax.types import Phase
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
@@ -126,6 +129,37 @@ def test_a_method_that_takes_a_config_is_given_the_runs(tmp_path, monkeypatch):
 )
 def test_its_method_obeys_the_laws(page, federation, law):
     law(federation, page["personal_a"]())
+
+
+def test_what_clients_send_is_clipped(page, federation):
+    """By the page's method around FedIT: one client moves the average by the norm at most, or as in FedIT."""
+
+    def alone(work, batch):
+        return work._replace(weight=work.weight * (work.client == 1)), batch
+
+    def moved(strategy):
+        before = begin(federation, strategy).bank
+        after = play(federation, strategy, federation.update, rounds=1, change=alone)[0].bank
+        return jax.tree.map(lambda a, b: np.asarray(a - b), after, before)
+
+    free, short = moved(fedit()), moved(page["clipped"](0.01))
+    assert_close(moved(page["clipped"](1e3)), free)
+    assert sum((leaf**2).sum() for leaf in jax.tree.leaves(short)) == pytest.approx(0.01**2, 1e-3)
+    test_laws.test_a_lane_of_weight_zero_moves_nothing(federation, page["clipped"](0.01))
+    test_laws.test_the_way_lanes_are_mapped_changes_nothing(federation, page["clipped"](0.01))
+
+
+def test_a_phase_may_move_some_layers_alone(federation):
+    def phases(round, rounds):
+        return (Phase(train={"main": jnp.arange(2)[:, None, None] < 1}, weights={"main": 1.0}),)
+
+    strategy = fedit()._replace(phases=phases)
+    before = begin(federation, strategy).bank["main"]
+    after = play(federation, strategy, federation.update, rounds=1)[0].bank["main"]
+    for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True):
+        assert abs(new[:, 0] - old[:, 0]).max() > 1e-3
+        np.testing.assert_allclose(new[:, 1], old[:, 1], rtol=1e-6)
+    assert bank.wire_bytes(strategy.owners, {"main": before}, phases(1, 5)) > 0
 
 
 def test_a_does_not_move_in_the_first_half(page, federation):

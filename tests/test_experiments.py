@@ -90,6 +90,10 @@ def test_a_method_of_ones_own_is_in_the_tables_and_has_a_gain():
         *(f"**{method}, gain over the best baseline**" for method in ("fedrouter+", own)),
     ]
     assert sum("+51.3 % over fedit" in line for line in scores) == 1
+    configs = table1.configs(table1.Table1(methods=(own, f"{own}+"), scenarios=("dual",), once=(), seeds=1))
+    plain, staggered = configs[f"dual-{own}-0"], configs[f"dual-{own}+-0"]
+    assert (plain.strategy, plain.rounds.turns) == (own, "own")
+    assert staggered == replace(plain, rounds=replace(plain.rounds, turns="staggered"))
     with pytest.raises(UserError, match="--strategy nowhere:method: not to be imported"):
         table1.main(table1.Table1(smoke=True, methods=("fedit", "nowhere:method")))
 

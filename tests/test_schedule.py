@@ -30,6 +30,19 @@ def test_lanes_weigh_what_the_config_says(weighting, expected):
     assert work.weight.tolist() == expected
 
 
+def test_a_client_without_rows_trains_nothing_and_the_others_go_on():
+    """It has left, or is not there yet."""
+    row = tokens.Tokens([1, 2], [3], False)
+    for weighting in ("cluster", "client", "uniform"):
+        sizes = np.array([[2, 1], [0, 0], [1, 3]])
+        work = schedule.lanes(sizes, 1, schedule.RoundConfig(clusters_per_round=0, weighting=weighting), 0)
+        assert work.client.tolist() == [0, 0, 1, 1, 2, 2]
+        assert [bool(weight) for weight in work.weight] == [True, True, False, False, True, True]
+        members = [[[row] * count for count in held] for held in sizes]
+        batch = schedule.batches(work, members, 1, 2, 2, 32, 8, 0)
+        assert (batch.count > 0).all(axis=1).tolist() == [True, True, False, False, True, True]
+
+
 def test_all_clusters_in_a_round_never_counts_one_twice():
     work = schedule.lanes(SIZES, 1, schedule.RoundConfig(clusters_per_round=0), 0)
     assert work.client.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -58,7 +58,8 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     """The lanes of round `round` (1..T); `sizes` int [client, cluster] counts rows.
 
     Shapes depend on `config` and the shape of `sizes` alone. A client with fewer filled clusters than it should train
-    gets lanes of weight 0. The clusters of a client take turns: c = round mod n_l, empty ones skipped.
+    gets lanes of weight 0, as does one without rows. The clusters of a client take turns: c = round mod n_l, empty ones
+    skipped.
     """
     clients, clusters = sizes.shape
     each = min(config.clusters_per_round or clusters, clusters)
@@ -66,7 +67,7 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     for who in drawn(clients, round, config.participation, seed):
         filled = np.flatnonzero(sizes[who])
         for turn in range(each):
-            which = int(filled[((round - 1) * each + turn) % len(filled)])
+            which = int(filled[((round - 1) * each + turn) % len(filled)]) if len(filled) else 0
             rows = {"cluster": sizes[who, which], "client": sizes[who].sum(), "uniform": 1}[config.weighting]
             client.append(who)
             cluster.append(which)
