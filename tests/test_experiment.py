@@ -18,6 +18,7 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import model_config
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.strategies import ditto
 from fedrouter_jax.types import RoundInfo
 
 
@@ -100,9 +101,10 @@ def test_what_is_configured_reaches_the_round(monkeypatch):
     local = dataclasses.replace(smoke().local, clip=0.5, weight_decay=0.1, proximal=0.2)
     rounds = dataclasses.replace(smoke().rounds, server="momentum", server_rate=0.3)
     config = dataclasses.replace(smoke(), local=local, rounds=rounds, compute=ComputeConfig(remat=True))
-    experiment.prepare(config)
+    strategy = ditto()
+    experiment.prepare(config, strategy=strategy)
     _, lora, *given = made["update"]
-    assert (lora, given[:2]) == (config.lora, [local, config.compute.blocks])
+    assert (lora, given[:2], given[3]) == (config.lora, [local, config.compute.blocks], strategy.optimiser)
     server = made["round"][5]
     step, _ = server.update(jnp.ones(2), server.init(jnp.zeros(2)))
     np.testing.assert_allclose(step, -0.3, rtol=1e-6)
