@@ -8,12 +8,13 @@ result. What a lane sends is added up at once, so a round of any number of lanes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedrouter_jax import bank as bank_lib
@@ -116,11 +117,7 @@ def make_round(
     def run(state: FederationState, base: PyTree, work: Work, batches: Any, key: Array):
         number = state.round + 1
         rate, phases = schedule(strategy.pace(number, rounds)), strategy.phases(number, rounds)
-        round_key = jax.random.fold_in(key, state.round)
-
-        fold = jax.vmap(jax.random.fold_in)
-        keys = fold(fold(jnp.repeat(round_key, len(work.client)), work.client), work.cluster)
-
+        keys = lane_keys(key, state.round, work)
         if strategy.base is not None:
             base = strategy.base(state, base)
         if strategy.choose is not None:
@@ -129,34 +126,10 @@ def make_round(
                 return map_losses(loss, base, adapters, work, batches, groups_at_once, mesh)
 
             state = strategy.choose(state, work, losses)
-
-        def group(given, lanes, batch):
-            base, rate, phases = given
-            return update(base, lanes[0], batch, rate, lanes[1], phases)
-
-        groups = jax.tree.leaves(batches)[0].shape[0]
-        here, lane_keys = fill(work, keys, groups)
-
-        def train(given, lanes, batches):
-            """The sums of some groups, and the losses [lane, step] and rejections [lane] of their lanes."""
-            state, base, work, rate, phases = given
-            nothing, add = strategy.collect(state, work)
-
-            def chunk(sums, lanes, batch):
-                here, keys, asked = lanes
-                asked = strategy.ask(state, here) if asked is None else asked
-                adapters, losses = all_groups(group, (base, rate, phases), (asked, keys), batch)
-                finite = finite_lanes(adapters)
-                adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
-                return add(sums, here._replace(weight=here.weight * finite), adapters), (losses, ~finite)
-
-            sums, reports = fold_groups(chunk, nothing, lanes, batches, groups_at_once)
-            if mesh is not None and mesh.shape[mesh_lib.CLIENTS] > 1:  # XLA does not compile a sum over one row of GPUs
-                sums = jax.lax.psum(sums, mesh_lib.CLIENTS)
-            return sums, reports
-
+        here, keys = fill(work, keys, jax.tree.leaves(batches)[0].shape[0])
         # On a mesh what a client owns lies with its lanes; elsewhere a chunk asks for its own.
-        lanes = (here, lane_keys, None if mesh is None else strategy.ask(state, here))
+        lanes = (here, keys, None if mesh is None else strategy.ask(state, here))
+        train = partial(train_lanes, strategy, update, groups_at_once, mesh)
         by_row = over_clients(mesh, train, (P(), P(mesh_lib.CLIENTS)))
         sums, reports = by_row((state, base, work, rate, phases), lanes, batches)
         loss_of, rejected = jax.tree.map(lambda leaf: leaf[: len(work.client)], reports)
@@ -165,14 +138,52 @@ def make_round(
         told = told._replace(bank=bank, server=states)
         if strategy.derive is not None:
             told = strategy.derive(told)
-        if mesh is not None:  # where it was, or the next round would be another program
-            told = jax.lax.with_sharding_constraint(told, mesh_lib.state_shardings(mesh, strategy, told))
         info = RoundInfo(loss_of, rate, rejected)
-        if mesh is not None:  # every process may read what a round reports
-            info = jax.lax.with_sharding_constraint(info, NamedSharding(mesh, P()))
-        return told, info
+        return (told, info) if mesh is None else mesh_lib.after_round(mesh, strategy, told, info)
 
     return jax.jit(run, donate_argnums=0)
+
+
+def lane_keys(key: Array, round: Array, work: Work) -> Array:
+    """A key [lane] for every lane of a round, by its client and local cluster."""
+    fold = jax.vmap(jax.random.fold_in)
+    of_round = jnp.repeat(jax.random.fold_in(key, round), len(work.client))
+    return fold(fold(of_round, work.client), work.cluster)
+
+
+def train_lanes(
+    strategy: Strategy,
+    update: ClientUpdate,
+    at_once: int | None,
+    mesh: Mesh | None,
+    given: tuple,
+    lanes: tuple,
+    batches: Any,
+) -> tuple[PyTree, tuple[Array, Array]]:
+    """The sums of all lanes, and of those here the losses [lane, step] and rejections [lane].
+
+    `given` are the state, the base, the round's work, its learning rate and phases; `lanes` are work, keys and, where
+    they have been asked for already, adapters.
+    """
+    state, base, work, rate, phases = given
+    nothing, add = strategy.collect(state, work)
+
+    def group(given, lanes, batch):
+        base, rate, phases = given
+        return update(base, lanes[0], batch, rate, lanes[1], phases)
+
+    def chunk(sums, lanes, batch):
+        here, keys, asked = lanes
+        asked = strategy.ask(state, here) if asked is None else asked
+        adapters, losses = all_groups(group, (base, rate, phases), (asked, keys), batch)
+        finite = finite_lanes(adapters)
+        adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
+        return add(sums, here._replace(weight=here.weight * finite), adapters), (losses, ~finite)
+
+    sums, reports = fold_groups(chunk, nothing, lanes, batches, at_once)
+    if mesh is not None and mesh.shape[mesh_lib.CLIENTS] > 1:  # XLA does not compile a sum over one row of GPUs
+        sums = jax.lax.psum(sums, mesh_lib.CLIENTS)
+    return sums, reports
 
 
 def map_losses(loss, base, adapters, work, batches, at_once=None, mesh=None) -> Array:

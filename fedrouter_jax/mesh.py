@@ -22,7 +22,7 @@ from fedrouter_jax import bank
 from fedrouter_jax.data.packing import Batch
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import on_device
-from fedrouter_jax.types import OWNERSHIP, Array, FederationState, PyTree, Strategy
+from fedrouter_jax.types import OWNERSHIP, Array, FederationState, PyTree, RoundInfo, Strategy
 
 CLIENTS, MODEL = "clients", "model"
 INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -134,6 +134,15 @@ def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> F
 
     shardings = jax.tree.map(lambda leaf: everywhere, state)
     return shardings._replace(bank=jax.tree.map(of_leaf, bank.spread(strategy.owners, state.bank), state.bank))
+
+
+def after_round(
+    mesh: Mesh, strategy: Strategy, state: FederationState, info: RoundInfo
+) -> tuple[FederationState, RoundInfo]:
+    """The state where it was, or the next round would be another program; every process may read what is reported."""
+    return jax.lax.with_sharding_constraint(
+        (state, info), (state_shardings(mesh, strategy, state), NamedSharding(mesh, P()))
+    )
 
 
 def place_state(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:

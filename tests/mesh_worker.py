@@ -70,7 +70,7 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
         state, params = mesh.place_state(on, prepared.strategy, state), mesh.place_base(on, params)
     if load:
         state = checkpoint.load(Path(load), first - 1, state)
-    update = client.make_client_update(prepared.model.config, LORA, LOCAL)
+    update = client.make_client_update(prepared.model.config, LORA, LOCAL, optimiser=prepared.strategy.optimiser)
     loss = client.make_client_loss(prepared.model.config, LORA)
     run = make_round(prepared.strategy, update, lambda t: 1e-2, 3, at_once, loss=loss, mesh=on)
     sizes = np.array([[len(cluster) for cluster in held] for held in members])

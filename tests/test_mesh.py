@@ -75,6 +75,7 @@ ROUNDS = [
     {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
     {"strategy": "ifca", "shape": [4, 1]},
     {"strategy": "local", "shape": [8, 1]},
+    {"strategy": "scaffold", "shape": [4, 1]},
 ]
 # What clients own lies apart (fedsa), the base in halves; a shifted base is made on every row (fedex).
 ANSWERS = [
@@ -103,7 +104,7 @@ def eight(two):
 def test_on_eight_devices_in_any_shape_a_round_is_that_of_one(eight):
     """Lanes over 8, 4 and 2 rows of devices that hold the base alone, in halves and in quarters; plain and as codes.
 
-    Clients of IFCA look at their losses first.
+    Clients of IFCA look at their losses first; SCAFFOLD's server keeps what each client's steps tend to.
     """
     found, *_ = eight
     for case in found:
