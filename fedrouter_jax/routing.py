@@ -171,7 +171,8 @@ def enroll(
     counts = np.full(len(embeddings), local or 0)
     if local is None:
         client_keys = jax.random.split(local_choice, len(embeddings))
-        counts = _choose(silhouettes, "local", client_keys, points, present, max_clusters, recipe.restarts)
+        counts, scores = _choose("local", client_keys, points, present, max_clusters, recipe.restarts)
+        silhouettes |= {f"local {client}": found for client, found in enumerate(scores)}
     keys = jax.random.split(local_key, len(embeddings))
     centres, filled, labels = _fit_clients(keys, points, present, counts, recipe.restarts)
 
@@ -181,19 +182,9 @@ def enroll(
         here = here * (labels[:, :, None] == np.arange(here.shape[1])).sum(axis=1, where=np.asarray(present)[..., None])
     flat, weight = centres.reshape(-1, centres.shape[-1]), here.reshape(-1).astype(jnp.float32)
     founding = present & (jnp.arange(len(present)) < founders)[:, None]
-    if total is None and recipe.lloyd:
-        ks = _candidates("global", available, min(available, max_clusters))  # rows are scored: a centre may be alone
-        found = refine.choose_k(global_choice, flat, weight, points, founding, ks, recipe.restarts, recipe.lloyd)
-        scores = np.asarray(found)
-        silhouettes["global"] = {k: float(score) for k, score in zip(ks, scores, strict=True)}
-        total = ks[int(scores.argmax())]
-    elif total is None:
-        total = int(
-            _choose(
-                silhouettes, "global", global_choice[None], flat[None], weight[None] > 0, max_clusters,
-                recipe.restarts,
-            )[0]
-        )  # fmt: skip
+    if total is None:
+        of_rows = (points, founding) if recipe.lloyd else None
+        total, silhouettes["global"] = _choose_total(global_choice, flat, weight, of_rows, max_clusters, recipe)
     elif not 1 <= total <= available:
         raise UserError(
             f"{total} global clusters were asked for (by default the rows' tasks), but the clients found {available} "
@@ -320,15 +311,26 @@ def _score_each(keys, points, present, ks: tuple[int, ...], restarts: int) -> tu
     return jax.lax.map(score, (keys, points, present))
 
 
-def _choose(record: dict, name: str, keys, points, present, most: int, restarts: int) -> np.ndarray:
-    """The k of highest silhouette, int [client], of `points` [client, row, width]; scores go to `record`."""
+def _choose(name: str, keys, points, present, most: int, restarts: int) -> tuple[np.ndarray, list[dict[int, float]]]:
+    """The k of highest silhouette, int [client], of `points` [client, row, width]; and each client's scores by k."""
     points_of = jnp.sum(present, axis=1)  # a client with too few for a count has no silhouette of it
     ks = _candidates(name, int(jnp.min(points_of)), min(int(jnp.max(points_of)) - 1, most))
     scores, best = _score_each(keys, points, present, ks, restarts)
-    for number, row in enumerate(np.asarray(scores)):
-        label = name if name == "global" else f"{name} {number}"
-        record[label] = {k: max(float(score), -1.0) for k, score in zip(ks, row, strict=True)}
-    return np.asarray(ks)[np.asarray(best)]
+    found = [{k: max(float(score), -1.0) for k, score in zip(ks, row, strict=True)} for row in np.asarray(scores)]
+    return np.asarray(ks)[np.asarray(best)], found
+
+
+def _choose_total(
+    key, centres, weight, of_rows: tuple[Array, Array] | None, most: int, recipe: Recipe
+) -> tuple[int, dict[int, float]]:
+    """n_g of highest silhouette, and all scores by k: that of clients' rows, or without `of_rows` of their centres."""
+    if of_rows is None:
+        counts, scores = _choose("global", key[None], centres[None], weight[None] > 0, most, recipe.restarts)
+        return int(counts[0]), scores[0]
+    available = int(jnp.count_nonzero(weight))
+    ks = _candidates("global", available, min(available, most))  # rows are scored: a centre may be alone
+    scores = np.asarray(refine.choose_k(key, centres, weight, *of_rows, ks, recipe.restarts, recipe.lloyd))
+    return ks[int(scores.argmax())], dict(zip(ks, scores.tolist(), strict=True))
 
 
 def _candidates(name: str, points: int, most: int) -> tuple[int, ...]:
