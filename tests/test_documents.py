@@ -337,6 +337,17 @@ def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
         leads.append(told(found - plain))
     said = f"they score {scores[0]} and {scores[1]}, {leads[0]} and {leads[1]} more than plain `fedrouter`"
     assert said in " ".join(README.split())
+    mix = [
+        [studies.by_task(runs[f"dual-{name}-{seed}"], "generalisation") for seed in range(5)]
+        for name in ("fedrouter-released", "fedrouter")
+    ]
+    lead = [
+        np.mean([mine[task] - other[task] for task in mine if task not in LABELS])
+        for mine, other in zip(*mix, strict=True)
+    ]
+    assert f"answered in words it is {told(lead).replace('-0', '-')}" in " ".join(SAID.split())
+    questions = [round(6 * (mine["glue_qqp"] - other["glue_qqp"])) for mine, other in zip(*mix, strict=True)]
+    assert questions == [1, 1, 1, 0, 1] and "one question of six more in four of the seeds" in SAID
 
 
 def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):

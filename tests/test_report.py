@@ -251,6 +251,15 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
     assert noted(**more, clustered=False) == [random]
 
 
+def test_a_servers_rate_that_is_far_too_high_is_told(tmp_path):
+    notes = {}
+    for server, rate in (("adam", 1.0), ("adam", 0.01), ("momentum", 1.0)):
+        rounds = replace(CONFIG.rounds, server=server, server_rate=rate)
+        path = make_run(tmp_path / f"{server}{rate}", strategy="fedit", rounds=rounds)
+        notes[server, rate] = " ".join(records.notes(records.read(path)))
+    assert ["--server-rate a round" in said for said in notes.values()] == [True, False, False]
+
+
 TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
 
 
