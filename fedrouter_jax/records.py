@@ -195,7 +195,7 @@ def notes(run: Run) -> list[str]:
         found.append("the model is random, so the scores mean nothing; this run shows that all works")
     if config.rounds.server in ("adagrad", "adam", "yogi") and config.rounds.server_rate > 0.1:
         found.append(
-            f"--server {config.rounds.server} moves each number of an adapter by up to about --server-rate a round, and "
+            f"--server {config.rounds.server} moves each number of an adapter by up to about --server-rate a round: "
             f"{config.rounds.server_rate:g} is far; give about 0.01"
         )
     found += [f"without effect here: {option}" for option in config_lib.idle(config)]
