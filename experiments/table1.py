@@ -126,6 +126,7 @@ def main(options: Table1) -> None:
             tried = learning_rates.trials(made, options.rates)
             if options.first_seed and not all((out / "rates" / f"{name}.json").exists() for name in tried):
                 raise UserError("not all --rates have been tried; the process with --first-seed 0 does that first")
+            learning_rates.check(tried, made, out / "runs")
             sweep(tried, folder / "rates", console, out / "rates")
             best = learning_rates.chosen({name: summaries.read(out / "rates" / f"{name}.json") for name in tried})
             console.print(f"peak learning rates: {', '.join(f'{kind} {rate:g}' for kind, rate in best.items())}")
@@ -155,7 +156,7 @@ def draw(out: Path) -> None:
         raise UserError(
             f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"
         )
-    tried = learning_rates.markdown(summaries.load(out / "rates"))
+    tried = learning_rates.markdown(summaries.load(out / "rates"), found)
     files.write(out / "table1.md", table1_tables.markdown(found, tried))
     table1_tables.figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -99,13 +100,17 @@ def expand(values: Array, like: Array) -> Array:
 
 
 def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> int:
-    """Bytes one lane sends in a round: of the leaves whose owner has them sent, those that a phase moves."""
-    moved = [spread({name: phase.train[name] for name in bank}, bank) for phase in phases] or [spread(True, bank)]
+    """Bytes one lane sends in a round: of the leaves whose owner has them sent, what a phase moves of them."""
+
+    def moves(train):
+        return spread({name: train[name] for name in bank} if isinstance(train, dict) else train, bank)
 
     def size(owner, leaf, *trains):
-        sent = OWNERSHIP[owner].sent and any(map(np.any, trains))
-        return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize if sent else 0
+        moved = reduce(np.logical_or, map(np.asarray, trains))
+        part = np.count_nonzero(moved) / moved.size if OWNERSHIP[owner].sent else 0
+        return round(part * math.prod(leaf.shape[1:])) * leaf.dtype.itemsize
 
+    moved = [moves(phase.train) for phase in phases] or [spread(True, bank)]
     return sum(jax.tree.leaves(jax.tree.map(size, spread(owners, bank), bank, *moved)))
 
 

@@ -154,8 +154,12 @@ def make_client_update(
             nothing = (jax.tree.map(jnp.zeros_like, adapters), jnp.zeros(lanes))
             gradients, loss = likelihood.fold(rows, count, packs_at_once, visit, nothing)
             if local.proximal:
-                pulled = jax.tree.map(lambda leaf, start: local.proximal * (leaf - start), adapters, received)
-                gradients = jax.tree.map(jnp.add, gradients, pulled)
+
+                def pulled(gradient, leaf, start):
+                    return gradient + local.proximal * (leaf - start)
+
+                here = [{name: tree[name] for name in phase.weights} for tree in (gradients, adapters, received)]
+                gradients = gradients | jax.tree.map(pulled, *here)
             with jax.named_scope("optimiser"):
                 # What does not move must not count in the norm that clips the rest.
                 given = (moving(gradients), optimiser_state, adapters, received)

@@ -187,6 +187,7 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
         "feddpa-f": {"together": feddpa.shared_rounds(config.rounds.rounds), **weight_on},
         "fedex": {"scale": config.lora.scale},
         "flora": {"scale": config.lora.scale, "seed": config.seed},
+        "scaffold": {"clients": config.data.clients - config.data.newcomers},
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
         "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }
@@ -241,12 +242,9 @@ def check_strategy(config: Config, strategy: Strategy) -> None:
         )
 
 
-def weighs(config: Config) -> bool:
-    """Whether averages go by weights. Of somebody's own method, which need not be here, that is supposed."""
-    if config.strategy not in STRATEGIES:
-        return True
-    method = strategy(config, None)
-    return server_lib.moves(method.owners) and not method.pooled
+def averages(strategy: Strategy) -> bool:
+    """Whether lanes are averaged by their weights."""
+    return server_lib.moves(strategy.owners) and not strategy.pooled
 
 
 def has_slots(strategy: Strategy) -> bool:
@@ -266,44 +264,6 @@ def check_length(config: Config, decoder: DecoderConfig) -> None:
             f"--max-length is {config.data.max_length}, but {config.model} knows {decoder.max_positions} positions; "
             "lower it to that"
         )
-
-
-def idle(config: Config) -> list[str]:
-    """The options that were set to something and change nothing in this run."""
-    default, method, name = Config(), strategy(config, None), config.strategy
-    clusters = method.enrolling == "clustering"
-    lanes = method.enrolling in ("clustering", "tasks")  # of several local clusters
-    slots = has_slots(method) and method.enrolling != "tasks"
-
-    def changed(section: str, field: str) -> bool:
-        return getattr(getattr(config, section), field) != getattr(getattr(default, section), field)
-
-    no_rows = f"({name} clusters no rows)"
-    set_for_nothing = {
-        "--server-rate (--server average has none)": changed("rounds", "server_rate")
-        and config.rounds.server == "average",
-        f"--server ({name} averages nothing there)": changed("rounds", "server")
-        and not server_lib.moves(method.owners),
-        "--mixture-alpha (of --scenario dirichlet)": changed("data", "mixture_alpha")
-        and config.data.scenario != "dirichlet",
-        "--shift (a multiple of --clients)": config.data.shift and config.data.shift % config.data.clients == 0,
-        f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
-        f"--global-clusters {no_rows}": config.cluster.global_clusters and not (clusters or slots),
-        f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not (clusters or method.finds_slots),
-        f"--turns {no_rows}": changed("rounds", "turns") and not lanes,
-        f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
-        f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,
-        f"--clusters-per-round {no_rows}": changed("rounds", "clusters_per_round") and not lanes,
-        f"--weighting ({name} weighs nothing)": changed("rounds", "weighting") and not server_lib.moves(method.owners),
-        f"--weighting client {no_rows}": config.rounds.weighting == "client"
-        and server_lib.moves(method.owners)
-        and not lanes,
-        "--evaluate-at (of rounds after the last)": changed("evaluation", "evaluate_at")
-        and max(config.evaluation.evaluate_at, default=0) > config.rounds.rounds,
-        "--instance-weight (of feddpa-t and feddpa-f)": changed("evaluation", "instance_weight")
-        and not name.startswith("feddpa"),
-    }
-    return [option for option, found in set_for_nothing.items() if found]
 
 
 def to_json(config: Config) -> str:

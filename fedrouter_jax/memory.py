@@ -97,7 +97,8 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
     decoder, config = federation.decoder, federation.config
 
     def residuals(adapters, base, rows, keys):
-        weights = dict.fromkeys(federation.state.bank, 1.0)
+        phases = federation.strategy.phases(1, config.rounds.rounds)
+        weights = dict.fromkeys(max((phase.weights for phase in phases), key=len), 1.0)
 
         def loss(adapters):
             return client.response_losses(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import formats
+from fedrouter_jax import formats, idle
 from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.errors import UserError
 
@@ -198,7 +198,7 @@ def notes(run: Run) -> list[str]:
             f"--server {config.rounds.server} moves each number of an adapter by up to about --server-rate a round: "
             f"{config.rounds.server_rate:g} is far; give about 0.01"
         )
-    found += [f"without effect here: {option}" for option in config_lib.idle(config)]
+    found += [f"without effect here: {option}" for option in idle.options(config)]
     cut = run.clusters.get("cut_rows", 0)
     if cut:
         rows = sum(len(client["rows"]) for client in run.clusters["clients"])

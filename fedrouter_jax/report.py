@@ -23,6 +23,7 @@ from rich.text import Text
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, formats
+from fedrouter_jax.config import Config
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -38,6 +39,7 @@ from fedrouter_jax.records import (
     setting,
     tasks_of,
 )
+from fedrouter_jax.strategies import STRATEGIES
 
 FILES = ("config.json", "rounds.jsonl", "clusters.json", "scores.json", "predictions.jsonl", "timings.json", "adapters")
 CSV = ("run", "strategy", "model", "data", "scenario", "seed", "finished", "round", "part", "metric", "level", "name")
@@ -191,7 +193,7 @@ def setups(rows: Sequence[Row]) -> list[str]:
             f"{rounds.rounds} rounds x {local.steps} steps x batch {local.batch}",
             f"learning rate {local.learning_rate:g} to {local.min_learning_rate:g}",
             f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {brief(lora.targets)}",
-            f"averages weighted by {rounds.weighting}" if config_lib.weighs(config) else "no weighted averages",
+            f"averages weighted by {rounds.weighting}" if weighs(config) else "no weighted averages",
         ]
         if rounds.participation < 1:
             said.append(f"{rounds.participation:.0%} of the clients a round")
@@ -209,6 +211,11 @@ def setups(rows: Sequence[Row]) -> list[str]:
             said.append(f"unfinished, {at}; continue with: fedrouter resume RUN")
         lines.append(f"{row.label}: {'; '.join(said)}.")
     return lines
+
+
+def weighs(config: Config) -> bool:
+    """Whether averages went by weights; of somebody's own method, which need not be here, that is supposed."""
+    return config.strategy not in STRATEGIES or config_lib.averages(config_lib.strategy(config, None))
 
 
 def to_csv(runs: Sequence[Run]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 from written_runs import CONFIG, change_json, make_run
 
-from experiments import learning_rates, table1
+from experiments import learning_rates, summaries, table1
 from fedrouter_jax import experiment, records
 from fedrouter_jax.data.rows import Dataset, Row
 from fedrouter_jax.errors import UserError
@@ -61,6 +61,50 @@ def test_each_method_trains_at_the_rate_of_least_loss_on_rows_held_out(tmp_path,
     assert "| | 0.00005 | 0.005 | 0.02 |" in written
     assert "| fedrouter+, dual | 0.005 | **0.000** | 0.015 |" in written
     assert "| fedit, dual | 0.020 | 0.015 | **0.000** |" in written
+
+
+def asked(tmp_path, **changes):
+    """A table of two methods at two rates, on a folder of rows or what `changes` say."""
+    for name in ("train", "test"):
+        rows = [{"instruction": f"{name} {i}", "output": "x", "task": "ab"[i % 2]} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"data": str(tmp_path), "methods": ("fedit", "local"), "scenarios": ("dual",), "once": (), "seeds": 2}
+    options = table1.Table1(**given | {"rates": (0.005, 0.01)} | changes)
+    made = table1.configs(options)
+    return learning_rates.trials(made, options.rates), made
+
+
+def test_what_would_end_trials_late_or_ask_test_rows_is_refused_before(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    tried, made = asked(tmp_path)
+    learning_rates.check(tried, made, kept)
+    run = kept / "dual-fedit-1.json"
+    for rate, known in ((0.01, True), (0.02, False)):
+        run.write_text(json.dumps(summary(summaries.portable(learning_rates.at(made[run.stem], rate)))))
+        if known:
+            learning_rates.check(tried, made, kept)
+        else:
+            with pytest.raises(UserError, match="dual-fedit-1.json is of another experiment .at another rate"):
+                learning_rates.check(tried, made, kept)
+    for data in ("synthetic", str(tmp_path / "train.jsonl")):  # others by the seed
+        with pytest.raises(UserError, match="test rows of one seed are training rows of another"):
+            learning_rates.check(*asked(tmp_path, data=data), tmp_path)
+        learning_rates.check(*asked(tmp_path, data=data, seeds=1), tmp_path)
+    with pytest.raises(UserError, match="--learning-rate is 0"):
+        learning_rates.check(*asked(tmp_path, rates=(0.01, 0.0)), tmp_path)
+
+
+def test_a_rate_without_a_finite_loss_is_not_chosen(tmp_path):
+    tried, _ = asked(tmp_path)
+    found = {name: summary(replace(config, strategy="fedit")) for name, config in tried.items()}
+    for name in ("dual-fedit-0.01", "dual-local-0.01", "dual-local-0.005"):
+        del found[name]["scores"]["personalised"]["loss"]
+    found = {name: of for name, of in found.items() if "fedit" in name}
+    assert learning_rates.chosen(found) == {"dual-fedit": 0.005}
+    del found["dual-fedit-0.005"]["scores"]["personalised"]["loss"]
+    with pytest.raises(UserError, match="dual-fedit: no loss is finite at 0.005, 0.01; give lower --rates"):
+        learning_rates.chosen(found)
 
 
 def test_held_out_rows_are_training_rows_that_nobody_trains_on():

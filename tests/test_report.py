@@ -251,6 +251,22 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
     assert noted(**more, clustered=False) == [random]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "weighed"),
+    [
+        ("fedit", True),
+        ("fedrouter", True),
+        ("fedalt", False),
+        ("local", False),
+        ("centralised", False),
+        ("no:such", True),
+    ],
+)
+def test_a_report_says_whether_averages_are_weighted(strategy, weighed, tmp_path):
+    (line,) = report.setups(records.rows_of([records.read(make_run(tmp_path / "run", strategy=strategy))]))
+    assert ("averages weighted by cluster" in line, "no weighted averages" in line) == (weighed, not weighed)
+
+
 def test_a_servers_rate_that_is_far_too_high_is_told(tmp_path):
     notes = {}
     for server, rate in (("adam", 1.0), ("adam", 0.01), ("momentum", 1.0)):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import clusters, evaluate, experiment, plan, report, routing, runs, serve
+from fedrouter_jax import clusters, evaluate, experiment, idle, plan, report, routing, runs, serve
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import synthetic
@@ -60,12 +60,12 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
 
 
 def test_options_that_change_nothing_are_named():
-    assert config_lib.idle(smoke()) == []
+    assert idle.options(smoke()) == []
     fedit = dataclasses.replace(
         smoke(), strategy="fedit", cluster=dataclasses.replace(smoke().cluster, local_clusters=2)
     )
     rounds = dataclasses.replace(smoke().rounds, server_rate=0.1, turns="staggered")
-    named = config_lib.idle(dataclasses.replace(fedit, rounds=rounds))
+    named = idle.options(dataclasses.replace(fedit, rounds=rounds))
     assert [option.split()[0] for option in named] == ["--server-rate", "--local-clusters", "--turns"]
     others = dataclasses.replace(
         smoke(),
@@ -80,20 +80,20 @@ def test_options_that_change_nothing_are_named():
             instance_weight="global",
         ),
     )
-    assert [option.split()[0] for option in config_lib.idle(others)] == [
+    assert [option.split()[0] for option in idle.options(others)] == [
         "--shift", "--global-clusters", "--max-clusters", "--personalised-routing", "--generalisation-routing",
         "--evaluate-at", "--instance-weight",
     ]  # fmt: skip
     alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
-    assert config_lib.idle(alone)[0] == "--server (local averages nothing there)"
-    assert config_lib.idle(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []
+    assert idle.options(alone)[0] == "--server (local averages nothing there)"
+    assert idle.options(dataclasses.replace(smoke(), rounds=dataclasses.replace(rounds, server="adam"))) == []
     turns = dataclasses.replace(smoke().rounds, clusters_per_round=0, weighting="client")
     for strategy, count in (("fedrouter", 0), ("oracle", 0), ("fedit", 2), ("fedalt", 2)):
-        named = config_lib.idle(dataclasses.replace(smoke(), strategy=strategy, rounds=turns))
+        named = idle.options(dataclasses.replace(smoke(), strategy=strategy, rounds=turns))
         assert [option.split()[0] for option in named] == ["--clusters-per-round", "--weighting"][:count]
     evenly = dataclasses.replace(smoke().rounds, weighting="uniform")
-    assert config_lib.idle(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
-    assert len(config_lib.idle(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1
+    assert idle.options(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
+    assert len(idle.options(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1
 
 
 def test_the_slots_of_a_method_of_ones_own_are_as_many_as_are_asked_for(monkeypatch):
@@ -103,7 +103,7 @@ def test_the_slots_of_a_method_of_ones_own_are_as_many_as_are_asked_for(monkeypa
     config = dataclasses.replace(smoke(), strategy="methods:mine")
     for count in (3, 0):
         asked = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, global_clusters=count))
-        assert config_lib.idle(asked) == []
+        assert idle.options(asked) == []
     with pytest.raises(UserError, match="--global-clusters is 0, chosen by silhouette, but mine clusters no rows"):
         experiment.prepare(asked)
 

@@ -22,8 +22,11 @@ from fedrouter_jax.types import Phase, Strategy
 OWNERS = {"main": "shared"}
 
 
-def scaffold() -> Strategy:
-    """One slot. Averaged: A, B, and control variates, which the server keeps by client. Private: nothing."""
+def scaffold(clients: int | None = None) -> Strategy:
+    """One slot. Averaged: A, B, and control variates, which the server keeps by client. Private: nothing.
+
+    `clients` train at all (None: everybody; newcomers never do).
+    """
     create, read, collect, average = owned(OWNERS)
 
     def init(adapters, enrolment):
@@ -32,7 +35,7 @@ def scaffold() -> Strategy:
         return state._replace(memory=variates)
 
     def ask(state, work):
-        drift = jax.tree.map(lambda own: own.mean(axis=0) - own[work.client], state.memory)
+        drift = jax.tree.map(lambda own: own.sum(axis=0) / (clients or len(own)) - own[work.client], state.memory)
         return read(state, work) | {"drift": drift}
 
     def optimiser(adamw, rate, local):
