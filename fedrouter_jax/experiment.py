@@ -130,7 +130,8 @@ def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
     dataset = dataset or sources.load(config.data.data, sources.columns(config.data.columns), seed=config.seed)
     if not config.data.validation:
         return dataset
-    return Dataset(*sources.split(dataset.train, config.seed, dataset.name), dataset.name)
+    name = f"{dataset.name} (--validation: of its training rows)"
+    return Dataset(*sources.split(dataset.train, config.seed, name), name)
 
 
 def without_rows(config: Config, split: Partition) -> Prepared:

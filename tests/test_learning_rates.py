@@ -122,6 +122,12 @@ def test_held_out_rows_are_training_rows_that_nobody_trains_on():
     mine = tuple(Row(f"question {i}", "yes", "task") for i in range(10))
     given = Dataset(mine, (Row("asked", "no", "task"),), "mine")
     assert len(experiment.rows_of(config, given).test) == 2 and experiment.rows_of(smoke(), given) is given
+    natural = replace(config, data=replace(config.data, scenario="natural", clients=2))
+    lacking = Dataset(tuple(row._replace(client="ab"[i > 8]) for i, row in enumerate(mine)), given.test, "mine")
+    with pytest.raises(
+        UserError, match="client 'b' has no test row in mine .--validation: of its training rows.; give"
+    ):
+        experiment.prepare(natural, dataset=lacking)
 
 
 def test_a_run_on_held_out_rows_says_so_and_stands_beside_one_on_test_rows(tmp_path):
