@@ -71,7 +71,7 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):
 def test_no_more_packs_go_together_than_there_are(tiny, monkeypatch):
     read, pooled = [], []
 
-    def reads(config, base, packs, *rest, read_as=generation.read, **named):
+    def reads(config, base, packs, *rest, read_as=generation.prefill, **named):
         read.append(packs.tokens.shape)
         return read_as(config, base, packs, *rest, **named)
 
@@ -79,7 +79,7 @@ def test_no_more_packs_go_together_than_there_are(tiny, monkeypatch):
         pooled.append(packs.tokens.shape)
         return pooled_as(config, base, packs, *rest)
 
-    monkeypatch.setattr(generation, "read", reads)
+    monkeypatch.setattr(generation, "prefill", reads)
     monkeypatch.setattr(embedding, "pooled", pools)
     same = [[1] * 100] * 12  # two to a pack of 256
     generate(tiny.config, tiny.params, same, None, None, stop=7, new_tokens=1, rows_at_once=8, packs_at_once=16)
@@ -107,11 +107,11 @@ def test_rows_that_finish_take_the_next_prompts(tiny, bank, prompts, monkeypatch
     assert len(set(lengths)) > 6 and max(map(lengths.count, lengths)) < 20, lengths
     done, shapes = [], set()
 
-    def write(config, base, few, state, *rest, write=generation.write, **named):
+    def write(config, base, few, state, *rest, write=generation.decode, **named):
         shapes.add((len(state.latest), len(state.cache.owner)))
         return write(config, base, few, state, *rest, **named)
 
-    monkeypatch.setattr(generation, "write", write)
+    monkeypatch.setattr(generation, "decode", write)
     for rows in (8, 32, 64):
         found = generate(
             tiny.config, tiny.params, prompts, lora.concatenate(bank), gates, stop=stop, new_tokens=NEW,
