@@ -6,7 +6,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import (
     BY_NAME,
@@ -29,7 +28,6 @@ from fedrouter_jax import bank, client, routing
 from fedrouter_jax import federation as federation_lib
 from fedrouter_jax.strategies import (
     clustered,
-    ditto,
     feddpa_f,
     fedex,
     fedit,
@@ -42,7 +40,6 @@ from fedrouter_jax.strategies import (
     flora,
     ifca,
     rolora,
-    scaffold,
 )
 from fedrouter_jax.types import FederationState, LoRA, View
 
@@ -233,77 +230,6 @@ def test_fedex_with_one_client_is_fedit(federation):
     found = play(federation, fedex(LORA.scale), federation.update, change=alone)[0]
     assert_close(found.bank, play(federation, BY_NAME["fedit"], federation.update, change=alone)[0].bank, 5e-4)
     assert max(float(jnp.abs(delta).max()) for delta in found.memory.values()) < 1e-6
-
-
-def test_scaffold_with_one_client_is_fedit(federation):
-    """Its own control variate is everybody's: nothing is taken out of its steps."""
-    alone = federation._replace(
-        enrolment=federation.enrolment._replace(table=federation.enrolment.table[:1]), members=federation.members[:1]
-    )
-    local = dataclasses.replace(LOCAL, proximal=0.5, weight_decay=0.1)  # both are the adapter's alone
-    update, plain = (
-        client.make_client_update(federation.model.config, LORA, local, optimiser=optimiser)
-        for optimiser in (scaffold().optimiser, None)
-    )
-    state, _ = play(alone, scaffold(), update)
-    assert_close(state.bank, play(alone, BY_NAME["fedit"], plain)[0].bank)
-    assert all(leaf.any() for leaf in jax.tree.leaves(state.memory))
-
-
-def test_newcomers_are_not_among_those_whose_steps_scaffold_compares(federation):
-    """Three of four clients train: as in a federation of three."""
-    update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=scaffold().optimiser)
-    three = federation.members[:3]
-    table = federation.enrolment.table
-    banks = [
-        play(
-            federation._replace(enrolment=federation.enrolment._replace(table=table[:clients]), members=three),
-            scaffold(told),
-            update,
-        )[0].bank
-        for clients, told in ((4, 3), (3, None))
-    ]
-    assert_close(*banks)
-    assert scaffold().traffic(None, 3, 100) == (200, 200)
-
-
-def test_a_lanes_optimiser_is_told_what_the_round_began_with(federation):
-    """In every phase: each step goes to that and one beyond."""
-
-    def optimiser(adamw, rate, local):
-        def update(gradients, state, adapters, received):
-            return jax.tree.map(lambda start, now: start + 1 - now, received, adapters), state
-
-        return optax.GradientTransformationExtraArgs(adamw.init, update)
-
-    (phase,) = fedit().phases(1, 5)
-    twice = fedit()._replace(phases=lambda round, rounds: (phase, phase), optimiser=optimiser)
-    update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=optimiser)
-    after = play(federation, twice, update, rounds=1)[0].bank
-    assert_close(after, jax.tree.map(lambda leaf: leaf + 1, begin(federation, twice).bank))
-
-
-def test_dittos_clients_are_answered_by_their_own_adapter(federation):
-    state = begin(federation, ditto())
-    weights = np.asarray(ditto().route(state, jnp.array([2, 0]), View(), "local"))
-    names = bank.serving_names(ditto().owners, state.bank)
-    assert [[names[i] for i in np.flatnonzero(row)] for row in weights] == [["own_2"], ["own_0"]]
-
-
-def test_the_personal_adapters_of_ditto_are_locals_without_a_pull(federation):
-    """In their half of the steps, the first of two."""
-
-    def first_step(work, batch):
-        return work, jax.tree.map(lambda leaf: leaf[:, :1], batch)
-
-    def own(pull):
-        update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=ditto(pull).optimiser)
-        return play(federation, ditto(pull), update)[0].bank["own"]
-
-    local = play(federation, BY_NAME["local"], federation.update, change=first_step)[0].bank["main"]
-    assert_close(own(0.0), local)
-    pulled = zip(*map(jax.tree.leaves, (own(1.0), local)), strict=True)
-    assert any((abs(one - other) > 1e-4).any() for one, other in pulled)
 
 
 def test_clustered_compares_the_first_updates_alone(federation):
