@@ -6,14 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from documents import BENCH, README
+from documents import SAID_OF_SPEED as SAID
 
 from experiments import bench, growth, limit, precision, profiled, startup
 from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.plan import SHAPES
-
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "docs" / "bench"
-README, SAID = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/speed.md"))
 
 
 def read(path: Path) -> dict:

@@ -1,0 +1,228 @@
+"""What README and docs/results.md say of one method beside another is what the committed runs say."""
+
+import numpy as np
+import pytest
+from documents import README, RESULTS, SAID, told
+
+from experiments import studies, summaries, table1_tables
+from experiments.methods import LABELS
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The runs of Table 1 at the reduced budget."""
+    return summaries.load(RESULTS / "table1" / "runs")
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds"),
+    [
+        ("clustered", 20),
+        ("fedlease", 20),
+        ("feddpa-t", 5),
+        ("feddpa-f", 5),
+        ("fedex", 5),
+        ("ifca", 5),
+        ("flora", 5),
+        ("ffalora", 10),
+        ("rolora", 5),
+        ("fedalt", 5),
+        ("fedprox", 5),
+        ("scaffold", 5),
+        ("ditto", 5),
+        ("fedavgm", 5),
+        ("fedadagrad", 5),
+        ("fedadam", 5),
+        ("fedyogi", 5),
+    ],
+)
+def test_the_leads_in_dual_are_those_of_the_runs(method, seeds, runs):
+    assert leads_in("dual", method, seeds, table1_tables.cells(runs)) in SAID
+
+
+@pytest.mark.parametrize("method", ["fedlease", "ffalora", "fedex"])
+def test_the_leads_in_all_are_those_of_the_runs(method, runs):
+    assert leads_in("all", method, 5, table1_tables.cells(runs)) in SAID
+
+
+@pytest.mark.parametrize("method", ["ffalora", "fedex"])
+def test_the_leads_in_single_are_those_of_the_runs(method, runs):
+    assert leads_in("single", method, 5, table1_tables.cells(runs)) in SAID
+
+
+def leads_in(scenario: str, method: str, seeds: int, found: table1_tables.Cells) -> str:
+    """A line of a table of leads: a method's scores and how far `fedrouter+` is ahead."""
+    cells = [f"| `{method}`"]
+    for part in ("personalised", "generalisation"):
+        ours, theirs = (found[scenario, part, name] for name in ("fedrouter+", method))
+        leads = [ours[seed] - theirs[seed] for seed in range(seeds)]
+        scored, lead = (
+            " ± ".join(f"{value:.3f}"[1:] for value in summaries.interval(values))
+            for values in ([theirs[seed] for seed in range(seeds)], leads)
+        )
+        percent = 100 * np.mean(leads) / np.mean([theirs[seed] for seed in range(seeds)])
+        share = f" ({percent:.1f} %)" if part == "personalised" else ""
+        cells += [scored, f"{lead}{share}, in {sum(lead > 0 for lead in leads)} of {seeds}"]
+    return " | ".join(cells) + " |"
+
+
+def test_what_is_said_of_the_middle_models_rate_is_what_its_runs_say():
+    found = summaries.load(RESULTS / "studies" / "rate-0.5b")
+
+    def scores(method, rate, seeds, part, metric="rouge1"):
+        return [summaries.score(found[f"{method}-{rate}-{seed}"], part, metric) for seed in range(seeds)]
+
+    parts = ("personalised", "generalisation")
+    for method, name in (("fedrouter+", "FedRouter+"), ("fedit", "FedIT")):
+        low, high = (
+            " / ".join(told(scores(method, rate, seeds, part)) for part in parts)
+            for rate, seeds in (("0.001", 5), ("0.005", 3))
+        )
+        assert f"{name} {low} for {high}" in SAID
+    leads, losses = (
+        [np.subtract(*(scores(m, "0.001", 5, part, metric) for m in ("fedrouter+", "fedit"))) for part in parts]
+        for metric in ("rouge1", "loss")
+    )
+    assert f"ahead by {told(leads[0])} / {told(leads[1])}, in three and five of five seeds" in SAID
+    assert [sum(lead > 0) for lead in leads] == [3, 5] and all((loss < 0).all() for loss in losses)
+    assert f"per cent less ({told(-losses[0])}, {told(-losses[1])}), in five of five each" in SAID
+
+
+def test_what_is_said_of_eight_tasks_is_what_their_runs_say():
+    found = summaries.load(RESULTS / "studies" / "eight-tasks")
+    parts, methods = ("personalised", "generalisation"), ("fedrouter+", "fedit", "clustered")
+
+    def short(value, digits=3):
+        return f"{value:.{digits}f}".removeprefix("0")
+
+    means = {}
+    for part in parts:
+        values = {m: [summaries.score(found[f"{m}-8-{seed}"], part) for seed in (0, 1)] for m in methods}
+        own = part == "personalised"
+        names = ("FedRouter+ {} on own tasks", "FedIT {}", "Clustered {}") if own else ("{}",) * 3
+        pairs = [" and ".join(map(short, values[m])) for m in methods]
+        assert ", ".join(name.format(pair) for name, pair in zip(names, pairs, strict=True)) in SAID
+        shown = [short(np.mean(values[m])) for m in methods]
+        scored = "`fedrouter+` scores {}, FedIT {}, Clustered {}" if own else "on the mix {}, {} and {}"
+        assert scored.format(*shown) in SAID
+        for m in methods:
+            means[m, part] = np.mean([summaries.score(found[f"{m}-8-{seed}"], part, "loss") for seed in (0, 1)])
+    told = (f"{' / '.join(short(means[m, part]) for part in parts)}" for m in methods)
+    assert "{}, FedIT {}, Clustered {}, so".format(*told) in SAID
+    less = [100 * (1 - means["fedrouter+", part] / means["fedit", part]) for part in parts]
+    assert "{:.1f} and {:.1f} per cent less than FedIT's".format(*less) in SAID
+    assert all(f"{value:.1f} per cent less" in README for value in less)
+
+
+@pytest.mark.parametrize(("study", "value"), [("rate-0.5b", "0.001"), ("eight-clients", "8")])
+@pytest.mark.parametrize(("method", "name"), [("fedit", "FedIT"), ("clustered", "Clustered"), ("fedlease", "FedLEASE")])
+def test_the_leads_in_studies_of_five_seeds_are_those_of_their_runs(study, value, method, name):
+    """With the middle model, and with eight clients."""
+    found = summaries.load(RESULTS / "studies" / study)
+
+    def values(method, part, metric):
+        return np.array([summaries.score(found[f"{method}-{value}-{seed}"], part, metric) for seed in range(5)])
+
+    cells, short = [f"| `{method}`"], [f"| {name}"]
+    for part in ("personalised", "generalisation"):
+        theirs, loss = values(method, part, "rouge1"), values(method, part, "loss")
+        lead, less = values("fedrouter+", part, "rouge1") - theirs, loss - values("fedrouter+", part, "loss")
+        percent = f"{100 * less.mean() / loss.mean():.1f} %"
+        cells += [told(theirs), f"{told(lead)}, in {(lead > 0).sum()} of 5"]
+        cells += [f"{percent} ({told(less)}), in {(less > 0).sum()} of 5"]
+        short += [f"{told(lead)}, {percent}"]
+    assert " | ".join(cells) + " |" in SAID and " | ".join(short) + " |" in README
+
+
+def test_what_is_said_of_rates_with_eight_clients_is_what_their_runs_say():
+    found = summaries.load(RESULTS / "studies" / "rate-eight-clients")
+    readme, results = (" ".join(text.split()) for text in (README, SAID))
+    best = {"fedrouter+": "0.01", "fedit": "0.02", "clustered": "0.01", "fedlease": "0.01"}
+    rates, parts = ("0.0025", "0.005", "0.01", "0.02"), ("personalised", "generalisation")
+
+    def values(method, rate, part, metric="rouge1", seeds=(0, 1)):
+        return np.array([summaries.score(found[f"{method}-{rate}-{seed}"], part, metric) for seed in seeds])
+
+    def short(value):
+        return f"{value:.3f}".removeprefix("0")
+
+    for method, chosen in best.items():
+        cells = []
+        for rate in rates:
+            scores = [short(values(method, rate, part).mean()) for part in parts]
+            losses = [short(values(method, rate, part, "loss").mean()) for part in parts]
+            cells.append(f"{' / '.join(scores)}, {' / '.join(losses)}")
+        assert f"| `{method}` | {' | '.join(cells)} |" in results
+        assert min(rates, key=lambda rate, m=method: values(m, rate, parts[0], "loss").mean()) == chosen
+    fresh = []
+    for method, rate, named in (
+        ("fedrouter+", "0.01", "`fedrouter+`"),
+        ("fedit", "0.02", "FedIT"),
+        ("clustered", "0.01", "Clustered"),
+        ("fedlease", "0.01", "FedLEASE, by its loss"),
+        ("fedlease", "0.02", "FedLEASE, by its score"),
+    ):
+        written = f"{float(rate):.0e}".replace("e-0", "e-")
+        cells, brief = [f"| `{method}` | {written}"], [f"| {named} | {written}"]
+        for part in parts:
+            theirs, loss = (values(method, rate, part, metric, range(5)) for metric in ("rouge1", "loss"))
+            lead = values("fedrouter+", "0.01", part, seeds=range(5)) - theirs
+            less = loss - values("fedrouter+", "0.01", part, "loss", range(5))
+            percent = f" ({100 * lead.mean() / theirs.mean():.1f} %)" if part == "personalised" else ""
+            ours = method == "fedrouter+"
+            cells += [told(theirs), "" if ours else f"{told(lead)}{percent}, in {(lead > 0).sum()} of 5"]
+            share = f"{100 * less.mean() / loss.mean():.1f} % ({told(less)}), in {(less > 0).sum()} of 5"
+            cells += ["" if ours else share]
+            brief += [told(theirs), "" if ours else told(lead)]
+            if part == "personalised" and not ours:
+                fresh.append(lead[2:])
+        assert " ".join(f"{' | '.join(cells)} |".split()) in results
+        assert " ".join(f"{' | '.join(brief)} |".split()) in readme
+    *most, last = map(told, fresh)
+    counts = [f"{sum(lead > 0)}" for lead in fresh]
+    assert f"{', '.join(most)} and {last}, in {', '.join(counts[:-1])} and {counts[-1]} of three" in results
+    words = [
+        [
+            np.mean([mine[task] - other[task] for task in mine if task not in LABELS])
+            for mine, other in (
+                [studies.by_task(found[f"{run}-{seed}"], part) for run in ("fedrouter+-0.01", "fedit-0.02")]
+                for seed in range(5)
+            )
+        ]
+        for part in parts
+    ]
+    assert "the lead over FedIT is {} on own tasks and {} on the mix".format(*map(told, words)) in results
+
+
+def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
+    scores, leads = [], []
+    for part in ("personalised", "generalisation"):
+        found, plain = (
+            np.array([summaries.score(runs[f"dual-{name}-{seed}"], part) for seed in range(5)])
+            for name in ("fedrouter-released", "fedrouter")
+        )
+        scores.append(told(found))
+        leads.append(told(found - plain))
+    said = f"scores {scores[0]} and {scores[1]}, {leads[0]} and {leads[1]} more than plain `fedrouter`"
+    assert said in " ".join(SAID.split())
+    mix = [
+        [studies.by_task(runs[f"dual-{name}-{seed}"], "generalisation") for seed in range(5)]
+        for name in ("fedrouter-released", "fedrouter")
+    ]
+    lead = [
+        np.mean([mine[task] - other[task] for task in mine if task not in LABELS])
+        for mine, other in zip(*mix, strict=True)
+    ]
+    assert f"answered in words it is {told(lead).replace('-0', '-')}" in " ".join(SAID.split())
+    questions = [round(6 * (mine["glue_qqp"] - other["glue_qqp"])) for mine, other in zip(*mix, strict=True)]
+    assert questions == [1, 1, 1, 0, 1] and "one question of six more in four of the seeds" in SAID
+
+
+def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
+    by_task = (
+        [studies.by_task(runs[f"dual-{name}-{seed}"], "personalised") for seed in range(20)]
+        for name in ("fedrouter+", "fedlease")
+    )
+    in_words = ([np.mean([each[task] for task in each if task not in LABELS]) for each in same] for same in by_task)
+    mean, half = summaries.interval([mine - other for mine, other in zip(*in_words, strict=True)])
+    assert f"Without QQP it is {mean:.3f} ± {half:.3f} behind".replace("0.", ".") in SAID
