@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import summaries, table1_tables
-from experiments.sweep import rows_now
+from experiments.sweep import check_rows, rows_now
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
@@ -49,10 +49,11 @@ def check(tried: Mapping[str, Config], configs: Mapping[str, Config], kept: Path
             "--rates holds training rows out, but these rows are split, or made, by the seed, so that test rows of one "
             "seed are training rows of another; give a folder with train and test, or --seeds 1"
         )
+    check_rows(configs, kept, rows)
     rates = {config.local.learning_rate for config in tried.values()}
     for name, config in configs.items():
         path = kept / f"{name}.json"
-        if path.exists() and not any(summaries.known(path, at(config, rate), rows[name]) for rate in rates):
+        if path.exists() and not any(summaries.known(path, at(config, rate)) for rate in rates):
             raise UserError(f"{path} is of another experiment (at another rate?); choose another --out or remove it")
 
 

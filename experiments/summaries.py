@@ -41,16 +41,9 @@ def save(folder: Path, to: Path) -> None:
     files.write(to, json.dumps(of(folder), indent=1) + "\n")
 
 
-def known(path: Path, config: Config, rows: str | None = None) -> bool:
-    """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed.
-
-    `rows` is the SHA-256 of the rows that the config names now; summaries of older versions do not say theirs.
-    """
-    if not path.exists():
-        return False
-    found = read(path)
-    theirs = config_lib.of_json(found["config"], path)
-    return (rows is None or found.get("data", rows) == rows) and same(theirs, portable(config))
+def known(path: Path, config: Config) -> bool:
+    """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed."""
+    return path.exists() and same(config_lib.of_json(read(path)["config"], path), portable(config))
 
 
 def same(theirs: Config, ours: Config) -> bool:
@@ -75,6 +68,11 @@ def read(path: Path) -> dict:
     if lacking:
         raise UserError(f"{path} is no summary of a run: it has no {lacking[0]!r}; restore the file or remove it")
     return found
+
+
+def configs(found: Mapping[str, dict]) -> dict[str, Config]:
+    """The configs of summaries, by name."""
+    return {name: config_lib.of_json(summary["config"], Path(name)) for name, summary in found.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

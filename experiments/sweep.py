@@ -57,11 +57,28 @@ def _rows_key(config: Config) -> tuple:
 
 def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> set[str]:
     """The runs that have a summary; raises `UserError` where one is of another experiment, which would be lost."""
-    there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config, rows[name])}
+    check_rows(configs, kept, rows)
+    there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}
     for path in (kept / f"{name}.json" for name in configs if name not in there):
         if path.exists():
-            raise UserError(f"{path} is of another experiment (other rows, perhaps); choose another --out or remove it")
+            raise UserError(f"{path} is of another experiment; choose another --out or remove it")
     return there
+
+
+def check_rows(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> None:
+    """Raise `UserError` where any summary in `kept` is of other rows of the same name: tables would compare the two.
+
+    `rows` are those of the configs now (`rows_now`); summaries of older versions do not say theirs.
+    """
+    now = {_rows_key(summaries.portable(config)): rows[name] for name, config in configs.items()}
+    for path in sorted(kept.glob("*.json")):
+        found = summaries.read(path)
+        if "data" not in found:
+            continue
+        theirs = config_lib.of_json(found["config"], path)
+        if now.get(_rows_key(theirs)) not in (None, found["data"]):
+            data = theirs.data.data
+            raise UserError(f"{path} is of other rows than {data} has now; choose another --out or remove it")
 
 
 def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path | None = None) -> list[Path]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
+from fedrouter_jax.config import Config
+from fedrouter_jax.errors import UserError
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
@@ -43,6 +46,33 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
                     value = float(np.mean([value for task, value in tasks.items() if task not in without]))
                 table.setdefault((scenario, part, who), {})[seed] = value
     return table
+
+
+def check(configs: Mapping[str, Config]) -> None:
+    """Raise `UserError` where runs of one table differ in more than method, scenario and seed.
+
+    A method may have a learning rate of its own, and those that change other choices (`methods.METHODS`) do.
+    """
+
+    def budget(config: Config) -> dict:
+        data, local = asdict(replace(config.data, scenario="dual")), config.local
+        steps = {"rounds": config.rounds.rounds, "steps": local.steps, "batch": local.batch}
+        return {"model": config.model, "dtype": config.dtype, **asdict(config.lora), **data, **steps}
+
+    firsts: dict[str, tuple[str, dict]] = {}
+    shown = ordered(map(method_of, configs))
+    for name, config in configs.items():
+        if method_of(name) not in shown:
+            continue
+        rate = {"learning_rate": config.local.learning_rate}
+        for among, found in (("", budget(config)), (name.rpartition("-")[0], rate)):
+            first, expected = firsts.setdefault(among, (name, found))
+            for key in found:
+                if found[key] != expected[key]:
+                    raise UserError(
+                        f"a table compares equal budgets, but {key} is {expected[key]!r} in {first} and "
+                        f"{found[key]!r} in {name}; give each a folder of its own (--out)"
+                    )
 
 
 def method_of(name: str) -> str:
@@ -99,11 +129,12 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
         row = []
         for column in columns:
             values = comparable(table, column)
-            most = max((len(values[m]) for m in rivals if m in values), default=0)
-            most_seeds = (m for m in rivals if len(values.get(m, ())) == most)
-            best = best_of(most_seeds, key=lambda m, of=values: np.mean(of[m]), default=None)
-            best = best if sum(m in values for m in rivals) > 1 else None
-            row.append(text(values[method], method == best) if method in values else "")
+            there = [m for m in rivals if m in values]
+            most = max((len(values[m]) for m in there), default=0)
+            compared = [m for m in there if len(values[m]) == most]
+            alike = len(there) > 1 and len({tuple(values[m]) for m in compared}) == 1  # seeds
+            best = best_of(compared, key=lambda m, of=values: np.mean([*of[m].values()])) if alike else None
+            row.append(text([*values[method].values()], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in (*OURS, *filter(own, methods)):
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
@@ -122,12 +153,15 @@ def beside(table: Cells, first: str = OURS[0]) -> Cells:
     return kept
 
 
-def comparable(table: Cells, column: tuple[str, str]) -> dict[str, list[float]]:
-    """Scores of each method of a column: those of the seeds that all with several seeds have; of one, what it has."""
+def comparable(table: Cells, column: tuple[str, str]) -> dict[str, dict[int, float]]:
+    """Scores by seed of each method of a column: of the seeds that all with several seeds have; of one, what it has.
+
+    Where those with several seeds have none in common, what they have, and nothing is the best of them.
+    """
     scores = {m: found for (*c, m), found in table.items() if tuple(c) == column}
     several = [set(found) for m, found in scores.items() if len(found) > 1 and m != UNTRAINED]
     shared = set.intersection(*several) if several else set()
-    return {m: [found[seed] for seed in sorted({*found} & shared or found)] for m, found in scores.items()}
+    return {m: {seed: found[seed] for seed in sorted({*found} & shared or found)} for m, found in scores.items()}
 
 
 def named(method: str) -> str:
@@ -276,10 +310,10 @@ def figure(found: dict[str, dict]) -> Figure:
     drawn = Figure((5 * wide, 2 * (1 + 0.24 * most)))
     panels = drawn.subplots(2, wide, squeeze=False, sharex=True).ravel()
     for axes, column in zip(panels, columns, strict=False):
-        methods = sorted(scores[column], key=lambda m, of=scores[column]: -np.mean(of[m]))
+        methods = sorted(scores[column], key=lambda m, of=scores[column]: -np.mean([*of[m].values()]))
         several = max(map(len, scores[column].values())) > 1
         for place, method in enumerate(methods):
-            values = scores[column][method]
+            values = [*scores[column][method].values()]
             rest = "0.85" if method in BOUNDS else "#0072b2"
             colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", UNTRAINED: "0.6"}.get(method, rest)
             axes.barh(place, np.mean(values), color=colour, alpha=0.4 if several and len(values) == 1 else 1)

@@ -262,14 +262,17 @@ def test_useful_tokens_are_those_of_the_rows_without_padding(monkeypatch):
     phase = bench_phases.generation({"ours": prepared}, adapters, [here], load, 4)
     read = sum(len(prepared.test[row].prompt) for row in bench_phases.asked(prepared, load))
     answers = [[1, 2], [3], [], [4, 5, 6], [7]]
-    found = {"ours": answers, "published": answers, "best effort": [[1, 2, 3, 4]] * 5}
+    found = {"ours": answers, "published": answers, "best effort": [*answers[:4], [1, 2, 3, 4]]}
     assert phase.useful(found) == {
         "ours": read + 12,
         "published": read + 12,
-        "best effort": read + 20,
+        "best effort": read + 14,
     }  # cut before their end
-    with pytest.raises(UserError, match="only 40% of the answers of both sides agree"):
-        phase.useful(found | {"ours": [*answers[:2], *[[9]] * 3]})
+    few = {side: [*answers[:count], *[[9]] * (5 - count)] for side, count in (("enough", 2), ("few", 1))}
+    phase.useful(found | {"ours, mixed": few["enough"], "best effort, bf16": few["enough"]})
+    for side, other, share in (("ours", "enough", 40), ("best effort", "enough", 40), ("ours, mixed", "few", 20)):
+        with pytest.raises(UserError, match=f"'{side}' and 'published' agree in only {share}% of the answers"):
+            phase.useful(found | {side: few[other]})
 
     kmeans = bench_phases.clustering(load)
     assert kmeans.useful({"ours": np.ones(3), "scikit-learn": np.full(3, 1.005)}) == {"": 3 * bench_phases.POINTS}

@@ -126,12 +126,40 @@ def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
     assert "-24.9 % over fedit (-0.500 ± 0.000; 2 seeds)" in row["**fedrouter+, gain over the best baseline**"]
 
 
-def test_the_base_model_is_never_the_best():
-    """Nor where it alone has the most seeds, for each method ran with another."""
-    found = {"dual-fedrouter+-0": made("fedrouter+", 0, 0.5), "dual-fedit-1": made("fedit", 1, 0.4)}
-    lines = table1_tables.scores(table1_tables.cells(found), ("fedrouter+", "fedit"))
-    best = [line.split("|")[1].strip() for line in lines if "**0." in line]
-    assert best == ["fedrouter+"]
+@pytest.mark.parametrize(("seeds", "best"), [((0, 0), ["fedrouter+"]), ((0, 1), []), (((0, 1), (2, 3)), [])])
+def test_the_best_is_told_of_equal_seeds_alone(seeds, best):
+    """And it is never the base model, which has those of all methods and is better here."""
+    found = {
+        f"dual-{method}-{seed}": made(method, seed, score)
+        for (method, score), some in zip((("fedrouter+", 0.09), ("fedit", 0.08)), seeds, strict=True)
+        for seed in np.atleast_1d(some).tolist()
+    }
+    found["dual-ifca-0"] = made("ifca", 0, 0.05)
+    lines = table1_tables.scores(table1_tables.cells(found), ("fedrouter+", "fedit", "ifca"))
+    assert [line.split("|")[1].strip() for line in lines if "**0." in line] == best
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"data": replace(smoke().data, clients=8)}, "clients is 4 in dual-fedit-0 and 8 in dual-local-0"),
+        ({"local": replace(smoke().local, batch=3)}, "batch is 4 in dual-fedit-0 and 3 in dual-local-0"),
+        ({"model": "other"}, "model is 'tiny' in dual-fedit-0 and 'other' in dual-local-0"),
+        ({"seed": 1, "strategy": "local", "data": replace(smoke().data, scenario="all")}, ""),
+        ({"local": replace(smoke().local, learning_rate=1e-3)}, "learning_rate is 0.005 in dual-local-1 and 0.001"),
+    ],
+)
+def test_a_table_of_unequal_budgets_is_refused(changed, expected):
+    """But for the learning rate, which a method may have for itself."""
+    config = replace(smoke(), data=replace(smoke().data, scenario="dual"))
+    configs = {"dual-fedit-0": replace(config, local=replace(config.local, learning_rate=1e-2))}
+    configs |= {"dual-local-1": config, "dual-local-0": replace(config, **changed)}
+    configs["dual-fedgone-0"] = replace(config, model="unknown")  # of another version: it is not shown
+    if expected:
+        with pytest.raises(UserError, match=expected):
+            table1_tables.check(configs)
+    else:
+        table1_tables.check(configs)
 
 
 def test_a_method_without_a_rival_is_no_best():
@@ -196,7 +224,7 @@ def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
     assert not summaries.known(tmp_path / "none.json", config)
 
 
-def test_a_summary_of_other_rows_under_the_same_name_is_not_known(tmp_path):
+def test_a_summary_of_other_rows_under_the_same_name_is_refused(tmp_path):
     folder, kept = tmp_path / "rows", tmp_path / "kept"
     folder.mkdir(), kept.mkdir()
     config = replace(smoke(), data=replace(smoke().data, data=str(folder)))
@@ -215,8 +243,11 @@ def test_a_summary_of_other_rows_under_the_same_name_is_not_known(tmp_path):
     (kept / "one.json").write_text(json.dumps(summary))
     assert sweep.summarised({"one": config}, kept, rows) == {"one"}
     write("b")
-    with pytest.raises(UserError, match="one.json is of another experiment"):
-        sweep.summarised({"one": config}, kept, sweep.rows_now({"one": config}))
+    for asked in ("one", "another"):  # a table draws all there are
+        with pytest.raises(UserError, match="one.json is of other rows than rows has now"):
+            sweep.summarised({asked: config}, kept, sweep.rows_now({asked: config}))
+    elsewhere = replace(config, data=replace(config.data, data="elsewhere"))
+    assert not sweep.summarised({"another": elsewhere}, kept, {"another": "other rows"})
     del summary["data"]  # of an older version
     (kept / "one.json").write_text(json.dumps(summary))
     assert sweep.summarised({"one": config}, kept, rows) == {"one"}

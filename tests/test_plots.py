@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import written_runs
 from matplotlib import image
 from matplotlib.figure import Figure
 from written_runs import CLIENTS, CONFIG, ROWS, TASKS, WIDTH, make_run
@@ -69,7 +70,7 @@ def test_plots_of_one_run_and_of_several(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_tasks_may_be_named_in_any_script(tmp_path, monkeypatch, caplog):
     """A report says nothing of glyphs or fonts that are missing."""
-    monkeypatch.setitem(globals(), "TASKS", ["\u6458\u8981", "\u0938\u093e\u0930", "sort"])
+    monkeypatch.setattr(written_runs, "TASKS", ["\u6458\u8981", "\u0938\u093e\u0930", "sort"])
     path = make_run(tmp_path / "one", strategy="fedit")
     report.write([path], path)
     assert (path / "plots" / "rouge.png").exists() and not caplog.records
