@@ -43,12 +43,13 @@ def save(folder: Path, to: Path) -> None:
 
 def known(path: Path, config: Config) -> bool:
     """Whether a file is the summary of just this experiment, wherever the data lay and however it was computed."""
-    return path.exists() and same(config_lib.of_json(read(path)["config"], path), portable(config))
+    return path.exists() and not differing(config_lib.of_json(read(path)["config"], path), portable(config))
 
 
-def same(theirs: Config, ours: Config) -> bool:
-    """Whether two configs are of one experiment, however it is computed."""
-    return replace(theirs, compute=ours.compute) == ours
+def differing(theirs: Config, ours: Config) -> str:
+    """A choice in which two experiments differ, in words; empty where only how they are computed does."""
+    found, wanted = (config_lib.choices(c) | {"data": c.data.data, "model": c.model} for c in (theirs, ours))
+    return next((f"{key} {found[key]!r} for {wanted[key]!r}" for key in wanted if found[key] != wanted[key]), "")
 
 
 def portable(config: Config) -> Config:

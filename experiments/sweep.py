@@ -61,7 +61,9 @@ def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str
     there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}
     for path in (kept / f"{name}.json" for name in configs if name not in there):
         if path.exists():
-            raise UserError(f"{path} is of another experiment; choose another --out or remove it")
+            theirs = config_lib.of_json(summaries.read(path)["config"], path)
+            other = summaries.differing(theirs, summaries.portable(configs[path.stem]))
+            raise UserError(f"{path} is of another experiment, with {other}; choose another --out or remove it")
     return there
 
 
@@ -99,8 +101,9 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
         folders.append(folder)
         if name in there:
             continue
-        if (folder / "config.json").exists() and not summaries.same(config_lib.load(folder / "config.json"), config):
-            raise UserError(f"{folder} holds a run of another config; choose another --out or remove it")
+        there_now = config_lib.load(folder / "config.json") if (folder / "config.json").exists() else config
+        if other := summaries.differing(there_now, config):
+            raise UserError(f"{folder} holds a run of another config, with {other}; choose another --out or remove it")
         begun = formats.read_json(folder / "clusters.json") or {}
         if rows[name] and begun.get("data", rows[name]) != rows[name]:
             raise UserError(

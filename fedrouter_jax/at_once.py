@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import memory
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule
@@ -24,7 +25,7 @@ def groups_of_lanes(config: Config, strategy: Strategy, held: int | None) -> tup
 
     Clients hold `held` clusters (None: as many as may be found).
     """
-    lanes = memory.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
+    lanes = config_lib.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
     rows_of_devices = jax.device_count() // config.compute.model_parallel
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     return groups // rows_of_devices, together
@@ -41,7 +42,7 @@ def training(
 ) -> tuple[int, int]:
     """How many packs of a group train together, and how many groups: one of each on a CPU, which gains nothing by more.
 
-    Elsewhere as many groups as fit in memory (0: all), and packs as suit steps that have so many of them (`counts`).
+    Elsewhere as many groups as fit in memory, and packs as suit steps that have so many of them (`counts`).
     `slots` are those of cluster-owned adapters (None: as many as may be found), `shared` are `groups_of_lanes`, `pack`
     its tokens and responses.
     """
@@ -52,7 +53,7 @@ def training(
         return packs, config.compute.groups_at_once or 1
     limit = memory_limit()
     if limit is None:
-        return packs, config.compute.groups_at_once or 0
+        return packs, config.compute.groups_at_once or groups
     federation = memory.federation(decoder, config, strategy, slots or config.cluster.max_clusters)
     shape = memory.Pack(*pack, rows=together * config.local.batch, lanes=together, at_once=packs)
     limit = 0.85 * limit  # the rest is for what nobody plans

@@ -1,6 +1,7 @@
-"""Saving and loading the federation's state with Orbax: all that determines the future beside the config.
+"""Saving and loading the federation's state with Orbax.
 
-The rest (batches, keys, lanes) is a pure function of (seed, round), so nothing else needs to be kept.
+Beside it a run needs config.json, and clusters.json for which rows are in which local cluster: batches, keys and lanes
+follow from those and (seed, round).
 """
 
 from __future__ import annotations

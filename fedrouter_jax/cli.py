@@ -89,8 +89,8 @@ class Route:
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Instructions."""
     rows: Path | None = None
-    """A file of instructions, in their place: JSONL, JSON, CSV or Parquet, in the columns where the run had its own. If
-    it has the right answers, too, they are compared with those given."""
+    """A file of instructions, instead of texts: JSONL, JSON, CSV or Parquet, in the columns where the run had its own.
+    If it has the right answers, too, they are compared with those given."""
     client: str | None = None
     """Route as this client, a number or the name its rows gave it (natural): among its own clusters only (fedrouter),
     or its own adapter (local)."""
@@ -271,7 +271,7 @@ def route(arguments: list[str]) -> None:
         texts, references, *_ = zip(*serve.questions_of(parsed.rows, parsed.run), strict=True)
     with progress() as track:
         answers = serve.route(parsed.run, texts, parsed.client, track if parsed.rows else silent, references)
-    note_unfinished(parsed.run)
+    note_unfinished(parsed.run, answers[0]["round"])
     for line in serve.notes(parsed.run, answers):
         print(f"note: {line}", file=sys.stderr)
     if parsed.json:
@@ -286,11 +286,9 @@ def route(arguments: list[str]) -> None:
     Console().print(table)
 
 
-def note_unfinished(run: Path) -> None:
-    """Say on stderr that a run's adapters are not yet its last."""
-    from fedrouter_jax import checkpoint
-
-    done, rounds = checkpoint.latest(run / "checkpoints"), config_lib.load(run / "config.json").rounds.rounds
+def note_unfinished(run: Path, done: int) -> None:
+    """Say on stderr that a run's adapters, of so many rounds, are not yet its last."""
+    rounds = config_lib.load(run / "config.json").rounds.rounds
     if done < rounds:
         print(f"note: {run} has done {done} of {rounds} rounds", file=sys.stderr)
 
@@ -306,7 +304,7 @@ def export(arguments: list[str]) -> None:
         raise UserError(f"{held} is there, and adapters of two runs would mix; remove it, or give a new folder by --to")
     loaded = runs.read(parsed.run, routes=False)
     export_lib.write(parsed.to, loaded.prepared, loaded.state, loaded.slot_tasks)
-    note_unfinished(parsed.run)
+    note_unfinished(parsed.run, int(loaded.state.round))
     router = f" and {parsed.to}/router" if loaded.prepared.strategy.enrolling == "clustering" else ""
     print(f"written: {parsed.to}/adapters{router}")
 

@@ -33,8 +33,8 @@ class LocalConfig:
     batch: int = 16
     """Rows of one optimiser step."""
     learning_rate: float = 5e-4
-    """Peak of the cosine over rounds 1 to T, constant inside one: the first round is just below it, the last at the
-    minimum (with one round, the only one)."""
+    """Peak of the cosine over rounds 1 to T, constant inside one: the first round is already below it, the more so the
+    fewer there are, the last at the minimum (with one round, the only one)."""
     min_learning_rate: float = 1e-5
     """Learning rate of the last round."""
     clip: float = 1.0

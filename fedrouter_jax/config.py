@@ -1,6 +1,7 @@
 """Every choice of an experiment, in frozen dataclasses. The command line is made from these, help text included.
 
-What changes results and what changes only speed are kept apart: `ComputeConfig` must never change a result.
+What changes results and what changes only speed are kept apart: `ComputeConfig` must never change a result (but for a
+lane whose numbers overflow: the lanes of its group are left out with it).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fedrouter_jax import server as server_lib
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.data import templates
 from fedrouter_jax.data.scenarios import DataConfig
-from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.data.schedule import RoundConfig, taking_part
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, Blocks, DecoderConfig
@@ -255,6 +256,21 @@ def has_slots(strategy: Strategy) -> bool:
 def told_slots(strategy: Strategy) -> bool:
     """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
     return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
+
+
+def steps_of_a_lane(config: Config, strategy: Strategy) -> int:
+    """Optimiser steps of a lane in a round: those of all clients that take part where their rows are pooled."""
+    return config.local.steps * (_taking_part(config) if strategy.pooled else 1)
+
+
+def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
+    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
+    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    return 1 if strategy.pooled else _taking_part(config) * each
+
+
+def _taking_part(config: Config) -> int:
+    return taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
 
 
 def check_length(config: Config, decoder: DecoderConfig) -> None:

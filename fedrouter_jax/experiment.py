@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedrouter_jax import at_once, client, embed, lora, memory, mesh, processes, routing
+from fedrouter_jax import at_once, client, embed, lora, mesh, processes, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
@@ -79,7 +79,7 @@ def prepare(
     counts = packing.packs_of_steps(train, batch, lanes, *pack)
     found = at_once.training(config, model.config, strategy, n_g, groups_of_lanes, pack, counts)
     packs, groups = map(processes.agreed, found)  # free memory differs between hosts, programs may not
-    round = round_program(config, model.config, strategy, packs, groups or None, on)
+    round = round_program(config, model.config, strategy, packs, groups, on)
     return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
 
 
@@ -111,7 +111,7 @@ def encoded(
 
 
 def round_program(
-    config: Config, decoder: DecoderConfig, strategy: Strategy, packs: int, groups: int | None, on: Mesh | None
+    config: Config, decoder: DecoderConfig, strategy: Strategy, packs: int, groups: int, on: Mesh | None
 ) -> Callable:
     """A strategy's round with the config's local steps, learning rates and server (`federation.make_round`)."""
     local, rounds, blocks = config.local, config.rounds, config.compute.blocks
@@ -268,10 +268,10 @@ def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[
 
 
 def settle(prepared: Prepared, state: FederationState) -> FederationState:
-    """The state as it answers: a strategy that chooses slots by losses lets those choose who did not in the last round.
+    """The state as it answers. It is another one only where a strategy chooses slots by losses (IFCA): there clients
+    that the last round did not draw, and newcomers, choose theirs now.
 
-    They are the newcomers, who join after training, and whom that round did not draw. They look at as many of their
-    rows as a round has.
+    They look at as many of their rows as a round has, all of them as one cluster.
     """
     config, choose = prepared.config, prepared.strategy.choose
     clients, founders = config.data.clients, config.data.clients - config.data.newcomers
@@ -295,7 +295,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    steps = memory.steps(config, prepared.strategy)  # pooled: as many rows as in a federation
+    steps = config_lib.steps_of_a_lane(config, prepared.strategy)
     over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import embed, files, peft_io, routing
+from fedrouter_jax import embed, peft_io, routing
 from fedrouter_jax.data import schedule, templates
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.types import FederationState, LoRA
@@ -17,16 +17,15 @@ from fedrouter_jax.types import FederationState, LoRA
 
 def write(to: Path, prepared: Prepared, state: FederationState, slot_tasks: Sequence[str]) -> None:
     """`to/adapters`, and `to/router` where there is one; `slot_tasks` names the task of each slot."""
-    with files.guarded(to):
-        _adapters(to / "adapters", prepared, state)
-        if prepared.strategy.enrolling == "clustering":
-            _router(to / "router", prepared, state, slot_tasks)
+    _adapters(to / "adapters", prepared, state)
+    if prepared.strategy.enrolling == "clustering":
+        _router(to / "router", prepared, state, slot_tasks)
 
 
 def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
     """A PEFT folder for each slot; beside them the prompt, and what the method adds to the frozen weights.
 
-    Where whole clients are put into clusters, also whose adapter is whose.
+    Where whole clients are put into clusters, also whose adapter is whose; not with FedLEASE, whose experts all answer.
     """
     config, model, strategy = prepared.config, prepared.model, prepared.strategy
     bank, names = bank_lib.serving(state.bank), bank_lib.serving_names(strategy.owners, state.bank)

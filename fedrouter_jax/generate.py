@@ -211,7 +211,7 @@ def _of(gates: np.ndarray | None, held: np.ndarray) -> np.ndarray | None:
 
 
 def _packed(prompts: Sequence[Sequence[int]], held: np.ndarray, free: np.ndarray, time: int, packs_at_once: int):
-    """The arguments of `read` for the prompts that the rows `free` hold: packs, owner, turns, lengths."""
+    """The arguments of `prefill` for the prompts that the rows `free` hold: packs, owner, turns, lengths."""
     texts = [prompts[i] for i in held[free]]
     assignment = packing.first_fit([(len(text), 0) for text in texts], time, 0, len(texts))
     turns = -(-len(held) // packs_at_once)  # every prompt may need a pack of its own

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from fedrouter_jax import client, lora, mesh
+from fedrouter_jax import config as config_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
-from fedrouter_jax.data import schedule
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.keys import key_of
@@ -158,19 +158,6 @@ def federation(
     return Federation(decoder, config, strategy, state._replace(server=own), platform or jax.default_backend())
 
 
-def steps(config: Config, strategy: Strategy) -> int:
-    """Optimiser steps of a lane: those of all clients that take part where their rows are pooled."""
-    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
-    return config.local.steps * (clients if strategy.pooled else 1)
-
-
-def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
-    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
-    clients = schedule.taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
-    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
-    return 1 if strategy.pooled else clients * each
-
-
 def asked(federation: Federation, lanes: int) -> Adapters:
     """The adapters of so many lanes, leaves `[lane, ...]`, abstract."""
     return jax.eval_shape(federation.strategy.ask, federation.state, _work(lanes))
@@ -185,6 +172,7 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `spread`: of several."""
     decoder, config, parallel = federation.decoder, federation.config, federation.config.compute.model_parallel
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
+    rows = groups * config_lib.steps_of_a_lane(config, federation.strategy) * pack.rows
     adapters = asked(federation, pack.lanes)
     sums = jax.eval_shape(lambda *given: federation.strategy.collect(*given)[0], federation.state, _work(pack.lanes))
     lanes, width = on_a_device(adapters, parallel), computation(config.dtype).itemsize
@@ -202,7 +190,7 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     return Memory(
         base=nbytes(base) // parallel,  # norms apart, which are few
         bank=nbytes((federation.state.bank, federation.state.memory, federation.state.server)) + nbytes(sums),
-        batches=4 * groups * steps(config, federation.strategy) * pack.rows * (5 * pack.tokens + 2 * pack.predicted),
+        batches=4 * rows * (5 * pack.tokens + 2 * pack.predicted),
         # Beside those what was asked for: on a mesh all lanes ask before the first trains.
         lanes=lanes * (copies * at_once + (groups if spread else at_once)),
         activations=kept(federation, base, adapters, pack) * at_once,

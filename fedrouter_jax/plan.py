@@ -102,7 +102,7 @@ def plan(
     if devices % parallel:
         raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
     rows_of_devices = devices // parallel
-    lanes = memory.lanes_of_a_round(config, strategy, held)
+    lanes = config_lib.lanes_of_a_round(config, strategy, held)
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=together, rows=together * config.local.batch)
@@ -114,7 +114,7 @@ def plan(
     at_once = even_chunk(here, most)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
-    tokens = lanes * memory.steps(config, strategy) * config.local.batch * row_tokens
+    tokens = lanes * config_lib.steps_of_a_lane(config, strategy) * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
     rounds = config.rounds.rounds
     phases = [strategy.phases(t, rounds) for t in (1, min(2, rounds), rounds)]

@@ -53,7 +53,7 @@ class ClusterConfig:
     by Lloyd steps over all clients (see docs/design.md)."""
     local_clusters: int | None = None
     """Clusters n_l of each client; by default the number of tasks it holds in the scenario. 0, and the default where
-    rows have no task or name their client: found, by silhouette or (recipe refined) by the global clusters."""
+    rows have no task or the scenario is natural: found, by silhouette or (recipe refined) by the global clusters."""
     global_clusters: int | None = None
     """Global clusters n_g; by default the number of tasks in the data. 0, and by default where rows have no task: by
     silhouette."""

@@ -157,7 +157,7 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     done = checkpoint.latest(out / "checkpoints")
     processes.meet("nothing is saved since")
     embedded = (out / "embeddings.npy").exists()
-    begun = None if done is None else _restored(out, prepared, done)  # first, for it refuses other rows and weights
+    begun = None if done is None else _restored(out, prepared)  # first, for it refuses other rows and weights
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
     if embedded:
@@ -190,14 +190,13 @@ def read(out: Path, routes: bool = True) -> Loaded:
     Embeddings are left out, and rows, but for methods that route by them: a run answers where its rows are not.
     """
     config = read_config(out)
-    done = checkpoint.latest(out / "checkpoints")
-    if done is None:
+    if checkpoint.latest(out / "checkpoints") is None:
         raise UserError(f"{out} holds no checkpoint, so no adapters; train it first: fedrouter resume {out}")
     dealt = clusters.partition(clusters.read(out / "clusters.json"), config)
     prepared = _prepared(out, lambda: experiment.without_rows(config, dealt))
     if routes and (prepared.strategy.references or prepared.strategy.choose is not None):
         prepared = _prepared(out, lambda: experiment.prepare(config, prepared.model))
-    loaded = _restored(out, prepared, done)
+    loaded = _restored(out, prepared)
     return answering(loaded) if routes else loaded
 
 
@@ -210,11 +209,13 @@ def read_config(out: Path) -> Config:
     return config
 
 
-def _restored(out: Path, prepared: Prepared, done: int) -> Loaded:
+def _restored(out: Path, prepared: Prepared) -> Loaded:
+    """The run at its latest checkpoint: of one that trains while it is read, those that were there before are gone."""
     path = out / "clusters.json"
     found = clusters.read(path)
     enrolment = clusters.enrolment(path, found, prepared)
-    state = checkpoint.load(out / "checkpoints", done, experiment.start(prepared, enrolment))
+    like = experiment.start(prepared, enrolment)
+    state = checkpoint.load(out / "checkpoints", checkpoint.latest(out / "checkpoints"), like)
     return Loaded(prepared, enrolment, found["slot_tasks"], state, None)
 
 

@@ -37,10 +37,11 @@ def route(
     track: Track = silent,
     references: Sequence[str] = (),
 ) -> list[dict]:
-    """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer"}`.
+    """For each text `{"text", "cut", "adapter", "slot", "task", "distances", "answer", "round"}`.
 
-    `cut`: the text is too long for the run and lost its end. `client` routes among that client's own clusters (or to
-    its own adapter), by its number or the name it came with; None among all. `adapter` names all that count, with a
+    `round`: how many rounds the adapters have trained. `cut`: the text is too long for the run and lost its end.
+    `client` routes among that client's own clusters (or to its own adapter), by its number or the name it came with;
+    None among all. `adapter` names all that count, with a
     weight where that is not 1; `slot` is the first of most weight. `distances` are to all centroids, empty for
     strategies without a router. `references` are the right answers, where they are known ("" for one that is not): to
     those texts `{"reference"}` and the scores of `evaluate.score` are added.
@@ -93,6 +94,7 @@ def route(
             "task": loaded.slot_tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
             "answer": said[i],
+            "round": int(state.round),
             **scored(references[i] if references else "", said[i]),
         }
         for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))

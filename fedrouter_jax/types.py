@@ -84,7 +84,7 @@ class RoundInfo(NamedTuple):
 class Phase(NamedTuple):
     """One part of a lane's local work. All numbers may be traced: they may depend on the round."""
 
-    train: PyTree  # prefix tree of the adapters: whether a leaf moves, or of which entries an array says so
+    train: PyTree  # prefix tree of the adapters: True, False, or an array that broadcasts to a leaf: which entries move
     weights: dict[str, Any]  # of each named adapter in the forward pass; one that is not named has no part in it
 
 

@@ -33,7 +33,7 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
     assert found.pack == packing.shape(found.train, found.config.local.batch, 3)
 
 
-@pytest.mark.parametrize(("limit", "packs", "groups", "rows"), [(None, 5, 0, 64), (2**40, 5, 1, 512), (1, 1, 1, 64)])
+@pytest.mark.parametrize(("limit", "packs", "groups", "rows"), [(None, 5, 1, 64), (2**40, 5, 1, 512), (1, 1, 1, 64)])
 def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, packs, groups, rows):
     config = smoke()
     prepared = experiment.prepare(config)

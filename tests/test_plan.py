@@ -160,7 +160,7 @@ def test_newcomers_have_no_lanes():
     config = dataclasses.replace(smoke(), strategy="fedit", data=data)
     prepared = experiment.prepare(config)
     work, _ = experiment.round_inputs(prepared, experiment.members(prepared, experiment.enroll(prepared, None)), 1)
-    assert memory.lanes_of_a_round(config, prepared.strategy, 1) == len(work.client) == 3
+    assert config_lib.lanes_of_a_round(config, prepared.strategy, 1) == len(work.client) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import files, serve
+from fedrouter_jax import experiment, files, serve
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
@@ -131,3 +131,19 @@ def test_an_unfinished_run_says_so_when_it_is_used(finished, tmp_path, capsys):
             assert main(arguments) == 0
             printed, errors = capsys.readouterr()
             assert errors.splitlines() == notes and "note" not in printed
+
+
+def test_a_run_that_trains_on_while_it_is_read_answers_at_its_latest_checkpoint(finished, tmp_path, monkeypatch):
+    """The one that was there when reading began may be gone when the model is loaded."""
+    part = tmp_path / "part"
+    shutil.copytree(finished, part)
+    shutil.rmtree(part / "checkpoints" / "3")
+    prepared = experiment.without_rows
+
+    def goes_on(*given):
+        shutil.rmtree(part / "checkpoints")
+        shutil.copytree(finished / "checkpoints" / "3", part / "checkpoints" / "3")
+        return prepared(*given)
+
+    monkeypatch.setattr(experiment, "without_rows", goes_on)
+    assert serve.route(part, ["a text"])[0]["round"] == 3

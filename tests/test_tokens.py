@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import processors
 
-from fedrouter_jax.data import tokens
+from fedrouter_jax.data import templates, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import tiny_tokenizer
@@ -103,6 +103,16 @@ def test_the_start_token_stands_before_a_template_of_ones_own_and_where_a_chat_s
     for template, expected in (("{instruction}: ", [number]), ("chat", [number]), ("short", [number])):
         (row,) = tokens.encode(tokenizer, [ROW], template, 128, 8)
         assert row.prompt[:1] == expected and number not in row.prompt[1:], template
+
+
+def test_a_chat_template_that_tells_the_date_tells_one_that_stays():
+    """As those of Llama 3 do, which would take the day of the call; others, which cannot be told, are refused."""
+    tokenizer, today = tiny_tokenizer(), "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}"
+    tokenizer.chat_template = today + "{% endif %}Today: {{ date_string }} {{ messages[0].content }}"
+    assert templates.around(tokenizer, "chat") == ("Today: 26 Jul 2024 ", "")
+    tokenizer.chat_template = "Today: {{ strftime_now('%d') }} {{ messages[0].content }}"
+    with pytest.raises(UserError, match="the model's own tells the day, so prompts would change overnight"):
+        templates.around(tokenizer, "chat")
 
 
 @pytest.mark.parametrize("chat", [None, "{{ nothing() }}", "always the same", "{{ messages[0].content * 2 }}"])

@@ -33,7 +33,7 @@ class DataConfig:
     unseen: tuple[str, ...] = ()
     """Tasks that no client holds: only the mix asks for them."""
     newcomers: int = 0
-    """Clients, the last ones, that join when training is over; their scores are a part of their own."""
+    """Clients, the last ones, that join when training is over; their scores are told apart."""
     shift: int = 0
     """A client is tested on what the client so many places further on holds; 0: on what it holds itself. Such texts
     want --personalised-routing global: a client's own clusters are of other tasks."""
@@ -139,7 +139,10 @@ def clients_named(dataset: Dataset, count: int) -> list[str]:
 
 def own_rows(rows: Sequence[Row], names: Sequence[str], tasks: Sequence[str], cap: int, rng) -> list[list[int]]:
     """The rows of these tasks that name each client; where they are more than `cap`, so many by chance."""
-    own = {name: [i for i, row in enumerate(rows) if row.client == name and row.task in tasks] for name in names}
+    own: dict[str, list[int]] = {name: [] for name in names}
+    for i, row in enumerate(rows):
+        if row.client in own and row.task in tasks:
+            own[row.client].append(i)
     return [sorted(int(i) for i in rng.permutation(own[name])[:cap]) for name in names]
 
 

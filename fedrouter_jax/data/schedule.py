@@ -58,8 +58,8 @@ def lanes(sizes: np.ndarray, round: int, config: RoundConfig, seed: int) -> Work
     """The lanes of round `round` (1..T); `sizes` int [client, cluster] counts rows.
 
     Shapes depend on `config` and the shape of `sizes` alone. A client with fewer filled clusters than it should train
-    gets lanes of weight 0, as does one without rows. The clusters of a client take turns: c = round mod n_l, empty ones
-    skipped.
+    gets lanes of weight 0, as does one without rows. The clusters of a client take turns, empty ones skipped: with one
+    a round, number (round - 1) mod n_l.
     """
     clients, clusters = sizes.shape
     each = min(config.clusters_per_round or clusters, clusters)

@@ -8,6 +8,7 @@ from fedrouter_jax.errors import UserError
 
 PLACE = "{instruction}"
 CHAT = "chat"  # the chat template of the model's tokenizer
+TODAY = "26 Jul 2024"  # to those of Llama 3, which take it so: prompts of a run must not change overnight
 TEMPLATES = {
     # Alpaca's instruction format, as FedIT and FedRouter use it.
     "alpaca": (
@@ -34,10 +35,16 @@ def around(tokenizer: Any, template: str) -> tuple[str, str]:
     if template == CHAT:
         try:
             turn = [{"role": "user", "content": PLACE}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, date_string=TODAY)
+            own = tokenizer.get_chat_template()
         except Exception as error:  # templates are programs, and raise what they like
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--template is {CHAT}, but the model's tokenizer has none that works: {reason}") from error
+        if "strftime_now" in own and "date_string" not in own:
+            raise UserError(
+                f"--template is {CHAT}, but the model's own tells the day, so prompts would change overnight; give a "
+                f"text with {PLACE} in place of it"
+            )
         if text.count(PLACE) != 1:
             raise UserError(f"--template is {CHAT}, but the model's own holds no instruction once; give another")
     head, _, tail = text.partition(PLACE)
