@@ -1,6 +1,9 @@
 """The example of docs/add-a-method.md works, and obeys the laws."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,16 @@ def page():
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), names)
     return names
+
+
+def test_the_laws_take_a_method_of_ones_own(tmp_path):
+    """As the page says; they are only collected here, and obeyed by the example below."""
+    (tmp_path / "mymethods.py").write_text(CODE, encoding="utf-8")
+    laws = Path(test_laws.__file__)
+    environment = os.environ | {"METHOD": "mymethods:personal_a", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(laws), "-k", "personal", "-p", "no:xdist"]
+    done = subprocess.run(command, cwd=laws.parents[1], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout.split(": ")[-1]) > 5, done.stdout + done.stderr
 
 
 WRONG = """

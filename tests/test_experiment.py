@@ -16,7 +16,7 @@ from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import model_config
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.decoder import Blocks, param_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import ditto
 from fedrouter_jax.types import RoundInfo
@@ -104,7 +104,8 @@ def test_what_is_configured_reaches_the_round(monkeypatch):
     strategy = ditto()
     experiment.prepare(config, strategy=strategy)
     _, lora, *given = made["update"]
-    assert (lora, given[:2], given[3]) == (config.lora, [local, config.compute.blocks], strategy.optimiser)
+    assert (lora, given[:2], given[3]) == (config.lora, [local, Blocks(remat=True)], strategy.optimiser)
+    assert ComputeConfig(unroll=True).blocks == Blocks(unroll=True)
     server = made["round"][5]
     step, _ = server.update(jnp.ones(2), server.init(jnp.zeros(2)))
     np.testing.assert_allclose(step, -0.3, rtol=1e-6)

@@ -14,7 +14,7 @@ from experiments.methods import METHODS
 from fedrouter_jax.config import to_json
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.presets import smoke
+from fedrouter_jax.presets import PRESETS, smoke
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"base": 0.1, "base_generalisation": 0.1}
@@ -285,6 +285,20 @@ def test_the_full_budget_is_that_of_the_papers_launcher():
     assert (local.learning_rate, local.min_learning_rate, data.template) == (5e-4, 1e-5, "alpaca")
     assert (local.clip, local.weight_decay, local.proximal) == (1.0, 0.0, 0.0)
     assert config.lora == LoRAConfig(8, 16.0, 0.05, ("q_proj", "v_proj"))
+
+
+def test_the_presets_are_those_that_the_readme_tells_of():
+    """The paper's budget with the choices of either path of the public code; and the one for two cores."""
+    for scenario in ("single", "dual", "all"):
+        paper, flower, plain, cpu = (PRESETS[f"flan4-{scenario}{path}"]() for path in ("", "-flower", "-plain", "-cpu"))
+        assert {c.data.scenario for c in (paper, flower, plain, cpu)} == {scenario}
+        assert (paper.cluster.recipe, paper.rounds.weighting) == ("refined", "cluster")
+        assert (flower.rounds.weighting, flower.rounds.clusters_per_round) == ("client", 1)
+        assert (plain.rounds.weighting, plain.rounds.clusters_per_round) == ("uniform", 0)
+        assert {flower.cluster.recipe, plain.cluster.recipe} == {"paper"}
+        data, rounds, local = cpu.data, cpu.rounds.rounds, cpu.local
+        assert (data.clients, data.train_rows, data.test_rows, data.mix_rows) == (8, 80, 16, 48)
+        assert (data.max_length, data.max_response) == (320, 48) and (rounds, local.steps, local.batch) == (8, 4, 2)
 
 
 def test_summaries_of_other_runs_are_not_drawn(tmp_path):

@@ -2,15 +2,20 @@
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from written_runs import CONFIG, make_run
 
-from experiments import bench, clustering_figures, studies, summaries, table1_tables
+from experiments import bench, clustering, clustering_figures, demo, studies, summaries, table1, table1_tables
 from experiments.methods import BOUNDS
+from fedrouter_jax import presets
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 STUDIES = sorted(path.name for path in (RESULTS / "studies").iterdir() if path.is_dir())
@@ -149,3 +154,44 @@ def test_no_name_in_a_figure_lies_over_another():
                     boxes[text] = text.get_window_extent()
         for one, other in itertools.combinations(boxes, 2):
             assert not boxes[one].overlaps(boxes[other]), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "folder", "written"),
+    [
+        (table1, table1.Table1(redraw=True), "table1-long", ("table1.md", "table1.png")),
+        (studies, studies.Studies(("rounds",), redraw=True), "studies", ("rounds.md", "rounds.png")),
+        (clustering, clustering.Clustering(redraw=True), "clustering", ("clustering.md", "embedding.png")),
+    ],
+)
+def test_redrawing_writes_what_is_committed(script, options, folder, written, tmp_path, capsys):
+    """`make results`; pictures are the same but for the version of what draws them."""
+    shutil.copytree(RESULTS / folder, tmp_path, dirs_exist_ok=True)
+    for path in (*tmp_path.glob("*.md"), *tmp_path.glob("*.png")):
+        path.unlink()
+    script.main(replace(options, out=tmp_path))
+    page, picture = written
+    assert (tmp_path / page).read_bytes() == (RESULTS / folder / page).read_bytes()
+    drawn, kept = (image.imread(where / picture) for where in (tmp_path, RESULTS / folder))
+    assert drawn.shape == kept.shape and (drawn != kept).mean() < 0.02
+    assert capsys.readouterr().out
+
+
+def test_the_demo_compares_fedrouter_with_fedit(tmp_path, monkeypatch, capsys):
+    """What it prints and writes of two runs, which are written by hand here."""
+    made = {}
+
+    def written(configs, out, console):
+        made.update(configs)
+        return [make_run(out / name, CONFIG, strategy=config.strategy) for name, config in configs.items()]
+
+    monkeypatch.setattr(demo, "sweep", written)
+    demo.main(demo.Demo(out=tmp_path))
+    assert {name: (c.strategy, c.seed) for name, c in made.items()} == {
+        "fedit-0": ("fedit", 0),
+        "fedrouter-0": ("fedrouter", 0),
+    }
+    assert made["fedit-0"].rounds == made["fedrouter-0"].rounds == presets.demo().rounds
+    printed = capsys.readouterr().out
+    assert "fedit" in printed and f"fedrouter route {tmp_path}/fedrouter-0" in " ".join(printed.split())
+    assert (tmp_path / "report.md").exists() and (tmp_path / "plots" / "scores.png").exists()

@@ -13,7 +13,7 @@ from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import hidden_states
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.strategies import feddpa_t, fedrouter
+from fedrouter_jax.strategies import fedrouter
 from fedrouter_jax.types import LoRA, View
 
 KEY = jax.random.key(0)
@@ -146,26 +146,6 @@ def test_an_oracle_is_enrolled_by_the_true_tasks():
     found = routing.one_cluster_a_task([[2, 0, 2], [1, 1]], total=3)
     assert found.table.tolist() == [[0, 2], [1, -1]] and found.clusters == 3
     assert found.labels.tolist() == [[1, 0, 1], [0, 0, -1]]
-
-
-@pytest.mark.parametrize("weight_on", ["local", "global"])
-def test_feddpa_weighs_by_likeness_to_the_clients_own_prompts(weight_on):
-    """A text like its client's prompts (cosine 1) and one at right angles to them; scale 0.5."""
-    strategy = feddpa_t(scale=0.5, weight_on=weight_on)
-    enrolment = routing.one_cluster_each([3, 3])
-    adapter = LoRA({"q": jnp.zeros((1, 2, 1))}, {"q": jnp.zeros((1, 1, 2))})
-    state = strategy.init(dict.fromkeys(strategy.owners, adapter), enrolment)
-    asked = []
-
-    def hidden(weights):
-        asked.append(weights)
-        return jnp.array([[2.0, 0.0], [0.0, 3.0]])
-
-    view = View(hidden=hidden, references=lambda weights: jnp.tile(jnp.array([1.0, 0.0]), (2, 5, 1)))
-    weights = strategy.route(state, jnp.array([1, 1]), view, "local")
-    assert asked[0].tolist() == [[0, 0, 1], [0, 0, 1]]  # states under the client's own local adapter
-    w = np.array([0.5, 0.0]) if weight_on == "local" else np.array([0.5, 1.0])
-    np.testing.assert_allclose(weights, np.stack([1 - w, 0 * w, w], axis=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("held", [[[0, 1, 2, 3]] * 4, [[0, 1], [1, 2], [2, 3], [3, 0]], [[0, 1, 2, 3]] * 8])

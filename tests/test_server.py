@@ -10,6 +10,7 @@ from fedrouter_jax import bank
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.strategies import fedrouter
+from fedrouter_jax.types import LoRA
 
 
 @pytest.mark.parametrize("name", ["feddpa-f", "fedlease"])
@@ -80,3 +81,36 @@ def test_the_servers_optimiser_remembers_nothing_of_what_is_not_the_servers(fede
     for owner, leaf, state in zip(owners, jax.tree.leaves(held), states, strict=True):
         sizes = [part.shape for part in jax.tree.leaves(state)]
         assert sizes == ([leaf.shape] * 2 if owner in ("shared", "cluster") else [])
+
+
+def test_momentum_is_fedavgm():
+    """Hsu et al.: m <- 0.9 m + d, a step of rate m."""
+    server, rng = server_lib.optimiser("momentum", 0.5), np.random.default_rng(0)
+    x, m, found = np.ones(4), np.zeros(4), jnp.ones(4)
+    state = server.init(found)
+    for _ in range(3):
+        moved = rng.normal(size=4)
+        update, state = server.update(jnp.asarray(-moved, jnp.float32), state, found)
+        found, m = found + update, 0.9 * m + moved
+        x = x + 0.5 * m
+    np.testing.assert_allclose(found, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adagrad", "adam", "yogi"])
+def test_a_slot_that_did_not_move_keeps_its_optimisers_state(name):
+    server, owners = server_lib.optimiser(name, 0.1), {"main": "cluster"}
+    before = {"main": LoRA({"q": jnp.zeros((2, 3))}, {"q": jnp.zeros((2, 3))})}
+    states = server_lib.init(server, owners, before)
+    for averaged in (1.0, jnp.array([[2.0], [0.0]])):  # both slots; then the first alone
+        after = jax.tree.map(lambda leaf, to=averaged: leaf + to, before)
+        last, (before, states) = states, server_lib.step(server, owners, before, after, states)
+    for new, old in zip(*map(jax.tree.leaves, (states, last)), strict=True):
+        np.testing.assert_array_equal(new[1], old[1])
+        assert (new[0] != old[0]).all()
+
+
+def test_a_slot_that_moved_in_one_number_moves_by_the_servers_optimiser():
+    server, before = server_lib.optimiser("momentum", 0.5), {"main": jnp.zeros((2, 3))}
+    states = server_lib.init(server, {"main": "shared"}, before)
+    after, _ = server_lib.step(server, {"main": "shared"}, before, {"main": before["main"].at[0, 1].set(1.0)}, states)
+    assert after["main"].tolist() == [[0, 0.5, 0], [0, 0, 0]]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CLIENTS, KEY, SLOTS, assert_close, begin, inputs, rate, told
+from helpers import CLIENTS, KEY, LOCAL, LORA, SLOTS, assert_close, begin, inputs, rate, told
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
@@ -32,13 +32,16 @@ from fedrouter_jax.types import FederationState, LoRA, Phase, View, Work
 SMALL = LoRA({"q": jnp.zeros((1, 2, 1))}, {"q": jnp.zeros((1, 1, 2))})
 
 
-def test_ffa_loras_clients_train_b_under_the_a_that_was_drawn(federation):
-    """Not only is A never written on the server: a client's B is trained with A as it was."""
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_ffa_loras_clients_train_b_under_the_a_that_was_drawn(federation, decay):
+    """Not only is A never written on the server: a client's B is trained with A as it was, which does not decay."""
+    local = replace(LOCAL, weight_decay=decay)
+    update = client.make_client_update(federation.model.config, LORA, local)
     strategy, (work, batch) = ffalora(), inputs(federation, 1)
     asked = jax.tree.map(lambda leaf: leaf[:1], strategy.ask(begin(federation, strategy), work))
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     keys = jax.random.split(KEY, 1)
-    found = federation.update(federation.model.params, asked, rows, rate(1), keys, strategy.phases(1, 5))[0]["main"]
+    found = update(federation.model.params, asked, rows, rate(1), keys, strategy.phases(1, 5))[0]["main"]
     for leaf, old in zip(*map(jax.tree.leaves, (found.a, asked["main"].a)), strict=True):
         np.testing.assert_array_equal(leaf, old)
     assert all((leaf != old).any() for leaf, old in zip(found.b.values(), asked["main"].b.values(), strict=True))
@@ -173,13 +176,14 @@ def test_floras_fresh_adapters_are_drawn_by_the_configs_seed():
 
 
 @pytest.mark.parametrize("name", ["feddpa-t", "feddpa-f"])
-@pytest.mark.parametrize("weight_on, expected", [("local", [1, 0]), ("global", [0, 1])])
+@pytest.mark.parametrize("weight_on, expected", [("local", [[1, 0], [0.5, 0.5]]), ("global", [[0, 1], [0.5, 0.5]])])
 def test_instance_weights_are_on_the_adapter_that_the_config_says(name, weight_on, expected):
-    """A text at right angles to its client's prompts: a weight of zero, and the other adapter has all."""
+    """A text at right angles to its client's prompts: a weight of zero, and the other adapter has all. And one like."""
     strategy = config_lib.strategy(Config(name, evaluation=EvaluationConfig(instance_weight=weight_on)), None)
     state = strategy.init(dict.fromkeys(strategy.owners, SMALL), routing.one_cluster_each([3]))
-    view = View(hidden=lambda weights: jnp.array([[1.0, 0.0]]), references=lambda weights: jnp.array([[[0.0, 1.0]]]))
-    assert strategy.route(state, jnp.array([0]), view, "local").tolist() == [expected]
+    texts, prompts = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[[0.0, 1.0]]])
+    view = View(hidden=lambda weights: texts, references=lambda weights: prompts)
+    assert strategy.route(state, jnp.array([0, 0]), view, "local").tolist() == expected
 
 
 def test_a_warm_start_takes_a_third_of_the_configs_rounds():

@@ -219,3 +219,16 @@ def test_bad_input_is_one_line():
         models.decode_step(BASE, params, tokens[:, 0], cache, stray)
     with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
         models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_blocks_are_a_loop_unless_they_are_compiled_one_by_one(unroll):
+    """Forward and back: what `--unroll` is for."""
+
+    def total(x, tokens):
+        params = tiny.params | {"norm": tiny.params["norm"] * x}
+        return models.hidden_states(tiny.config, params, tokens, tokens * 0, blocks=decoder.Blocks(unroll=unroll)).sum()
+
+    tiny = models.load_model("tiny")
+    program = jax.jit(jax.grad(total)).lower(1.0, jnp.ones((1, 4), jnp.int32)).as_text()
+    assert ("stablehlo.while" in program) == (not unroll)
