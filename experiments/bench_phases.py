@@ -173,7 +173,7 @@ def training(mine: dict[str, Prepared], peers: list[Peer]) -> Phase:
     def other(each):
         base = each.model.get_base_model()
         if each.name not in compiled:
-            # On a CPU compiling takes longer than this whole bench.
+            # On a CPU a compiled layer is slower than one that is not (docs/log.md).
             what = each.flow.compiled if each.model.device.type == "cuda" else "nothing"
             compiled[each.name] = (base, base.forward) if what == "nothing" else flow.compiled(each.model, what)
         whose, forward = compiled[each.name]
