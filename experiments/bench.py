@@ -14,7 +14,6 @@ the same turn.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from fedrouter_jax import files
+from experiments.measurements import keep
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,8 @@ def main(options: Bench) -> None:
     turns = 1 if small else options.turns
     dtype = "bfloat16" if options.gpu else "float32"
     found = measure(options.data, load, dtype, turns, options.best_effort, options.compiled, Console(stderr=True))
-    out = options.out or Path("runs/bench" if small else "docs/bench")
-    files.write(out / "bench.json", json.dumps(found, indent=1) + "\n")
-    files.write(out / "bench.md", markdown(found))
+    out = keep("bench", found, markdown(found), options.out, small)
     figure(found).savefig(out / "bench.png", dpi=100, bbox_inches="tight")
-    show_markdown(out / "bench.md")
 
 
 def rates(phase: dict) -> dict[str, float]:

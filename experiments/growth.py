@@ -8,7 +8,6 @@ Lanes and rounds are those of the tiny model, where a lane costs so little that 
 
 from __future__ import annotations
 
-import json
 import sys
 import time as clock
 from collections.abc import Callable
@@ -21,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from fedrouter_jax import experiment, files, generate, kmeans, lora
+from experiments.measurements import keep
+from fedrouter_jax import experiment, generate, kmeans, lora
 from fedrouter_jax.data import schedule
 from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 from fedrouter_jax.types import Work
 
 GROUP = 8  # lanes that share packs
@@ -52,10 +52,7 @@ def main(options: Growth) -> None:
         "centroids": by_centroids(((1000, 8),) if small else ((10_000, 64), (100_000, 64), (1_000_000, 64)), console),
         "adapters": by_adapters(("tiny", (2, 4)) if small else ("smollm2-135m", (4, 16, 64)), console),
     }
-    out = options.out or Path("runs/bench" if small else "docs/bench")
-    files.write(out / "growth.json", json.dumps(found, indent=1) + "\n")
-    files.write(out / "growth.md", markdown(found))
-    show_markdown(out / "growth.md")
+    keep("growth", found, markdown(found), options.out, small)
 
 
 def timed(action: Callable[[], Any], times: int = 3) -> float:

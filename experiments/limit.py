@@ -13,7 +13,6 @@ product of matrices of the type that the model's are multiplied in, measured in 
 
 from __future__ import annotations
 
-import json
 import sys
 import time as clock
 from dataclasses import dataclass, replace
@@ -28,10 +27,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from rich.console import Console
 
+from experiments.measurements import keep
 from experiments.profiled import KINDS, REST, profiled
 from experiments.rates import matrix_rate
 from experiments.sweep import at_least_one
-from fedrouter_jax import client, files, lora, mesh
+from fedrouter_jax import client, lora, mesh
 from fedrouter_jax.at_once import packs_of_a_group
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.data.tokens import Tokens
@@ -43,7 +43,7 @@ from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
 from fedrouter_jax.models.quantise import Quantise, quantise
 from fedrouter_jax.plan import SHAPES
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 from fedrouter_jax.types import Array, Phase, PyTree
 
 SMALL = DecoderConfig(512, 64, 2, 4, 2, 16, 128)  # for --smoke
@@ -109,10 +109,7 @@ def main(options: Limit) -> None:
         "load": {name: getattr(options, name) for name in ("quantise", "lanes", "groups", "batch", "steps", "turns")},
         "rows": rows,
     }
-    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
-    files.write(out / "limit.json", json.dumps(found, indent=1) + "\n")
-    files.write(out / "limit.md", markdown(found))
-    show_markdown(out / "limit.md")
+    keep("limit", found, markdown(found), options.out, options.smoke)
 
 
 def measure(decoder: DecoderConfig, dtype: str, options: Limit) -> dict:

@@ -9,7 +9,6 @@ reaches is the study `precision` (`experiments/studies.py`).
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from experiments.measurements import keep
 from experiments.sweep import at_least_one
-from fedrouter_jax import evaluate, experiment, files, generate, likelihood
+from fedrouter_jax import evaluate, experiment, generate, likelihood
 from fedrouter_jax.config import Config
 from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import flan4_cpu, smoke
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 
 # Name: the type of computation, and how kernels are stored.
 PRECISIONS = {
@@ -63,10 +63,7 @@ def main(options: Precision) -> None:
         jax.clear_caches()
     made = {"model": config.model, "data": Path(config.data.data).name, "rows": rows,
             "device": jax.devices()[0].device_kind, "jax": jax.__version__, "precisions": found}  # fmt: skip
-    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
-    files.write(out / "precision.json", json.dumps(made, indent=1) + "\n")
-    files.write(out / "precision.md", markdown(made))
-    show_markdown(out / "precision.md")
+    keep("precision", made, markdown(made), options.out, options.smoke)
 
 
 def measure(config: Config) -> tuple[int, dict[str, float]]:

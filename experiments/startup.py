@@ -9,7 +9,6 @@ The first process finds an empty cache folder, as on a clean checkout; those aft
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,11 +20,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.measurements import keep
 from experiments.sweep import at_least_one
-from fedrouter_jax import experiment, files
+from fedrouter_jax import experiment
 from fedrouter_jax.models.load import smollm2_path
 from fedrouter_jax.presets import PRESETS
-from fedrouter_jax.terminal import guarded, keep_programs, parse, show_markdown
+from fedrouter_jax.terminal import guarded, keep_programs, parse
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ def main(options: Startup) -> None:
         seconds = [process(preset, empty) for _ in range(1 + options.times)]
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     found = {**device, "preset": preset, "first": seconds[0], "later": seconds[1:]}
-    out = options.out or Path("runs/bench" if options.smoke else "docs/bench")
-    files.write(out / "startup.json", json.dumps(found, indent=1) + "\n")
-    files.write(out / "startup.md", markdown(found))
-    show_markdown(out / "startup.md")
+    keep("startup", found, markdown(found), options.out, options.smoke)
 
 
 def process(preset: str, cache: str) -> float:

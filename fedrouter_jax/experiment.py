@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedrouter_jax import at_once, client, embed, lora, mesh, processes, routing
+from fedrouter_jax import at_once, client, embed, lora, processes, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
+from fedrouter_jax import mesh as mesh_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
@@ -70,7 +71,7 @@ def prepare(
         check_unlabelled(config, strategy, dataset.name)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, config.data.newcomers)
-    model, on = loaded(config, model)
+    model, mesh = loaded(config, model)
     config_lib.check_length(config, model.config)
     train, test = encoded(config, model, dataset, split)
     groups_of_lanes = at_once.groups_of_lanes(config, strategy, n_l)
@@ -79,16 +80,16 @@ def prepare(
     counts = packing.packs_of_steps(train, batch, lanes, *pack)
     found = at_once.training(config, model.config, strategy, n_g, groups_of_lanes, pack, counts)
     packs, groups = map(processes.agreed, found)  # free memory differs between hosts, programs may not
-    round = round_program(config, model.config, strategy, packs, groups, on)
-    return Prepared(config, model, strategy, split, on, dataset, train, test, pack, packs, round)
+    round = round_program(config, model.config, strategy, packs, groups, mesh)
+    return Prepared(config, model, strategy, split, mesh, dataset, train, test, pack, packs, round)
 
 
 def loaded(config: Config, model: Model | None = None) -> tuple[Model, Mesh | None]:
     """The config's model, or the one given, where it is to lie; and the mesh, where there are several devices."""
-    on = mesh.make(config.compute.model_parallel)
-    place = mesh.placing(on)
+    mesh = mesh_lib.make(config.compute.model_parallel)
+    place = mesh_lib.placing(mesh)
     given = model and model._replace(params=place(model.params))
-    return given or load_model(config.model, config.dtype, config.quantise, place), mesh.several(on)
+    return given or load_model(config.model, config.dtype, config.quantise, place), mesh_lib.several(mesh)
 
 
 def encoded(
@@ -111,7 +112,7 @@ def encoded(
 
 
 def round_program(
-    config: Config, decoder: DecoderConfig, strategy: Strategy, packs: int, groups: int, on: Mesh | None
+    config: Config, decoder: DecoderConfig, strategy: Strategy, packs: int, groups: int, mesh: Mesh | None
 ) -> Callable:
     """A strategy's round with the config's local steps, learning rates and server (`federation.make_round`)."""
     local, rounds, blocks = config.local, config.rounds, config.compute.blocks
@@ -119,7 +120,7 @@ def round_program(
     rate = partial(client.learning_rate, local, rounds.rounds)
     server = server_lib.optimiser(rounds.server, rounds.server_rate)
     loss = client.make_client_loss(decoder, config.lora, packs)
-    return make_round(strategy, update, rate, rounds.rounds, groups, server, loss, on)
+    return make_round(strategy, update, rate, rounds.rounds, groups, server, loss, mesh)
 
 
 def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
@@ -136,10 +137,10 @@ def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
 
 def without_rows(config: Config, split: Partition) -> Prepared:
     """The same of a run that only answers: whose rows were dealt so, but are not read."""
-    model, on = loaded(config)
+    model, mesh = loaded(config)
     strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
     config_lib.check_strategy(config, strategy)
-    return Prepared(config, model, strategy, split, on)
+    return Prepared(config, model, strategy, split, mesh)
 
 
 def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
@@ -249,7 +250,7 @@ def alone(prepared: Prepared) -> Prepared:
 
 def placed(prepared: Prepared, state: FederationState) -> FederationState:
     """The state on the mesh, where there is one."""
-    return state if prepared.mesh is None else mesh.place_state(prepared.mesh, prepared.strategy, state)
+    return state if prepared.mesh is None else mesh_lib.place_state(prepared.mesh, prepared.strategy, state)
 
 
 def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[tokens.Tokens]]]:
@@ -296,7 +297,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
     steps = config_lib.steps_of_a_lane(config, prepared.strategy)
-    over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh.CLIENTS]
+    over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh_lib.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch
 
@@ -308,7 +309,7 @@ def train_round(
     before = clock.perf_counter()
     key = jax.random.fold_in(key_of(prepared.config.seed), 2)
     table = np.array(state.table)  # a copy: the state is donated
-    spread = batch if prepared.mesh is None else mesh.place_batches(prepared.mesh, batch)
+    spread = batch if prepared.mesh is None else mesh_lib.place_batches(prepared.mesh, batch)
     state, info = prepared.round(state, prepared.model.params, work, spread, key)
     loss, rejected = np.asarray(info.loss), np.asarray(info.rejected)
     seconds = clock.perf_counter() - before

@@ -12,8 +12,10 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax import evaluate, records
 from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.presets import smoke
 
 TASKS, CLIENTS, ROWS, WIDTH = ["count", "reverse", "sort|odd"], 4, 12, 6
+BASE_SCORES = {"base": 0.1, "base_generalisation": 0.1}
 CONFIG = Config(model="tiny", data=DataConfig(clients=CLIENTS), rounds=RoundConfig(rounds=3))
 
 
@@ -106,3 +108,23 @@ def change_json(path: Path, **changes) -> None:
 def write_json(path: Path, value: dict) -> None:
     """A JSON file."""
     path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def make_summary(strategy: str, seed: int, score: float, scenario: str = "dual") -> dict:
+    """A summary with one score everywhere."""
+    config = replace(smoke(), strategy=strategy, seed=seed)
+    config = replace(config, data=replace(config.data, scenario=scenario))
+    parts = {"personalised": score, "generalisation": score / 2} | BASE_SCORES
+    return {
+        "config": {key: value for key, value in json.loads(config_lib.to_json(config)).items() if key != "format"},
+        "scores": {part: {"rouge1": {"mean": value, "per_task": {"qqp": value}}} for part, value in parts.items()},
+        "cost": {
+            "optimiser_steps_per_client": 2.0,
+            "tokens": 1000,
+            "bytes_up": 3e6,
+            "bytes_down": 4.5e6,
+            "seconds_training": 7.0,
+        },
+        "accuracy": {},
+        "device": "cpu",
+    }
