@@ -14,7 +14,7 @@ demo: .venv/demo
 test: .venv/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every table and figure of docs/results again, from the committed JSON. Seconds.
+# The tables and figures of Table 1, clusters and studies again, from the committed JSON. A minute or two.
 results: .venv/demo
 	$(BIN)/python -m experiments.table1 --redraw
 	$(BIN)/python -m experiments.table1 --budget long --redraw

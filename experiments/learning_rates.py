@@ -49,12 +49,15 @@ def check(tried: Mapping[str, Config], configs: Mapping[str, Config], kept: Path
             "--rates holds training rows out, but these rows are split, or made, by the seed, so that test rows of one "
             "seed are training rows of another; give a folder with train and test, or --seeds 1"
         )
-    check_rows(configs, kept, rows)
+    check_rows(configs, kept)
     rates = {config.local.learning_rate for config in tried.values()}
     for name, config in configs.items():
         path = kept / f"{name}.json"
         if path.exists() and not any(summaries.known(path, at(config, rate)) for rate in rates):
-            raise UserError(f"{path} is of another experiment (at another rate?); choose another --out or remove it")
+            theirs = config_lib.of_json(summaries.read(path)["config"], path)
+            rate = theirs.local.learning_rate
+            other = summaries.differing(theirs, summaries.portable(at(config, rate))) or f"the rate {rate:g}"
+            raise UserError(f"{path} is of another experiment, with {other}; choose another --out or remove it")
 
 
 def chosen(tried: Mapping[str, dict]) -> dict[str, float]:

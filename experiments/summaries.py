@@ -49,7 +49,8 @@ def known(path: Path, config: Config) -> bool:
 def differing(theirs: Config, ours: Config) -> str:
     """A choice in which two experiments differ, in words; empty where only how they are computed does."""
     found, wanted = (config_lib.choices(c) | {"data": c.data.data, "model": c.model} for c in (theirs, ours))
-    return next((f"{key} {found[key]!r} for {wanted[key]!r}" for key in wanted if found[key] != wanted[key]), "")
+    other = (key for key in wanted if found[key] != wanted[key])
+    return next((f"{key} {found[key]!r}, where {wanted[key]!r} is asked for" for key in other), "")
 
 
 def portable(config: Config) -> Config:
@@ -58,8 +59,23 @@ def portable(config: Config) -> Config:
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """All summaries in a folder, by name."""
-    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    """All summaries in a folder, by name; raises `UserError` where two are of other rows of one name.
+
+    Those of older versions do not say of which rows they are.
+    """
+    found = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    firsts: dict[tuple, str] = {}
+    for name, summary in found.items():
+        data, seed = summary["config"]["data"], summary["config"]["seed"]
+        if "data" in summary:
+            first = firsts.setdefault(
+                (data["data"], str(data.get("columns")), data.get("validation", False), seed), name
+            )
+            if found[first]["data"] != summary["data"]:
+                raise UserError(
+                    f"{folder}: {first} and {name} are of other rows of one name, {data['data']}; remove those of one"
+                )
+    return found
 
 
 def read(path: Path) -> dict:
@@ -71,9 +87,10 @@ def read(path: Path) -> dict:
     return found
 
 
-def configs(found: Mapping[str, dict]) -> dict[str, Config]:
-    """The configs of summaries, by name."""
-    return {name: config_lib.of_json(summary["config"], Path(name)) for name, summary in found.items()}
+def configs(found: Mapping[str, dict], folder: Path) -> dict[str, Config]:
+    """The configs of summaries in a folder, by name."""
+    paths = {name: folder / f"{name}.json" for name in found}
+    return {name: config_lib.of_json(summary["config"], paths[name]) for name, summary in found.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,9 @@ A finished run is never run again, so a sweep that was stopped goes on where it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from rich.console import Console
@@ -20,6 +22,8 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import rows_of
 from fedrouter_jax.models import load_model
 from fedrouter_jax.terminal import progress
+
+Name = TypeVar("Name")
 
 
 def at_least_one(**options: int) -> None:
@@ -37,7 +41,7 @@ def runs_of(out: Path | None, usual: Path, runs: Path) -> Path:
     return runs if out is None or out.resolve() == usual.resolve() else out / "work"
 
 
-def rows_now(configs: Mapping[str, Config]) -> dict[str, str | None]:
+def rows_now(configs: Mapping[Name, Config]) -> dict[Name, str | None]:
     """The SHA-256 of each config's rows as they are; None where they are not here."""
 
     found: dict[tuple, str | None] = {}
@@ -55,9 +59,9 @@ def _rows_key(config: Config) -> tuple:
     return config.data.data, config.data.columns, config.data.validation, config.seed
 
 
-def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> set[str]:
+def summarised(configs: Mapping[str, Config], kept: Path) -> set[str]:
     """The runs that have a summary; raises `UserError` where one is of another experiment, which would be lost."""
-    check_rows(configs, kept, rows)
+    check_rows(configs, kept)
     there = {name for name, config in configs.items() if summaries.known(kept / f"{name}.json", config)}
     for path in (kept / f"{name}.json" for name in configs if name not in there):
         if path.exists():
@@ -67,19 +71,21 @@ def summarised(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str
     return there
 
 
-def check_rows(configs: Mapping[str, Config], kept: Path, rows: Mapping[str, str | None]) -> None:
+def check_rows(configs: Mapping[str, Config], kept: Path) -> None:
     """Raise `UserError` where any summary in `kept` is of other rows of the same name: tables would compare the two.
 
-    `rows` are those of the configs now (`rows_now`); summaries of older versions do not say theirs.
+    Summaries of older versions do not say theirs.
     """
-    now = {_rows_key(summaries.portable(config)): rows[name] for name, config in configs.items()}
-    for path in sorted(kept.glob("*.json")):
-        found = summaries.read(path)
-        if "data" not in found:
-            continue
-        theirs = config_lib.of_json(found["config"], path)
-        if now.get(_rows_key(theirs)) not in (None, found["data"]):
-            data = theirs.data.data
+    by_name = {_rows_key(summaries.portable(config))[:-1]: config for config in configs.values()}
+    found = {path: summaries.read(path) for path in sorted(kept.glob("*.json"))}
+    asked = {}
+    for path in (path for path in found if "data" in found[path]):
+        *name, seed = _rows_key(config_lib.of_json(found[path]["config"], path))
+        if tuple(name) in by_name:
+            asked[path] = replace(by_name[tuple(name)], seed=seed)
+    for path, rows in rows_now(asked).items():
+        if rows not in (None, found[path]["data"]):
+            data = asked[path].data.data
             raise UserError(f"{path} is of other rows than {data} has now; choose another --out or remove it")
 
 
@@ -89,7 +95,7 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
     With `kept`, a summary of each run goes there as `name.json`, and a run that has one is not run again.
     """
     rows = rows_now(configs)
-    there = summarised(configs, kept, rows) if kept else set()
+    there = summarised(configs, kept) if kept else set()
     if there:
         silent = sum("data" not in summaries.read(kept / f"{name}.json") for name in there)
         older = f"; {silent} of them do not say of which rows they are" if silent else ""
@@ -101,8 +107,8 @@ def sweep(configs: Mapping[str, Config], out: Path, console: Console, kept: Path
         folders.append(folder)
         if name in there:
             continue
-        there_now = config_lib.load(folder / "config.json") if (folder / "config.json").exists() else config
-        if other := summaries.differing(there_now, config):
+        begun_as = config_lib.load(folder / "config.json") if (folder / "config.json").exists() else config
+        if other := summaries.differing(begun_as, config):
             raise UserError(f"{folder} holds a run of another config, with {other}; choose another --out or remove it")
         begun = formats.read_json(folder / "clusters.json") or {}
         if rows[name] and begun.get("data", rows[name]) != rows[name]:

@@ -122,7 +122,8 @@ def main(options: Table1) -> None:
             config_lib.strategy(variant(budget(options, "dual"), method, 0), None)
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         folder, made = runs_of(options.out, usual, folder), configs(options)
-        there = summaries.configs(summaries.load(out / "runs"))
+        there, now = kept(out), {name: summaries.portable(config) for name, config in made.items()}
+        table1_tables.check_budgets(there | now)
         if options.rates:
             tried = learning_rates.trials(made, options.rates)
             if options.first_seed and not all((out / "rates" / f"{name}.json").exists() for name in tried):
@@ -132,7 +133,7 @@ def main(options: Table1) -> None:
             best = learning_rates.chosen({name: summaries.read(out / "rates" / f"{name}.json") for name in tried})
             console.print(f"peak learning rates: {', '.join(f'{kind} {rate:g}' for kind, rate in best.items())}")
             made = learning_rates.tuned(made, best)
-        table1_tables.check(there | {name: summaries.portable(config) for name, config in made.items()})
+        table1_tables.check_rates(there | made)
         sweep(made, folder, console, out / "runs")
     draw(out)
     show_markdown(out / "table1.md")
@@ -151,10 +152,16 @@ def configs(options: Table1) -> dict[str, Config]:
     }
 
 
+def kept(out: Path) -> dict[str, Config]:
+    """The configs of the summaries that the table in a folder shows."""
+    return summaries.configs(table1_tables.shown(summaries.load(out / "runs")), out / "runs")
+
+
 def draw(out: Path) -> None:
     """table1.md and table1.png from the summaries."""
-    found = summaries.load(out / "runs")
-    table1_tables.check(summaries.configs(found))
+    found, there = summaries.load(out / "runs"), kept(out)
+    table1_tables.check_budgets(there)
+    table1_tables.check_rates(there)
     if not table1_tables.grouped(found):
         raise UserError(
             f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"

@@ -48,31 +48,41 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
     return table
 
 
-def check(configs: Mapping[str, Config]) -> None:
-    """Raise `UserError` where runs of one table differ in more than method, scenario and seed.
+def shown(found: dict[str, dict]) -> dict[str, dict]:
+    """The summaries that a table shows: not those of methods that are no more."""
+    known = ordered(map(method_of, found))
+    return {name: summary for name, summary in found.items() if method_of(name) in known}
 
-    A method may have a learning rate of its own, and those that change other choices (`methods.METHODS`) do.
-    """
+
+def check_budgets(configs: Mapping[str, Config]) -> None:
+    """Raise `UserError` where runs of one table differ in model, precision, adapters, rows or steps."""
 
     def budget(config: Config) -> dict:
         data, local = asdict(replace(config.data, scenario="dual")), config.local
         steps = {"rounds": config.rounds.rounds, "steps": local.steps, "batch": local.batch}
-        return {"model": config.model, "dtype": config.dtype, **asdict(config.lora), **data, **steps}
+        model = {"model": config.model, "dtype": config.dtype, "quantise": config.quantise}
+        return {**model, **asdict(config.lora), **data, **steps}
 
-    firsts: dict[str, tuple[str, dict]] = {}
-    shown = ordered(map(method_of, configs))
-    for name, config in configs.items():
-        if method_of(name) not in shown:
-            continue
-        rate = {"learning_rate": config.local.learning_rate}
-        for among, found in (("", budget(config)), (name.rpartition("-")[0], rate)):
-            first, expected = firsts.setdefault(among, (name, found))
-            for key in found:
-                if found[key] != expected[key]:
-                    raise UserError(
-                        f"a table compares equal budgets, but {key} is {expected[key]!r} in {first} and "
-                        f"{found[key]!r} in {name}; give each a folder of its own (--out)"
-                    )
+    _check_equal({name: ("", budget(config)) for name, config in configs.items()}, "equal rows and budgets")
+
+
+def check_rates(configs: Mapping[str, Config]) -> None:
+    """Raise `UserError` where runs of one method and scenario differ in the peak learning rate."""
+    rates = {name: {"learning_rate": config.local.learning_rate} for name, config in configs.items()}
+    _check_equal({name: (name.rpartition("-")[0], rate) for name, rate in rates.items()}, "each method at one rate")
+
+
+def _check_equal(runs: Mapping[str, tuple[str, dict]], what: str) -> None:
+    """Raise `UserError` where two of `{name: (kind, choices)}` of one kind differ in a choice."""
+    firsts: dict[str, str] = {}
+    for name, (kind, found) in runs.items():
+        first = firsts.setdefault(kind, name)
+        for key, expected in runs[first][1].items():
+            if found[key] != expected:
+                raise UserError(
+                    f"a table compares {what}, but {key} is {expected!r} in {first} and {found[key]!r} in {name}; give "
+                    "each a folder of its own (--out)"
+                )
 
 
 def method_of(name: str) -> str:
@@ -132,7 +142,7 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             there = [m for m in rivals if m in values]
             most = max((len(values[m]) for m in there), default=0)
             compared = [m for m in there if len(values[m]) == most]
-            alike = len(there) > 1 and len({tuple(values[m]) for m in compared}) == 1  # seeds
+            alike = len(compared) > 1 and len({tuple(values[m]) for m in compared}) == 1  # seeds
             best = best_of(compared, key=lambda m, of=values: np.mean([*of[m].values()])) if alike else None
             row.append(text([*values[method].values()], method == best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")

@@ -2,7 +2,7 @@
 
 A lane is one unit of local work: one local cluster of one client. Lanes never see each other, so how they are run
 (in groups that share packs; groups all at once, in chunks, one by one) changes the speed and the memory, not the
-result, but that a lane whose numbers overflow takes its group with it. What a lane sends is added up at once, so a
+result, except that a lane whose numbers overflow takes its group with it. What a lane sends is added up at once, so a
 round of any number of lanes holds the adapters of one chunk.
 """
 

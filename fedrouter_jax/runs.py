@@ -210,7 +210,7 @@ def read_config(out: Path) -> Config:
 
 
 def _restored(out: Path, prepared: Prepared) -> Loaded:
-    """The run at its latest checkpoint: of one that trains while it is read, those that were there before are gone."""
+    """The run at its latest checkpoint, looked up only here: one that trains on meanwhile removes earlier ones."""
     path = out / "clusters.json"
     found = clusters.read(path)
     enrolment = clusters.enrolment(path, found, prepared)

@@ -41,10 +41,10 @@ def route(
 
     `round`: how many rounds the adapters have trained. `cut`: the text is too long for the run and lost its end.
     `client` routes among that client's own clusters (or to its own adapter), by its number or the name it came with;
-    None among all. `adapter` names all that count, with a
-    weight where that is not 1; `slot` is the first of most weight. `distances` are to all centroids, empty for
-    strategies without a router. `references` are the right answers, where they are known ("" for one that is not): to
-    those texts `{"reference"}` and the scores of `evaluate.score` are added.
+    None among all. `adapter` names all that count, with a weight where that is not 1; `slot` is the first of most
+    weight. `distances` are to all centroids, empty for strategies without a router. `references` are the right answers,
+    where they are known ("" for one that is not): to those texts `{"reference"}` and the scores of `evaluate.score` are
+    added.
     """
     if not texts:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from written_runs import make_summary
 
-from experiments import studies, summaries, table1
+from experiments import studies, summaries, table1, table1_tables
 from experiments.methods import METHODS
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -60,6 +60,27 @@ def test_summaries_of_other_runs_are_not_drawn(tmp_path):
         studies.main(studies.Studies(("rounds",), redraw=True, out=tmp_path))
 
 
+def test_runs_of_other_budgets_or_rates_are_neither_drawn_nor_added_to(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "dual-fedit-0.json").write_text(json.dumps(make_summary("fedit", 0, 0.5)))
+    for section, changed, expected in (
+        ("data", {"clients": 6}, "equal rows and budgets, but clients is 4 in dual-fedit-0 and 6 in dual-fedit-1"),
+        (
+            "local",
+            {"learning_rate": 0.5},
+            "each method at one rate, but learning_rate is 0.005 in dual-fedit-0 and 0.5",
+        ),
+    ):
+        other = make_summary("fedit", 1, 0.5)
+        other["config"][section] |= changed
+        (runs / "dual-fedit-1.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=expected):
+            table1.main(table1.Table1(redraw=True, out=tmp_path))
+        with pytest.raises(UserError, match=expected.partition(",")[0]):
+            table1.main(table1.Table1(methods=("local",), once=(), smoke=True, out=tmp_path))
+
+
 def test_runs_of_another_out_are_not_in_each_others_way(tmp_path, monkeypatch):
     folders = []
     monkeypatch.chdir(tmp_path)
@@ -106,6 +127,8 @@ def test_no_committed_run_would_run_again():
         assert summaries.known(results / "table1" / "runs" / f"{name}.json", config), name
     for budget, folder in (("short", "table1"), ("long", "table1-long"), ("full", "table1-full")):
         of_table = table1.configs(table1.Table1(seeds=20, methods=tuple(METHODS), once=(), budget=budget))
+        table1_tables.check_budgets(table1.kept(results / folder))
+        table1_tables.check_rates(table1.kept(results / folder))
         for name in summaries.load(results / folder / "runs"):
             assert summaries.known(results / folder / "runs" / f"{name}.json", of_table[name]), name
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):

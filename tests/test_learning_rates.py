@@ -85,8 +85,11 @@ def test_what_would_end_trials_late_or_ask_test_rows_is_refused_before(tmp_path)
         if known:
             learning_rates.check(tried, made, kept)
         else:
-            with pytest.raises(UserError, match="dual-fedit-1.json is of another experiment .at another rate"):
+            with pytest.raises(UserError, match="dual-fedit-1.json is of another experiment, with the rate 0.02"):
                 learning_rates.check(tried, made, kept)
+    run.write_text(json.dumps(summary(summaries.portable(made[run.stem])) | {"data": "of other rows"}))
+    with pytest.raises(UserError, match="dual-fedit-1.json is of other rows"):
+        learning_rates.check(tried, made, kept)
     for data in ("synthetic", str(tmp_path / "train.jsonl")):  # others by the seed
         with pytest.raises(UserError, match="test rows of one seed are training rows of another"):
             learning_rates.check(*asked(tmp_path, data=data), tmp_path)

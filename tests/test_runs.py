@@ -233,10 +233,12 @@ def test_a_sweep_finishes_what_was_begun_and_runs_nothing_twice(finished, tmp_pa
     sweep({"one": speed}, tmp_path / "out", console, kept)  # however it was computed
     assert console.file.getvalue().count(f"1 of 1 runs have a summary in {kept} and are not run again") == 2
     other = {"two": smoke(), "one": dataclasses.replace(smoke(), seed=1)}
-    with pytest.raises(UserError, match="a run of another config, with seed 0 for 1"):
+    with pytest.raises(UserError, match="a run of another config, with seed 0, where 1 is asked for"):
         sweep({"one": other["one"]}, tmp_path / "out", console)
     before = (kept / "one.json").read_bytes()
-    with pytest.raises(UserError, match="one.json is of another experiment, with seed 0 for 1"):  # before anything runs
+    with pytest.raises(
+        UserError, match="one.json is of another experiment, with seed 0, where 1 is asked for"
+    ):  # before anything runs
         sweep(other, tmp_path / "anew", console, kept)
     assert (kept / "one.json").read_bytes() == before and not (tmp_path / "anew").exists()
 

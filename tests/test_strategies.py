@@ -84,14 +84,18 @@ def test_feddpa_compares_a_text_with_its_clients_own_prompts():
     state = strategy.init(dict.fromkeys(strategy.owners, SMALL), routing.one_cluster_each([3, 3]))
     asked = []
 
+    def hidden(weights):
+        asked.append(weights.tolist())
+        return jnp.array([[2.0, 0.0], [2.0, 0.0]])
+
     def references(weights):
         asked.append(weights.tolist())
         prompts = jnp.array([[0.0, 5.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 0.0]])
         return jnp.stack([prompts, prompts[:, ::-1]])
 
-    view = View(hidden=lambda weights: jnp.array([[2.0, 0.0], [2.0, 0.0]]), references=references)
+    view = View(hidden=hidden, references=references)
     weights = strategy.route(state, jnp.array([0, 1]), view, "local")
-    assert asked == [[[0, 1, 0], [0, 0, 1]]]  # each client's under its own local adapter
+    assert asked == [[[0, 1, 0], [0, 0, 1]]] * 2  # texts and prompts, each client's under its own local adapter
     # Of five prompts two point the text's way, or three: the mean of cosines, whatever the lengths.
     np.testing.assert_allclose(weights, [[0.8, 0.2, 0], [0.7, 0, 0.3]], atol=1e-6)
 

@@ -86,16 +86,20 @@ def test_a_summary_of_other_rows_under_the_same_name_is_refused(tmp_path):
     summary["config"]["data"] |= {"data": "rows"}
     summary["data"] = rows["one"]
     (kept / "one.json").write_text(json.dumps(summary))
-    assert sweep.summarised({"one": config}, kept, rows) == {"one"}
+    assert sweep.summarised({"one": config}, kept) == {"one"}
     write("b")
     for asked in ("one", "another"):  # a table draws all there are
-        with pytest.raises(UserError, match="one.json is of other rows than rows has now"):
-            sweep.summarised({asked: config}, kept, sweep.rows_now({asked: config}))
+        with pytest.raises(UserError, match="one.json is of other rows than .*rows has now"):
+            sweep.summarised({asked: replace(config, seed=int(asked == "another"))}, kept)
     elsewhere = replace(config, data=replace(config.data, data="elsewhere"))
-    assert not sweep.summarised({"another": elsewhere}, kept, {"another": "other rows"})
+    assert not sweep.summarised({"another": elsewhere}, kept)
+    (kept / "other.json").write_text(json.dumps(summary | {"data": "of other rows"}))
+    with pytest.raises(UserError, match="one and other are of other rows of one name, rows; remove those of one"):
+        summaries.load(kept)
+    (kept / "other.json").unlink()
     del summary["data"]  # of an older version
     (kept / "one.json").write_text(json.dumps(summary))
-    assert sweep.summarised({"one": config}, kept, rows) == {"one"}
+    assert sweep.summarised({"one": config}, kept) == {"one"} == {*summaries.load(kept)}
     out = tmp_path / "out" / "two"
     out.mkdir(parents=True)
     (out / "config.json").write_text(to_json(config))

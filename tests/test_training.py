@@ -114,6 +114,7 @@ def test_weight_decay_and_clip_are_those_of_the_config(federation):
     after = play(federation, ffalora(), update, rounds=1)[0].bank["main"]
     shrunk = (1 - float(rate(1)) * 0.5) ** LOCAL.steps
     assert_close(after.b, jax.tree.map(lambda b: b * shrunk, before.b))
+    assert_close(after.a, before.a, 0)  # of FFA-LoRA's server
 
 
 def test_fedprox_is_pulled_back_all_the_way(federation):

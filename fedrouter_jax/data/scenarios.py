@@ -51,8 +51,8 @@ class DataConfig:
     validation: bool = False
     """Ask held-out training rows, a fifth of each task's, and leave the test rows alone: to choose a rate, say."""
     template: str = "alpaca"
-    """Prompt template: alpaca; short, which saves 25 tokens a row; chat, the model's own; or a text that holds
-    {instruction} once."""
+    """Prompt template: alpaca; short, which saves 25 tokens a row; chat, the model's own (with one day in July 2024
+    where it tells the date); or a text that holds {instruction} once."""
     max_length: int = 1024
     """Longest row in tokens, prompt and response; a longer instruction loses its end, never its answer."""
     max_response: int = 128

@@ -8,7 +8,7 @@ from fedrouter_jax.errors import UserError
 
 PLACE = "{instruction}"
 CHAT = "chat"  # the chat template of the model's tokenizer
-TODAY = "26 Jul 2024"  # to those of Llama 3, which take it so: prompts of a run must not change overnight
+TODAY = "26 Jul 2024"  # for templates that take a date (Llama 3's): the day of the call would change a run's prompts
 TEMPLATES = {
     # Alpaca's instruction format, as FedIT and FedRouter use it.
     "alpaca": (
