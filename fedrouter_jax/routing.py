@@ -271,10 +271,12 @@ def _shared_space(embeddings: Sequence[np.ndarray], recipe: Recipe, founders: in
         jnp.asarray(deviation, jnp.float32),
         jnp.asarray(recipe.standardise),
     )
-    most = max(len(rows) for rows in embeddings)
-    points = jnp.stack([_pad(prepare(router, jnp.asarray(rows)), most) for rows in embeddings])
-    present = jnp.arange(most)[None] < jnp.asarray([len(rows) for rows in embeddings])[:, None]
-    return points, present, router
+    sizes = np.array([len(rows) for rows in embeddings])
+    present = np.arange(sizes.max()) < sizes[:, None]
+    points = np.zeros((*present.shape, width), np.float32)
+    # All rows at once: a client by itself would be a program for each number of rows.
+    points[present] = np.asarray(prepare(router, jnp.asarray(np.concatenate(embeddings))))
+    return jnp.asarray(points), jnp.asarray(present), router
 
 
 def _fit_clients(keys, points, present, counts: np.ndarray, restarts: int) -> tuple[Array, Array, np.ndarray]:
@@ -338,8 +340,3 @@ def _candidates(name: str, points: int, most: int) -> tuple[int, ...]:
     if most < 2:
         raise UserError(f"{points} {name} points are too few for a silhouette to choose a count from; give the count")
     return tuple(range(2, most + 1))
-
-
-def _pad(rows: Array, to: int) -> Array:
-    """Zeros appended to the leading axis up to length `to`."""
-    return jnp.pad(rows, [(0, to - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
