@@ -142,6 +142,18 @@ def test_newcomers_move_no_centroid_and_belong_to_the_nearest(name):
     assert slots == {int(found.table[0, k]) for k in range(2)}  # client 3 holds what client 0 holds
 
 
+def test_points_of_all_clients_are_made_at_once(monkeypatch):
+    """One program whatever their numbers of rows; a client's are first, and zeros fill up."""
+    rng, calls, prepare = np.random.default_rng(0), [], routing.prepare
+    monkeypatch.setattr(routing, "prepare", lambda *given: calls.append(given) or prepare(*given))
+    clients = [rng.normal(size=(rows, 8)).astype(np.float32) for rows in (3, 1, 5, 2)]
+    points, present, router = routing._shared_space(clients, routing.RECIPES["standardised"], 3)
+    assert len(calls) == 1 and points.shape == (4, 5, 8)
+    for rows, here, held in zip(clients, points, present, strict=True):
+        assert held.tolist() == [True] * len(rows) + [False] * (5 - len(rows)) and not here[len(rows) :].any()
+        np.testing.assert_allclose(here[: len(rows)], prepare(router, rows), rtol=1e-5, atol=1e-7)
+
+
 def test_an_oracle_is_enrolled_by_the_true_tasks():
     found = routing.one_cluster_a_task([[2, 0, 2], [1, 1]], total=3)
     assert found.table.tolist() == [[0, 2], [1, -1]] and found.clusters == 3
