@@ -41,6 +41,7 @@ FLAN4 = ("gigaword", "glue_qqp", "samsum", "web_nlg_en")  # the paper's four tas
 MOST = 13  # the largest k the silhouette may choose
 DEPTHS = {"1/3": 1 / 3, "1/2": 1 / 2, "2/3": 2 / 3, "5/6": 5 / 6, "last": None}  # shares of the layers; shallow: 1/6
 REFINED = routing.RECIPES["refined"]
+# Steps from the paper's recipe to ours, each a row of the tables, and what other depths and the first token would do.
 SHALLOW = routing.Recipe(depth=1 / 6, standardise=True, restarts=20)
 RECIPES = {
     "paper": routing.RECIPES["paper"],

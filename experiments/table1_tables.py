@@ -1,4 +1,11 @@
-"""Tables and figure of `table1.py`, from summaries of runs by name (`scenario-method-seed`)."""
+"""Tables and figure of `table1.py`, from summaries of runs by name (`scenario-method-seed`).
+
+Methods may have other seeds than each other. Which count: where A ran with seeds 0 to 4, B with 0 to 9 and C with 0,
+
+- a column shows A and B over 0 to 4, which those with several have in common, and C over 0 (`comparable`);
+- the gain of B is over the best baseline that has all of 0 to 9, that of A over the best that has 0 to 4 (`gain`);
+- a table of losses leaves out seeds that fedrouter+ has no loss of (`beside`).
+"""
 
 from __future__ import annotations
 
