@@ -37,9 +37,10 @@ def main(options: Demo) -> None:
     folders = sweep(configs, options.out, console)
     report.write(folders, options.out)
     report.show(folders, console)
-    console.print(f"\nruns: {', '.join(map(str, folders))}\nreport: {options.out}/report.md and {options.out}/plots/")
-    console.print(f"adapters (PEFT): {folders[-1]}/adapters, router: {folders[-1]}/router")
-    console.print(f'try: .venv/bin/fedrouter route {folders[-1]} "Are these two questions the same? ..."')
+    last = folders[-1]
+    print(f"\nruns: {', '.join(map(str, folders))}\nreport: {options.out}/report.md and {options.out}/plots/")
+    print(f"adapters (PEFT): {last}/adapters, router: {last}/router")
+    print(f'try: .venv/bin/fedrouter route {last} "Are these two questions the same? ..."')  # to be copied: never wrapped
 
 
 if __name__ == "__main__":
