@@ -40,7 +40,7 @@ def main(options: Demo) -> None:
     last = folders[-1]
     print(f"\nruns: {', '.join(map(str, folders))}\nreport: {options.out}/report.md and {options.out}/plots/")
     print(f"adapters (PEFT): {last}/adapters, router: {last}/router")
-    print(f'try: .venv/bin/fedrouter route {last} "Are these two questions the same? ..."')  # to be copied: never wrapped
+    print(f'try: .venv/bin/fedrouter route {last} "Are these two questions the same? ..."')  # never wrapped
 
 
 if __name__ == "__main__":
