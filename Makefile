@@ -19,6 +19,7 @@ results: .venv/demo
 	$(BIN)/python -m experiments.table1 --redraw
 	$(BIN)/python -m experiments.table1 --budget long --redraw
 	$(BIN)/python -m experiments.table1 --budget full --redraw
+	$(BIN)/python -m experiments.table1 --redraw --out docs/results/table1-rates
 	$(BIN)/python -m experiments.clustering --redraw
 	$(BIN)/python -m experiments.clustering --redraw --model qwen2.5-coder-0.5b
 	$(BIN)/python -m experiments.studies --redraw

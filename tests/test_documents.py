@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from documents import README, RESULTS, SAID
 
-from experiments import clustering_figures, studies, summaries, table1_tables
+from experiments import clustering_figures, learning_rates, studies, summaries, table1_tables
 from experiments.methods import HEADLINE, LABELS
 from fedrouter_jax import records, report
 
@@ -86,9 +86,10 @@ def test_the_clusters_are_those_of_the_committed_json(name):
         assert "with {}, {} and {} per cent of the rows".format(*shares) in README
 
 
-@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full"])
+@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full", "table1-rates"])
 def test_a_table_of_methods_is_that_of_the_committed_runs(name):
-    drawn = table1_tables.markdown(summaries.load(RESULTS / name / "runs"))
+    found, tried = (summaries.load(RESULTS / name / part) for part in ("runs", "rates"))
+    drawn = table1_tables.markdown(found, learning_rates.markdown(tried, found))
     assert drawn == (RESULTS / name / "table1.md").read_text(encoding="utf-8")
 
 

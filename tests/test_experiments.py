@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from written_runs import make_summary
 
-from experiments import studies, summaries, table1, table1_tables
+from experiments import learning_rates, studies, summaries, table1, table1_tables
 from experiments.methods import METHODS
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -135,3 +135,16 @@ def test_no_committed_run_would_run_again():
         of_study = studies.configs(folder.name, studies.Studies(seeds=5))
         for name in summaries.load(folder):
             assert summaries.known(folder / f"{name}.json", of_study[name]), name
+
+
+def test_no_committed_run_at_a_rate_of_its_own_would_run_again():
+    """Nor what was tried to choose the rates."""
+    folder, rates = ROOT / "docs" / "results" / "table1-rates", (0.005, 0.01, 0.02)
+    methods = ("fedrouter+", "fedit", "clustered", "feddpa-t")
+    asked = table1.configs(table1.Table1(methods=methods, once=(), scenarios=("dual",), first_seed=10, seeds=13))
+    best = learning_rates.chosen(summaries.load(folder / "rates"))
+    parts = {"rates": learning_rates.trials(asked, rates), "runs": learning_rates.tuned(asked, best)}
+    for part, configs in parts.items():
+        assert {*configs} == {*summaries.load(folder / part)}
+        for name, config in configs.items():
+            assert summaries.known(folder / part / f"{name}.json", config), name

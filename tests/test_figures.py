@@ -30,7 +30,7 @@ def first_table(path: Path) -> list[dict[str, str]]:
     return [dict(zip(["", *names[1:]], row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full"])
+@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full", "table1-rates"])
 def test_a_bar_is_a_mean_of_the_table_and_the_best_come_first(name):
     rows = {row[""].split(" (")[0]: row for row in first_table(RESULTS / name / "table1.md")}
     drawn = table1_tables.figure(summaries.load(RESULTS / name / "runs"))

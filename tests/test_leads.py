@@ -1,10 +1,12 @@
 """What README and docs/results.md say of one method beside another is what the committed runs say."""
 
+import itertools
+
 import numpy as np
 import pytest
 from documents import README, RESULTS, SAID, told
 
-from experiments import studies, summaries, table1_tables
+from experiments import learning_rates, studies, summaries, table1_tables
 from experiments.methods import LABELS
 
 
@@ -204,6 +206,43 @@ def test_what_is_said_of_rates_with_eight_clients_is_what_their_runs_say():
         for part in parts
     ]
     assert "the lead over FedIT is {} on own tasks and {} on the mix".format(*map(told, words)) in results
+
+
+def test_what_is_said_of_rates_with_four_clients_is_what_their_runs_say(runs):
+    """Rates by held-out rows of seed 0; what is reported is of others."""
+    found, tried = (summaries.load(RESULTS / "table1-rates" / part) for part in ("runs", "rates"))
+    best = {"fedrouter+": "0.005", "fedit": "0.02", "clustered": "0.005", "feddpa-t": "0.01"}
+    assert learning_rates.chosen(tried) == {f"dual-{method}": float(rate) for method, rate in best.items()}
+
+    def values(method):
+        same = [found[f"dual-{method}-{seed}"] for seed in (10, 11, 12)]
+        pairs = itertools.product(("personalised", "generalisation"), ("rouge1", "loss"))
+        return {pair: np.array([summaries.score(run, *pair) for run in same]) for pair in pairs}
+
+    for method, rate in best.items():
+        assert line_of_leads(method, rate, values("fedrouter+"), values(method)) in " ".join(SAID.split())
+    ours, fedit, parts = values("fedrouter+"), values("fedit"), ("personalised", "generalisation")
+    leads = [ours[part, "rouge1"] - fedit[part, "rouge1"] for part in parts]
+    shares = [100 * lead.mean() / fedit[part, "rouge1"].mean() for part, lead in zip(parts, leads, strict=True)]
+    assert (
+        "it is {:.1f} per cent there, through QQP, and {:.1f} on the mix, in three of three".format(*shares) in README
+    )
+    words = [
+        [
+            np.mean([mine[task] - other[task] for task in mine if task not in LABELS])
+            for mine, other in (
+                [studies.by_task(found[f"dual-{method}-{seed}"], part) for method in ("fedrouter+", "fedit")]
+                for seed in (10, 11, 12)
+            )
+        ]
+        for part in parts
+    ]
+    assert "the lead over FedIT is {} there and {} on the mix.".format(*map(told, words)) in SAID
+    shared = [
+        ours[part, "rouge1"] - [summaries.score(runs[f"dual-fedit-{seed}"], part) for seed in (10, 11, 12)]
+        for part in parts
+    ]
+    assert "At the rate that all share it is {} and {} on these seeds".format(*map(told, shared)) in SAID
 
 
 def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
