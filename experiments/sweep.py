@@ -55,7 +55,7 @@ def rows_now(configs: Mapping[Name, Config]) -> dict[Name, str | None]:
 
 
 def _rows_key(config: Config) -> tuple:
-    """What the rows depend on: one file, and training rows for validation, are split by the seed."""
+    """What the rows depend on: one file, and training rows for validation, are split by the seed (the last)."""
     return config.data.data, config.data.columns, config.data.validation, config.seed
 
 
