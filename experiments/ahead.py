@@ -47,7 +47,7 @@ from experiments.programs import CLUSTERS, GROUPS, Case
 from fedrouter_jax import files, memory, mesh
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import attention
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.terminal import guarded, parse, show_markdown
 
 GIB = 2**30

@@ -39,8 +39,8 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import all_groups, over_clients
 from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import Blocks, DecoderConfig, on_device
-from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import MATRICES, as_bits
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.models.quantise import Quantise, quantise
 from fedrouter_jax.plan import SHAPES
 from fedrouter_jax.terminal import guarded, parse

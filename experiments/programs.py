@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedrouter_jax import config as config_lib
 from fedrouter_jax import embed, experiment, generate, lora, memory, mesh, models, plan, routing
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Batch, Packs
 from fedrouter_jax.models import DecoderConfig
-from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import as_bits
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.types import Array, PyTree, Work
 
@@ -57,7 +57,7 @@ def laid_out(case: Case) -> tuple[memory.Federation, memory.Pack, int]:
         data=replace(config.data, clients=rows * GROUPS * config.compute.lanes_together),
         compute=replace(config.compute, model_parallel=case.model_parallel, remat=case.remat),
     )
-    strategy = config_lib.strategy(config, CLUSTERS)
+    strategy = method_lib.strategy(config, CLUSTERS)
     platform = "tpu" if case.target.startswith("TPU") else "gpu"
     federation = memory.federation(decoder, config, strategy, CLUSTERS, platform)
     return federation, plan.pack_shape(config, ROW, RESPONSE), rows

@@ -24,8 +24,8 @@ from rich.console import Console
 from experiments import learning_rates, summaries, table1_tables
 from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
-from fedrouter_jax import config as config_lib
 from fedrouter_jax import files
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4, flan4_cpu, smoke
@@ -119,7 +119,8 @@ def main(options: Table1) -> None:
         )
     if not options.redraw:
         for method in sorted(filter(own, named)):  # before hours of others
-            config_lib.strategy(variant(budget(options, "dual"), method, 0), None)
+            config = variant(budget(options, "dual"), method, 0)
+            method_lib.check(config, method_lib.strategy(config, None))
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         folder, made = runs_of(options.out, usual, folder), configs(options)
         there, now = kept(out), {name: summaries.portable(config) for name, config in made.items()}

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from fedrouter_jax import config as config_lib
 from fedrouter_jax import memory
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule
 from fedrouter_jax.models import DecoderConfig, Model
@@ -25,7 +25,7 @@ def groups_of_lanes(config: Config, strategy: Strategy, held: int | None) -> tup
 
     Clients hold `held` clusters (None: as many as may be found).
     """
-    lanes = config_lib.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
+    lanes = method_lib.lanes_of_a_round(config, strategy, held or config.cluster.max_clusters)
     rows_of_devices = jax.device_count() // config.compute.model_parallel
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     return groups // rows_of_devices, together

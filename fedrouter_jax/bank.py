@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import lora
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.types import OWNERSHIP, Adapters, Array, LoRA, Owner, Phase, PyTree
 
 Slots = dict[Owner, Array]  # int32 [lane] for each owner: the slot that a lane reads and writes
@@ -31,8 +32,18 @@ class Sums(NamedTuple):
 
 
 def spread(owners: PyTree, adapters: Adapters) -> PyTree:
-    """The owner of every leaf: the prefix tree `owners` broadcast to the structure of `adapters`."""
-    return jax.tree.broadcast(owners, adapters, is_leaf=lambda node: isinstance(node, str))
+    """The owner of every leaf: the prefix tree `owners` broadcast to the structure of `adapters`.
+
+    Raises `UserError` where it is no prefix.
+    """
+    try:
+        return jax.tree.broadcast(owners, adapters, is_leaf=lambda node: isinstance(node, str))
+    except ValueError as error:
+        parts = [f"{name}: {', '.join(k for k in LoRA._fields if getattr(of, k, ()))}" for name, of in adapters.items()]
+        raise UserError(
+            f"{owners!r} does not fit the adapters ({'; '.join(parts)}); say one thing of each adapter, or of "
+            "each of its parts (a gate, where there is one, is a part, too)"
+        ) from error
 
 
 def create(owners: PyTree, adapters: Adapters, sizes: dict[Owner, int]) -> Adapters:
@@ -65,7 +76,10 @@ def nothing(owners: PyTree, bank: Adapters, total: dict[Owner, Array]) -> Sums:
 
 
 def add(owners: PyTree, sums: Sums, slots: Slots, lanes: Adapters, weight: Array, total: dict[Owner, Array]) -> Sums:
-    """The sums after some lanes `[lane, ...]` have come back, in any order; one of weight 0 changes nothing."""
+    """The sums after some lanes `[lane, ...]` have come back, in any order; one of weight 0 changes nothing.
+
+    What lanes bring beside the bank's adapters is not summed.
+    """
     # Normalise first: a slot with one lane then receives exactly that lane.
     share = {owner: weight / jnp.where(whole > 0, whole, 1)[slots[owner]] for owner, whole in total.items()}
 
@@ -75,7 +89,7 @@ def add(owners: PyTree, sums: Sums, slots: Slots, lanes: Adapters, weight: Array
     return Sums(
         {owner: sum.at[slots[owner]].add(weight) for owner, sum in sums.weight.items()},
         {owner: sum.at[slots[owner]].add(share[owner]) for owner, sum in sums.share.items()},
-        jax.tree.map(added, spread(owners, sums.bank), sums.bank, lanes),
+        jax.tree.map(added, spread(owners, sums.bank), sums.bank, {name: lanes[name] for name in sums.bank}),
     )
 
 
@@ -138,15 +152,15 @@ def weights(bank: Adapters, by_name: dict[str, Array]) -> Array:
     return jnp.concatenate([by_name[name] for name in bank], axis=1)
 
 
-def of_clusters(owners: PyTree, bank: Adapters) -> list[int]:
-    """The slots of `serving` that belong to clusters, in their order."""
+def of_clusters(owners: PyTree, bank: Adapters) -> np.ndarray:
+    """Where `serving` has the slots of clusters: int [adapter, cluster], a row for each named adapter they own."""
     found, start = [], 0
     for name, adapter in bank.items():
         slots = slots_of(adapter)
         if "cluster" in jax.tree.leaves(spread(owners, bank)[name]):
-            found += range(start, start + slots)
+            found.append(range(start, start + slots))
         start += slots
-    return found
+    return np.array(found, int)
 
 
 def serving_names(owners: PyTree, bank: Adapters) -> list[str]:

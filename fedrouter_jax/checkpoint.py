@@ -6,6 +6,7 @@ follow from those and (seed, round).
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def save(folder: Path, step: int, state: PyTree) -> None:
     """Write the state after `step` rounds; the two latest are kept. A failed write leaves the earlier ones alone."""
     try:
         with _open(folder) as checkpoints:
-            checkpoints.save(step, state, overwrite=True)
+            checkpoints.save(step, state, overwrite=True, custom_metadata={"crc32": _crc32(state)})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write
         raise UserError(
             f"{folder}: the checkpoint of round {step} could not be written ({_one_line(error)}); "
@@ -63,12 +64,26 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
             if held != wanted:
                 odd = next(iter((held - wanted) or (wanted - held)))
                 raise ValueError(f"an array of shape {odd} is in one of config.json and the checkpoint only")
-            return jax.tree.map(_as_made, checkpoints.load(step, jax.tree.map(describe, like)))
+            found = jax.tree.map(_as_made, checkpoints.load(step, jax.tree.map(describe, like)))
+            noted, here = (checkpoints.metadata(step).custom_metadata or {}).get("crc32"), _crc32(found)
+            if None not in (noted, here) and noted != here:
+                raise ValueError("its numbers are not those that were written")
+            return found
     except Exception as error:  # as in save
         raise UserError(
             f"{folder}: the checkpoint of round {step} could not be read ({_one_line(error)}); "
             f"restore config.json if it was changed, or else move folder {step} away to resume from the one before"
         ) from error
+
+
+def _crc32(state: PyTree) -> int | None:
+    """A checksum of all numbers, which Orbax does not keep; None where this process does not hold them all."""
+    sums = 0
+    for leaf in jax.tree.leaves(state):
+        if not leaf.is_fully_addressable:
+            return None
+        sums = zlib.crc32(np.asarray(leaf).tobytes(), sums)
+    return sums
 
 
 def _one_line(error: Exception) -> str:

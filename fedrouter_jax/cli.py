@@ -143,14 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: commands[arguments[0]](arguments[1:]), "the same command begins anew")
 
 
-def console() -> None:
-    """Entry point of the `fedrouter` script."""
-    sys.exit(main())
-
-
 def run(arguments: list[str]) -> None:
     """`fedrouter run`."""
-    from fedrouter_jax import runs
+    from fedrouter_jax import idle, runs
+    from fedrouter_jax import method as method_lib
 
     preset, arguments = take_preset(arguments)
     names = ", ".join(PRESETS)
@@ -165,6 +161,10 @@ def run(arguments: list[str]) -> None:
     )
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
+    config_lib.check(parsed.config)
+    method_lib.check(parsed.config, method_lib.strategy(parsed.config, None))
+    for option in idle.options(parsed.config):  # now, for the run may take hours
+        print(f"note: without effect here: {option}", file=sys.stderr)
     together(parsed.processes)
     with resumable(out):
         with progress() as track:

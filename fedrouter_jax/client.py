@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedrouter_jax import likelihood
+from fedrouter_jax import bank, likelihood
 from fedrouter_jax import lora as lora_lib
 from fedrouter_jax.data.packing import Rows
 from fedrouter_jax.keys import key_of
@@ -107,7 +107,7 @@ def make_client_update(
     The phases share the steps evenly, the last takes what is left over; each starts a fresh optimiser. The loss
     [lane, step] of a lane in a step is the mean over all its response tokens there. A step's packs are visited by a
     loop, `packs_at_once` in a turn, that stops after the last one with rows. A lane without rows has a gradient of
-    zero. `optimiser` is a strategy's.
+    zero. `optimiser` is a strategy's; the steps it is told are those of its phase.
     """
 
     def update(base, adapters, batch, lr, keys, phases):
@@ -123,14 +123,15 @@ def make_client_update(
 
     def train(base, adapters, received, batch, lr, keys, phase, steps):
         lanes = keys.shape[0]
-        moves = jax.tree.map(jnp.asarray, jax.tree.broadcast(phase.train, adapters))
+        moves = jax.tree.map(jnp.asarray, bank.spread(phase.train, adapters))
 
         def moving(tree):
             return jax.tree.map(lambda move, leaf: jnp.where(move, leaf, 0), moves, tree)
 
         usual = optax.chain(optax.clip_by_global_norm(local.clip), optax.adamw(lr, weight_decay=local.weight_decay))
         if optimiser is not None:
-            usual = optimiser(optax.chain(optax.stateless(lambda gradients, _: moving(gradients)), usual), lr, local)
+            here = dataclasses.replace(local, steps=len(steps))
+            usual = optimiser(optax.chain(optax.stateless(lambda gradients, _: moving(gradients)), usual), lr, here)
         own = optax.with_extra_args_support(usual)
 
         def updates_of(gradients, state, adapters, received):

@@ -64,6 +64,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "bytes_down": down,
         **origin(prepared),
         "config": config_lib.choices(prepared.config),
+        "training_rows": len(prepared.dataset.train),
         "cut_rows": sum(row.truncated for held in prepared.train for row in held),
         "seen_rows": sum(prepared.dataset.test[row].instruction in seen for row in prepared.test),
         "test_rows": len(prepared.test),
@@ -72,14 +73,17 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
 
 
 def origin(prepared: Prepared) -> dict[str, str]:
-    """What all of a run is made from, by its sha256: the rows, if read, and the weights, whatever their names say."""
+    """What all of a run is made from, by its sha256: rows, if read, weights and tokenizer, whatever their names say."""
     rows = {} if prepared.dataset is None else {"data": digest(prepared.dataset)}
     return {**rows, "model": prepared.model.fingerprint}
 
 
 def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
     """Raise `ValueError` where a file does not say that it was made from just these."""
-    names = {"data": f"rows of {prepared.config.data.data}", "model": f"weights of {prepared.config.model}"}
+    names = {
+        "data": f"rows of {prepared.config.data.data}",
+        "model": f"weights or tokenizer of {prepared.config.model}",
+    }
     for key, value in origin(prepared).items():
         if found.get(key) != value:
             raise ValueError(f"the {names[key]} were others then")

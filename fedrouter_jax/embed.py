@@ -17,32 +17,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax.data import packing
-from fedrouter_jax.models import DecoderConfig, hidden_states
+from fedrouter_jax.models import DecoderConfig, first_blocks, hidden_states
 from fedrouter_jax.types import Array, LoRA, PyTree
 
 TEXTS_PER_PACK = 32
 _WINDOW = 512  # texts that are packed together: packing costs the square of them
 
 
-@partial(jax.jit, static_argnames=("config", "layers", "last", "skip"))
+@partial(jax.jit, static_argnames=("config", "final_norm", "last", "skip"))
 def pooled(
     config: DecoderConfig,
     base: PyTree,
     packs: packing.Packs,
     lora: LoRA | None,
     gates: Array | None,
-    layers: int | None,
+    final_norm: bool,
     last: bool,
     skip: int,
 ) -> Array:
     """A state of each text, float32 [pack, TEXTS_PER_PACK, width]; zero where a pack has no such text.
 
-    The mean over tokens without the first `skip`, where there are more, or with `last` that of the last token. `layers`
-    blocks are run (None: all, then the final norm), under `lora` with `gates` [pack, TEXTS_PER_PACK, rank].
+    The mean over tokens without the first `skip`, where there are more, or with `last` that of the last token, under
+    `lora` with `gates` [pack, TEXTS_PER_PACK, rank].
     """
     member = jax.nn.one_hot(packs.segments - 1, TEXTS_PER_PACK)
     gates = None if gates is None else jnp.einsum("pts,psr->ptr", member, gates)
-    hidden = hidden_states(config, base, *packs, lora, gates, layers=layers, final_norm=layers is None)
+    hidden = hidden_states(config, base, *packs, lora, gates, final_norm=final_norm)
     place, length = packs.positions[..., None], member.sum(axis=1, keepdims=True)
     if last:
         member = jnp.where(place == length - 1, member, 0)
@@ -79,7 +79,8 @@ def embed(
     """
     if not texts:
         return np.zeros((0, config.width), np.float32)
-    layers = None if depth is None else blocks(config, depth)  # None: the final norm, too
+    if depth is not None:  # here, for a program would copy these blocks out of all in every call
+        config, base, lora = first_blocks(config, base, lora, blocks(config, depth))
     sizes = [len(text) for text in texts]
     time = packing.pack_length(max(sizes))
     if len(texts) <= _WINDOW:
@@ -99,7 +100,7 @@ def embed(
             opened = np.zeros((packs_at_once, TEXTS_PER_PACK, gates.shape[1]), np.float32)
             for pack, rows in enumerate(here):
                 opened[pack, : len(rows)] = gates[rows]
-        states = np.asarray(pooled(config, base, packs, lora, opened, layers, last, skip))
+        states = np.asarray(pooled(config, base, packs, lora, opened, depth is None, last, skip))
         for pack, rows in enumerate(here):
             embeddings[rows] = states[pack, : len(rows)]
         advance(sum(map(len, here)))

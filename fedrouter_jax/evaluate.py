@@ -43,13 +43,17 @@ def score(reference: str, answer: str) -> dict[str, float]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) without stemming, and exact match but for case (0 or 1).
 
     Words are those of the rouge-score package, a to z and digits, but for references that are mostly in another script
-    than Latin: there they are runs of letters and digits, and single characters where no spaces are written.
+    than Latin, or have none of these: there they are runs of letters and digits, and single characters where no spaces
+    are written. A reference of signs alone is right or wrong.
     """
+    exact = float(answer.strip().casefold() == reference.strip().casefold())
     letters = [sign for sign in reference if sign.isalpha() or (sign.isdecimal() and not sign.isascii())]
     others = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
-    tokenizer = _Words() if 2 * others > len(letters) else None
-    found = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=tokenizer).score(reference, answer)
-    exact = float(answer.strip().casefold() == reference.strip().casefold())
+    plain = 2 * others <= len(letters) and re.search(r"[a-z0-9]", reference.lower())
+    names = ["rouge1", "rouge2", "rougeL"]
+    if not plain and not _Words().tokenize(reference):
+        return dict.fromkeys([*names, "exact"], exact)
+    found = RougeScorer(names, tokenizer=None if plain else _Words()).score(reference, answer)
     return {metric: value.fmeasure for metric, value in found.items()} | {"exact": exact}
 
 
@@ -242,16 +246,22 @@ def evaluate_state(
     ]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
-    slots = list(range(len(asked[0].weights)))
-    if prepared.strategy.enrolling in ("clustering", "tasks"):
-        slots = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
+
+    def most(q: Question) -> int:
+        """The slot that has most weight, where several adapters are the clusters' that of their sum."""
+        return int(np.array(q.weights)[slots].sum(axis=0).argmax())
+
+    slots = np.arange(len(asked[0].weights))[None]
+    clusters = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
+    if prepared.strategy.enrolling in ("clustering", "tasks") and len(clusters):
+        slots = clusters
         counts = slot_tasks(prepared, enrolment)
         tasks = prepared.partition.tasks
         names = slot_names(prepared, counts)
         held = [task for task, rows_of in zip(tasks, counts, strict=True) if task and rows_of.any()]
         for part in ("personalised", "generalisation", "newcomers"):
             routed = [q for q in asked if q.part == part and rows[q.row].task in held]
-            right = [names[int(np.argmax(np.array(q.weights)[slots]))] == rows[q.row].task for q in routed]
+            right = [names[most(q)] == rows[q.row].task for q in routed]
             if right:
                 scores[part]["routing_accuracy"] = float(np.mean(right))
     records = [
@@ -260,7 +270,7 @@ def evaluate_state(
             "client": q.client,
             "row": q.row,
             "task": rows[q.row].task,
-            "slot": int(np.argmax(np.array(q.weights)[slots])) if any(q.weights) else None,
+            "slot": most(q) if any(q.weights) else None,
             "instruction": rows[q.row].instruction,
             "reference": rows[q.row].output,
             "answer": said[place][0],

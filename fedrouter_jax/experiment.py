@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +22,7 @@ from fedrouter_jax import at_once, client, embed, lora, processes, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import mesh as mesh_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import packing, schedule, sources, tokens
@@ -65,8 +67,8 @@ def prepare(
     dataset = rows_of(config, dataset)
     split = partition(dataset, config.data, config.seed)
     n_l, n_g = cluster_counts(config, split)
-    strategy = strategy or config_lib.strategy(config, n_g)
-    config_lib.check_strategy(config, strategy)
+    strategy = strategy or method_lib.strategy(config, n_g)
+    method_lib.check(config, strategy)
     if split.tasks == [""]:
         check_unlabelled(config, strategy, dataset.name)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
@@ -138,8 +140,8 @@ def rows_of(config: Config, dataset: Dataset | None = None) -> Dataset:
 def without_rows(config: Config, split: Partition) -> Prepared:
     """The same of a run that only answers: whose rows were dealt so, but are not read."""
     model, mesh = loaded(config)
-    strategy = config_lib.strategy(config, cluster_counts(config, split)[1])
-    config_lib.check_strategy(config, strategy)
+    strategy = method_lib.strategy(config, cluster_counts(config, split)[1])
+    method_lib.check(config, strategy)
     return Prepared(config, model, strategy, split, mesh)
 
 
@@ -153,7 +155,7 @@ def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
     modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
     if strategy.enrolling == "clustering" and "oracle" in modes:
         raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
-    if config_lib.told_slots(strategy) and config.cluster.global_clusters is None:
+    if method_lib.told_slots(strategy) and config.cluster.global_clusters is None:
         raise UserError(
             f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
             "--global-clusters"
@@ -238,7 +240,8 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     """The state before round 1: every slot holds the same fresh adapter."""
     config, decoder = prepared.config, prepared.model.config
     fresh = lora.init(key_of(config.seed), decoder, config.lora)
-    state = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
+    made = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
+    state = made._replace(memory=jax.tree.map(jnp.asarray, made.memory))  # a method's own may be NumPy's
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     return placed(prepared, state._replace(server=server_lib.init(server, prepared.strategy.owners, state.bank)))
 
@@ -296,7 +299,7 @@ def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: i
     sizes = np.array([[len(cluster) for cluster in held] for held in rows])
     work = schedule.lanes(sizes, t, config.rounds, config.seed)
     local, together = config.local, config.compute.lanes_together
-    steps = config_lib.steps_of_a_lane(config, prepared.strategy)
+    steps = method_lib.steps_of_a_lane(config, prepared.strategy)
     over = 1 if prepared.mesh is None else prepared.mesh.shape[mesh_lib.CLIENTS]
     batch = schedule.batches(work, rows, t, steps, local.batch, *prepared.pack, config.seed, together, over)
     return work, batch

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from fedrouter_jax import bank as bank_lib
-from fedrouter_jax import config as config_lib
 from fedrouter_jax import embed, peft_io, routing
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.data import schedule, templates
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.types import FederationState, LoRA
@@ -35,13 +35,13 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
     before, behind = templates.around(model.tokenizer, config.data.template)
     data = {"before": before, "behind": behind, "max_length": config.data.max_length}
     peft_io.write_json(folder / "prompt.json", {**data, "max_response": config.data.max_response})
-    if config_lib.told_slots(strategy):
+    if method_lib.told_slots(strategy):
         table, clusters = np.asarray(state.table), bank_lib.of_clusters(strategy.owners, state.bank)
         known = range(len(table))
         if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer
             founders = config.data.clients - config.data.newcomers
             known = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed).tolist()
-        whose = {str(client): names[clusters[table[client, 0]]] for client in known}
+        whose = {str(client): names[clusters[0, table[client, 0]]] for client in known}
         peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:
         peft_io.write_shift(folder, strategy.base(state, model.params))
@@ -64,7 +64,7 @@ def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks
         "text": "the bare instruction, no template",
         "max_length": config.data.max_length,
         "metric": "euclidean",
-        "adapters": [names[slot] for slot in bank_lib.of_clusters(owners, state.bank)],
+        "adapters": [" + ".join(names[slot] for slot in one) for one in bank_lib.of_clusters(owners, state.bank).T],
         "tasks": list(slot_tasks),
         "held": sorted({*np.asarray(state.table).ravel().tolist()} - {-1}),
     }

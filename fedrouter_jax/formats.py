@@ -100,11 +100,12 @@ class Clusters(TypedDict):
     bytes_up: float
     bytes_down: float
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
+    training_rows: NotRequired[int]  # there are, dealt to clients or not
     cut_rows: NotRequired[int]  # training rows longer than --max-length or --max-response
     seen_rows: NotRequired[int]  # test rows that are asked, with an instruction of the training rows
     test_rows: NotRequired[int]  # that are asked
     data: NotRequired[str]  # sha256 of all rows
-    model: NotRequired[str]  # that of the weights
+    model: NotRequired[str]  # that of the weights and the tokenizer
     config: NotRequired[dict[str, Any]]  # choices by section.name
     clients: list[Client]
 

@@ -25,6 +25,7 @@ from fedrouter_jax.data import packing
 from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Array, LoRA, PyTree
 
+_BLOCK = 128  # scores; a divisor of the vocabularies of the models we know
 _FEWEST = 16  # rows; a program of its own for fewer takes longer to compile than it saves
 
 
@@ -34,6 +35,19 @@ class Answering(NamedTuple):
     cache: models.Cache
     latest: Array  # int32 [row]: the last token, `stop` when the row has finished
     answer: Array  # int32 [row, new_tokens], `stop` where nothing is written
+
+
+def best_token(scores: Array) -> Array:
+    """The place of the highest of `scores` [row, token], the first of equal ones: int32 [row].
+
+    The highest block of tokens, then the highest in it: XLA's argmax on CPUs compares one score after the other, its
+    maximum a vector at a time.
+    """
+    rows, tokens = scores.shape
+    blocks = jnp.pad(scores, ((0, 0), (0, -tokens % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("config", "stop"), donate_argnames="state")
@@ -70,7 +84,7 @@ def prefill(
     fresh = lengths > 0
     last = jnp.zeros((rows, config.width), base["norm"].dtype)
     last, cache = jax.lax.fori_loop(0, turns, turn, (last, models.reuse_rows(state.cache, fresh, *pages)))
-    first = jnp.argmax(models.logits(config, base, last), axis=-1).astype(jnp.int32)
+    first = best_token(models.logits(config, base, last))
     answer = jnp.full((rows, new), stop, jnp.int32).at[:, 0].set(first)
     latest = jnp.where(fresh, first if new > 1 else stop, state.latest)
     return Answering(cache, latest, jnp.where(fresh[:, None], answer, state.answer))
@@ -99,7 +113,7 @@ def decode(
     def advance(state):
         place = state.cache.written - state.cache.began + 1
         hidden, cache = models.decode_step(config, base, state.latest, state.cache, lora, gates)
-        best = jnp.argmax(models.logits(config, base, hidden), axis=-1).astype(jnp.int32)
+        best = best_token(models.logits(config, base, hidden))
         best = jnp.where(state.latest == stop, stop, best)
         answer = state.answer.at[jnp.arange(rows), place].set(best, mode="drop")
         return Answering(cache, jnp.where(place + 1 < new, best, stop), answer)

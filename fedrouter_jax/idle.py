@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 
 
 def options(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
-    default, method, name = Config(), config_lib.strategy(config, None), config.strategy
+    default, method, name = Config(), method_lib.strategy(config, None), config.strategy
     clusters = method.enrolling == "clustering"
     lanes = method.enrolling in ("clustering", "tasks")  # of several local clusters
-    slots = config_lib.has_slots(method) and method.enrolling != "tasks"
+    slots = method_lib.has_slots(method) and method.enrolling != "tasks"
 
     def changed(section: str, field: str) -> bool:
         return getattr(getattr(config, section), field) != getattr(getattr(default, section), field)
@@ -29,13 +29,22 @@ def options(config: Config) -> list[str]:
         f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
         f"--global-clusters {no_rows}": config.cluster.global_clusters and not (clusters or slots),
         f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not (clusters or method.finds_slots),
+        "--max-clusters (both numbers of clusters are given)": changed("cluster", "max_clusters")
+        and clusters
+        and config.cluster.local_clusters
+        and config.cluster.global_clusters,
+        "--turns (all clusters train in every round, --clusters-per-round 0)": changed("rounds", "turns")
+        and lanes
+        and config.rounds.clusters_per_round == 0,
+        "--learning-rate (one round has --min-learning-rate)": changed("local", "learning_rate")
+        and config.rounds.rounds == 1,
         f"--turns {no_rows}": changed("rounds", "turns") and not lanes,
         f"--personalised-routing {no_rows}": changed("evaluation", "personalised_routing") and not clusters,
         f"--generalisation-routing {no_rows}": changed("evaluation", "generalisation_routing") and not clusters,
         f"--clusters-per-round {no_rows}": changed("rounds", "clusters_per_round") and not lanes,
-        f"--weighting ({name} weighs nothing)": changed("rounds", "weighting") and not config_lib.averages(method),
+        f"--weighting ({name} weighs nothing)": changed("rounds", "weighting") and not method_lib.averages(method),
         f"--weighting client {no_rows}": config.rounds.weighting == "client"
-        and config_lib.averages(method)
+        and method_lib.averages(method)
         and not lanes,
         "--evaluate-at (of rounds after the last)": changed("evaluation", "evaluate_at")
         and max(config.evaluation.evaluate_at, default=0) > config.rounds.rounds,

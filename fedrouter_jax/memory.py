@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from fedrouter_jax import client, lora, mesh
-from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax import server as server_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data.packing import Packs, Rows
 from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.keys import key_of
 from fedrouter_jax.models import DecoderConfig
-from fedrouter_jax.models.decoder import param_shapes
 from fedrouter_jax.models.matrices import computation
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.routing import Enrolment, Router
 from fedrouter_jax.types import Adapters, FederationState, LoRA, PyTree, Strategy, Work
@@ -127,13 +127,15 @@ def kept(federation: Federation, base: PyTree, adapters: Adapters, pack: Pack) -
 
 def on_a_device(adapters: Adapters, model_parallel: int) -> int:
     """Bytes of adapters where so many devices share a base: what meets its divided sides is divided alike."""
+    halves = [of for of in adapters.values() if isinstance(of, LoRA)]
     sizes = [
         nbytes(leaf) // (model_parallel if (module in mesh.INTO) == (part == "b") else 1)
-        for adapter in adapters.values()
+        for adapter in halves
         for part in ("a", "b")
         for module, leaf in getattr(adapter, part).items()
     ]
-    return sum(sizes) + sum(nbytes(adapter.gate) for adapter in adapters.values())
+    rest = [of.gate if isinstance(of, LoRA) else of for of in adapters.values()]  # what lanes are told need not be one
+    return sum(sizes) + nbytes(rest)
 
 
 def federation(
@@ -172,7 +174,7 @@ def needed(federation: Federation, pack: Pack, groups: int, at_once: int, spread
     """What one device needs for `groups` groups of lanes a round, `at_once` of them together; `spread`: of several."""
     decoder, config, parallel = federation.decoder, federation.config, federation.config.compute.model_parallel
     base = stored_shapes(param_shapes(decoder, config.dtype), config.quantise)
-    rows = groups * config_lib.steps_of_a_lane(config, federation.strategy) * pack.rows
+    rows = groups * method_lib.steps_of_a_lane(config, federation.strategy) * pack.rows
     adapters = asked(federation, pack.lanes)
     sums = jax.eval_shape(lambda *given: federation.strategy.collect(*given)[0], federation.state, _work(pack.lanes))
     lanes, width = on_a_device(adapters, parallel), computation(config.dtype).itemsize

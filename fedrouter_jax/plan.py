@@ -15,12 +15,13 @@ from rich.table import Table
 
 from fedrouter_jax import bank, memory
 from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import even_chunk
 from fedrouter_jax.models import DecoderConfig, model_config, module_shapes
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 
 # Shapes of models that may not be at hand, from their published configurations.
 SHAPES = {
@@ -93,8 +94,8 @@ def plan(
     decoder = known_shape(config.model)
     config_lib.check_length(config, decoder)
     clusters = config.cluster.global_clusters or 4
-    strategy = config_lib.strategy(config, clusters)
-    config_lib.check_strategy(config, strategy)
+    strategy = method_lib.strategy(config, clusters)
+    method_lib.check(config, strategy)
     start = memory.federation(decoder, config, strategy, clusters, platform)
     data = config.data
     held = config.cluster.local_clusters or min(clusters, {"single": 1, "dual": 2}.get(data.scenario, clusters))
@@ -102,7 +103,7 @@ def plan(
     if devices % parallel:
         raise UserError(f"--model-parallel is {parallel}, but there are {devices} devices; choose a divisor of that")
     rows_of_devices = devices // parallel
-    lanes = config_lib.lanes_of_a_round(config, strategy, held)
+    lanes = method_lib.lanes_of_a_round(config, strategy, held)
     groups, together = schedule.groups_of(lanes, config.compute.lanes_together, rows_of_devices)
     pack = pack_shape(config, row_tokens, response_tokens)
     pack = pack._replace(lanes=together, rows=together * config.local.batch)
@@ -114,7 +115,7 @@ def plan(
     at_once = even_chunk(here, most)
     shapes = param_shapes(decoder)
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
-    tokens = lanes * config_lib.steps_of_a_lane(config, strategy) * config.local.batch * row_tokens
+    tokens = lanes * method_lib.steps_of_a_lane(config, strategy) * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
     rounds = config.rounds.rounds
     phases = [strategy.phases(t, rounds) for t in (1, min(2, rounds), rounds)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import formats, idle
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def _check_origins(runs: Sequence[Run]) -> None:
         for key, named in (("data", run.config.data.data), ("model", run.config.model)):
             # One file is split by the seed, and synthetic rows are made by it.
             data = run.config.data
-            of = (key, named, run.config.dtype, run.config.quantise, data.columns, data.validation, run.config.seed)
+            of = (key, named, *((data.columns, data.validation, run.config.seed) if key == "data" else ()))
             other = known.setdefault(of, run) if key in found else run
             if other is not run and other.clusters[key] != found[key]:
                 kind = {"data": "rows", "model": "weights"}[key]
@@ -186,7 +187,7 @@ def notes(run: Run) -> list[str]:
             "--global-clusters, or more --local-clusters"
         )
     founders = config.data.clients - config.data.newcomers
-    if config_lib.told_slots(config_lib.strategy(config, total)) and total >= founders > 1:
+    if method_lib.told_slots(method_lib.strategy(config, total)) and total >= founders > 1:
         found.append(
             f"{total} groups for {founders} clients: hardly two of them share one, so little is averaged; give fewer "
             "--global-clusters, or more --clients"
@@ -199,9 +200,15 @@ def notes(run: Run) -> list[str]:
             f"{config.rounds.server_rate:g} is far; give about 0.01"
         )
     found += [f"without effect here: {option}" for option in idle.options(config)]
+    rows = sum(len(client["rows"]) for client in run.clusters["clients"])
+    there = run.clusters.get("training_rows", rows)
+    if rows < there and config.data.data != "synthetic":
+        found.append(
+            f"clients hold {rows} of {there} training rows, at most {config.data.train_rows} each (--train-rows); the "
+            "rest is left out"
+        )
     cut = run.clusters.get("cut_rows", 0)
     if cut:
-        rows = sum(len(client["rows"]) for client in run.clusters["clients"])
         found.append(
             f"{cut} of {rows} training rows lost their end, for they are longer than --max-length "
             f"{config.data.max_length} or --max-response {config.data.max_response} tokens"

@@ -21,8 +21,8 @@ from rich.filesize import decimal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, formats
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.records import (
     PARTS,
@@ -215,7 +215,7 @@ def setups(rows: Sequence[Row]) -> list[str]:
 
 def weighs(config: Config) -> bool:
     """Whether averages went by weights; of somebody's own method, which need not be here, that is supposed."""
-    return config.strategy not in STRATEGIES or config_lib.averages(config_lib.strategy(config, None))
+    return config.strategy not in STRATEGIES or method_lib.averages(method_lib.strategy(config, None))
 
 
 def to_csv(runs: Sequence[Run]) -> str:

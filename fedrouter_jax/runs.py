@@ -154,7 +154,12 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
     timings = {"taken_over": []} if timings is None else timings
     config = read_config(out)
     prepared = _prepared(out, lambda: experiment.prepare(config, shared.model))
-    done = checkpoint.latest(out / "checkpoints")
+    done, trained = checkpoint.latest(out / "checkpoints"), files.lines(out / "rounds.jsonl")
+    if done is None and trained:
+        raise UserError(
+            f"{out / 'rounds.jsonl'} tells of {len(trained)} rounds, but {out / 'checkpoints'} holds none; restore it, "
+            "or remove rounds.jsonl, scores.json and timings.json to train anew"
+        )
     processes.meet("nothing is saved since")
     embedded = (out / "embeddings.npy").exists()
     begun = None if done is None else _restored(out, prepared)  # first, for it refuses other rows and weights

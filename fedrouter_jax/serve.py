@@ -83,13 +83,15 @@ def route(
     with track("answering", len(texts)) as advance:
         said = answers.answer(prepared, state, prompts, weights, advance)
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
-    shown = bank_lib.of_clusters(owners, state.bank) if routed else list(range(weights.shape[1]))
+    clusters = bank_lib.of_clusters(owners, state.bank)
+    routed = routed and len(clusters) > 0
+    shown = clusters if routed else np.arange(weights.shape[1])[None]
     names = bank_lib.serving_names(owners, state.bank)
     return [
         {
             "text": text,
             "cut": encoded[i].truncated,
-            "adapter": " + ".join(_named(names[shown[place]], opened[place]) for place in np.flatnonzero(opened)),
+            "adapter": " + ".join(_named(names[place], opened[place]) for place in shown.ravel() if opened[place]),
             "slot": slot,
             "task": loaded.slot_tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],
@@ -97,8 +99,8 @@ def route(
             "round": int(state.round),
             **scored(references[i] if references else "", said[i]),
         }
-        for i, (text, opened) in enumerate(zip(texts, weights[:, shown], strict=True))
-        for slot in [int(opened.argmax())]
+        for i, (text, opened) in enumerate(zip(texts, weights, strict=True))
+        for slot in [int(opened[shown].sum(axis=0).argmax())]
     ]
 
 

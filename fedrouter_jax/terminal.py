@@ -65,10 +65,13 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
 def of_device(error: Exception) -> str | None:
     """What to say where a device is missing or full; None for other errors."""
     said = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is used up ({said[:200]}); give fewer clients, clusters or rows"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in said:
         return (
             f"a device's memory is used up ({said[:200]}); less at a time takes less: of a run --groups-at-once 1 "
-            "--packs-at-once 1 --rows-at-once 8 --remat, or, where it has begun, these under compute in its config.json"
+            "--packs-at-once 1 --rows-at-once 8 --remat (and a lower --rank), or, where it has begun, "
+            "these under compute in its config.json"
         )
     import jax
 

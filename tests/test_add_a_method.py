@@ -1,5 +1,6 @@
 """The example of docs/add-a-method.md works, and obeys the laws."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,11 +15,14 @@ import pytest
 import test_laws
 from helpers import assert_close, begin, play
 
-from fedrouter_jax import bank, config, runs
+from fedrouter_jax import bank, memory, method, runs, serve
 from fedrouter_jax.cli import main
+from fedrouter_jax.config import EvaluationConfig
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import tiny
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import fedit
-from fedrouter_jax.types import Phase
+from fedrouter_jax.types import LoRA, Phase
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
 CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
@@ -43,7 +47,12 @@ def test_the_laws_take_a_method_of_ones_own(tmp_path):
     assert done.returncode == 0 and int(done.stdout.split(": ")[-1]) > 5, done.stdout + done.stderr
 
 
-WRONG = """
+MORE = """
+import numpy as np
+
+from fedrouter_jax import bank
+from fedrouter_jax.federation import only_slot
+from fedrouter_jax.strategies.fedrouter import nearest_slot
 
 number = 3
 
@@ -76,6 +85,49 @@ def other_name():
     return made_of({"own": "client"})
 
 
+def moved_for_nothing():
+    return made_of({"main": LoRA(a="fixed", b="client")})
+
+
+def pair():
+    # Two adapters for each cluster.
+    owners = {"a": "cluster", "b": "cluster"}
+
+    def route(state, clients, view, mode):
+        own = nearest_slot(state, clients, view, mode)
+        return bank.weights(state.bank, {"a": 0.3 * own, "b": 0.7 * own})
+
+    both = Phase(train={"a": True, "b": True}, weights={"a": 1.0, "b": 1.0})
+    return Strategy(
+        "pair", owners, *owned(owners), route, enrolling="clustering", phases=lambda round, rounds: (both,)
+    )
+
+
+def turns():
+    # Clusters have turns, but one adapter.
+    return Strategy("turns", {"main": "shared"}, *owned({"main": "shared"}), only_slot, enrolling="clustering")
+
+
+def told():
+    # Lanes are told a number, of an array that NumPy made.
+    owners = {"main": "shared"}
+    init, ask, *rest = owned(owners)
+
+    def start(adapters, enrolment):
+        return init(adapters, enrolment)._replace(memory={"pull": np.full(4, 0.5, np.float32)})
+
+    def asked(state, work):
+        return ask(state, work) | {"pull": state.memory["pull"][work.client]}
+
+    def optimiser(adamw, rate, local):
+        return adamw
+
+    part = Phase(train={"main": True, "pull": False}, weights={"main": 1.0})
+    return Strategy(
+        "told", owners, start, asked, *rest, only_slot, phases=lambda round, rounds: (part,), optimiser=optimiser
+    )
+
+
 def informed(config):
     return made_of({"main": "client"})._replace(name=f"{config.rounds.rounds} rounds, scale {config.lora.scale}")
 
@@ -93,7 +145,7 @@ def test_the_page_trains_and_scores(page):
 
 
 def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, unanswered):
-    (tmp_path / "mymethods.py").write_text(CODE + WRONG)
+    (tmp_path / "mymethods.py").write_text(CODE + MORE)
     (tmp_path / "broken.py").write_text("\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "run"
@@ -114,6 +166,7 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         ("mymethods:stranger", "the owner of 'main' is 'clients'; choose among fixed, shared, "),
         ("mymethods:nameless", "owners are LoRA(a='client', b='shared', gate={}); expected a dict of named adapters"),
         ("mymethods:crossed", "client and cluster own the parts of 'main'"),
+        ("mymethods:moved_for_nothing", "a phase moves a of 'main', whose owner is fixed, so nobody would keep it;"),
         ("mymethods:other_name", "a phase tells of main, but the adapters are own; name all of them in `train`"),
         ("json:loads", "could not be called, with config if it takes one (TypeError"),
         ("broken:method", "ZeroDivisionError: division by zero, "),
@@ -125,10 +178,39 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         assert message in line
 
 
-def test_a_method_that_takes_a_config_is_given_the_runs(tmp_path, monkeypatch):
-    (tmp_path / "informed_methods.py").write_text(CODE + WRONG)
+@pytest.mark.parametrize("name", ["pair", "turns", "told"])
+def test_a_method_of_another_kind_trains_answers_and_goes_on(name, tmp_path, monkeypatch, unanswered):
+    (tmp_path / "other_methods.py").write_text(CODE + MORE)
     monkeypatch.syspath_prepend(tmp_path)
-    found = config.strategy(replace(smoke(), strategy="informed_methods:informed"), None)
+    out, config = tmp_path / "run", replace(smoke(), strategy=f"other_methods:{name}")
+    config = replace(config, rounds=replace(config.rounds, rounds=1), evaluation=EvaluationConfig(evaluate_at=()))
+    scores = runs.run(config, out)
+    runs.proceed(out)  # from its checkpoint
+    answers = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert {answer["slot"] for answer in answers} - {None} <= {*range(4 if name == "pair" else 1)}
+    assert ("routing_accuracy" in scores["personalised"]) == (name == "pair")
+    if name != "told":
+        shown = serve.route(out, ["Say yes."])[0]
+        both = f"a_{shown['slot']} (0.30) + b_{shown['slot']} (0.70)"
+        assert shown["adapter"] == ("shared_0" if name == "turns" else both)
+        written = json.loads((out / "router" / "router.json").read_text())["adapters"]
+        assert written == ([f"a_{slot} + b_{slot}" for slot in range(4)] if name == "pair" else [])
+    else:
+        federation = memory.federation(tiny.CONFIG, config, method.strategy(config, None), 1)
+        lanes = memory.asked(federation, 4)
+        assert memory.on_a_device(lanes, 1) == memory.nbytes(lanes)
+
+
+def test_owners_that_do_not_fit_an_adapter_are_named(federation):
+    gated = {"main": federation.adapters["main"]._replace(gate={"q_proj": jnp.zeros((2, 64, 1))})}
+    with pytest.raises(UserError, match=r"does not fit the adapters \(main: a, b, gate\); say one thing of each"):
+        bank.spread({"main": LoRA(a="client", b="shared")}, gated)
+
+
+def test_a_method_that_takes_a_config_is_given_the_runs(tmp_path, monkeypatch):
+    (tmp_path / "informed_methods.py").write_text(CODE + MORE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = method.strategy(replace(smoke(), strategy="informed_methods:informed"), None)
     assert found.name == f"3 rounds, scale {smoke().lora.scale}"
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import hlo
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.plan import SHAPES
 
 BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from fedrouter_jax import at_once, experiment
-from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.schedule import RoundConfig
@@ -18,7 +18,7 @@ def test_packs_suit_the_lanes_that_will_share_them(monkeypatch):
         config = dataclasses.replace(smoke(), strategy=name, rounds=RoundConfig(**rounds))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        return at_once.groups_of_lanes(config, config_lib.strategy(config, 4), held)
+        return at_once.groups_of_lanes(config, method_lib.strategy(config, 4), held)
 
     assert [lanes(devices) for devices in (1, 2, 8)] == [(1, 4), (1, 2), (1, 1)]
     assert lanes(1, clients=20) == (3, 7)  # of eight at most

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import jax
 import pytest
 
-from fedrouter_jax import runs, terminal
+from fedrouter_jax import __main__, runs, terminal
 from fedrouter_jax.cli import main
 from fedrouter_jax.terminal import in_a_line, parse
 
@@ -49,6 +50,9 @@ def one_line(capsys, *arguments):
     [
         (["--clients", "0"], "--clients is 0; it must be at least 1"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--clients", "3000000000"], "--clients is 3000000000; it must be below 2^31"),
+        (["--global-clusters", "10000000000"], "--global-clusters is 10000000000; give 1 or more"),
+        (["--template", "\udcff{instruction}"], "an option is '\\udcff{instruction}', which holds bytes that are not"),
         (["--template", "alpca"], "--template is 'alpca'; expected alpaca, short, chat (the model's own), or a text"),
         (["--template", "{instruction} {instruction}"], "or a text that holds {instruction} once"),
         (["--template", "chat"], "--template is chat, but the model's tokenizer has none that works"),
@@ -96,6 +100,32 @@ def test_values_that_cannot_run(arguments, expected, data, tmp_path, capsys, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = ["run", *SMALL, "--data", str(data), "--out", str(tmp_path / "run"), *arguments]
     assert expected in one_line(capsys, *run)
+
+
+def test_a_command_leaves_at_once_where_it_fails_and_says_so_by_its_exit_code(monkeypatch):
+    """Threads that a failed write left behind are not waited for; an interrupt may come before there is a command."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(sys, "argv", ["fedrouter", "run", "--clients", "0"])
+    __main__.console()
+    monkeypatch.setattr(sys, "argv", ["fedrouter", "plan", "--model", "tiny"])
+    __main__.console()
+
+    class Slow(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fedrouter_jax.cli", Slow("cli"))
+    __main__.console()
+    assert left == [2, 130]
+
+
+def test_a_machine_without_memory_left_is_told_in_one_line(capsys):
+    def full():
+        raise MemoryError("Unable to allocate 7 TiB")
+
+    assert terminal.guarded(full) == 2
+    assert "this machine's memory is used up (Unable to allocate 7 TiB); give fewer" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_how_it_goes_on(data, tmp_path, capsys, monkeypatch):

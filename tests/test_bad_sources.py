@@ -15,6 +15,12 @@ BAD_FILES = [
     ("empty.csv", b"", r"empty\.csv: no rows"),
     ("header.csv", b"instruction,output\n", r"header\.csv: no rows"),
     ("broken.jsonl", f"{GOOD}\n{GOOD[:20]}\n".encode(), r"broken\.jsonl line 3: not valid JSON \(.*column 21\)"),
+    (
+        "again.jsonl",
+        GOOD.encode() + b'{"instruction": "a", "output": "b", "output": "c"}',
+        r"line 2: .*'output' comes twice",
+    ),
+    ("again.json", b'[{"task": "a", "task": "b"}]', r"again\.json: .*the key 'task' comes twice"),
     ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl line 1: not JSON that can be read"),
     ("digits.jsonl", b'{"task": ' + b"1" * 5000 + b"}", r"digits\.jsonl line 1: not JSON that can be read"),
     ("newline.csv", b'"a\nb",c\n1,2\n', r"newline\.csv line 3: no column 'instruction' .* 'a\\nb', 'c'"),

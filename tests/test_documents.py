@@ -110,21 +110,6 @@ def test_the_headline_tables_and_gains_are_those_of_the_runs():
         assert re.sub(r" over \w+ \(\+0(.*) ± 0(.*); .*\)", r" (\1 ± \2)", gains[column].strip()) in SAID
 
 
-def test_the_gains_in_short_at_the_reduced_budget_are_those_of_its_runs():
-    """README: where the seeds tell two methods apart, and where not; then the lead is told all the same, if any."""
-    table = table1_tables.cells(summaries.load(RESULTS / "table1" / "runs"))
-    names = {"local": "Local", "clustered": "Clustered", "fedit": "FedIT", "fedex": "FedEx-LoRA"}
-    for part, named in (("personalised", "own tasks"), ("generalisation", "the mix")):
-        row = [named]
-        for scenario in ("single", "dual", "all"):
-            gain = table1_tables.gain(table, (scenario, part), "fedrouter+", max)
-            percent, over, lead, half = re.match(r"(\S+) % over (\S+) \(.0(\S+) ± 0(\S+); ", gain).groups()
-            told = {"all": f" ({percent} %, {lead} ± {half})", "single": f" ({lead} ± {half})"}.get(scenario, "")
-            level = f"level with {names[over]}{told if float(lead) else ''}"
-            row.append(level if float(lead) < float(half) else f"{percent} % over {names[over]} ({lead} ± {half})")
-        assert f"| {' | '.join(row)} |" in README
-
-
 @pytest.mark.parametrize(
     ("scenario", "method", "named"),
     [

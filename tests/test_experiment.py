@@ -16,7 +16,8 @@ from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import model_config
-from fedrouter_jax.models.decoder import Blocks, param_shapes
+from fedrouter_jax.models.decoder import Blocks
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import ditto
 from fedrouter_jax.types import RoundInfo

@@ -33,6 +33,20 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_whatever_is_raised(tmp_
         checkpoint.save(tmp_path, 2, {"x": jnp.zeros(2)})
 
 
+def test_numbers_that_changed_in_a_checkpoint_are_noticed(tmp_path, monkeypatch):
+    state = {"x": jnp.arange(6.0), "y": jnp.ones(3, jnp.bfloat16)}
+    other = checkpoint._crc32({**state, "x": state["x"].at[2].set(7)})
+    assert other != checkpoint._crc32(state) == checkpoint._crc32(dict(state))
+    monkeypatch.setattr(checkpoint, "_crc32", lambda state, own=checkpoint._crc32: own(state))
+    checkpoint.save(tmp_path, 0, state)
+    assert checkpoint.load(tmp_path, 0, state)["x"].tolist() == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(checkpoint, "_crc32", lambda state: other)  # as of an array that is read otherwise
+    with pytest.raises(UserError, match="its numbers are not those that were written.*move folder 0 away"):
+        checkpoint.load(tmp_path, 0, state)
+    monkeypatch.setattr(checkpoint, "_crc32", lambda state: None)  # of a process that holds only a part
+    assert checkpoint.load(tmp_path, 0, state)["y"].tolist() == [1, 1, 1]
+
+
 def test_asking_for_checkpoints_makes_no_folder(tmp_path):
     assert checkpoint.latest(tmp_path / "checkpoints") is None and not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ from fedrouter_jax import generate as generation
 from fedrouter_jax import lora
 from fedrouter_jax.data import synthetic, tokens
 from fedrouter_jax.embed import embed
-from fedrouter_jax.generate import generate
+from fedrouter_jax.generate import best_token, generate
 from fedrouter_jax.models import hidden_states, logits
 
 NEW = 10
@@ -49,6 +49,13 @@ def by_full_forwards(model, prompt, adapter, stop):
 @jax.jit(static_argnums=0)
 def forward(config, params, row, adapter, gates):
     return hidden_states(config, params, row, jnp.arange(row.shape[1])[None], lora=adapter, gates=gates)
+
+
+@pytest.mark.parametrize("tokens", [7, 128, 1000])
+def test_the_best_token_is_the_first_of_the_highest(tokens):
+    scores = np.random.default_rng(0).integers(-5, 5, (40, tokens)).astype(np.float32)  # many are equal
+    scores[0], scores[1, 3] = -np.inf, np.inf
+    np.testing.assert_array_equal(best_token(jnp.asarray(scores)), scores.argmax(axis=1))
 
 
 def test_a_mixed_batch_answers_as_each_adapter_alone(tiny, bank, prompts):

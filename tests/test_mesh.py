@@ -25,7 +25,7 @@ from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.strategies import fedrouter, fedsa
 from fedrouter_jax.terminal import guarded

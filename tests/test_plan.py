@@ -11,7 +11,7 @@ import pytest
 
 from experiments import programs
 from fedrouter_jax import bank, experiment, memory, plan
-from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.cli import main
 from fedrouter_jax.client import LocalConfig
 from fedrouter_jax.config import Config
@@ -19,7 +19,7 @@ from fedrouter_jax.data import schedule
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.lora import LoRAConfig
 from fedrouter_jax.models import MODULES, model_config
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import STRATEGIES
 
@@ -51,7 +51,7 @@ def test_planned_memory_is_that_of_the_compiled_round(name):
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
     pack = memory.Pack(tokens=512, predicted=128, rows=16, lanes=8)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, clients=clients))
-    strategy = config_lib.strategy(config, clusters)
+    strategy = method_lib.strategy(config, clusters)
     federation = memory.federation(decoder, config, strategy, clusters)
     found = memory.needed(federation, pack, groups, at_once)
     exact = programs.held(programs.round_of(federation, pack, groups, at_once).compile())
@@ -70,7 +70,7 @@ def test_groups_at_once_share_the_matrix_that_codes_become():
 
     def working(quantise, at_once):
         config = Config(quantise=quantise)
-        federation = memory.federation(SMOLLM, config, config_lib.strategy(config, 4), 4)
+        federation = memory.federation(SMOLLM, config, method_lib.strategy(config, 4), 4)
         return memory.needed(federation, pack, 4, at_once).working
 
     for at_once in (1, 4):
@@ -160,7 +160,7 @@ def test_newcomers_have_no_lanes():
     config = dataclasses.replace(smoke(), strategy="fedit", data=data)
     prepared = experiment.prepare(config)
     work, _ = experiment.round_inputs(prepared, experiment.members(prepared, experiment.enroll(prepared, None)), 1)
-    assert config_lib.lanes_of_a_round(config, prepared.strategy, 1) == len(work.client) == 3
+    assert method_lib.lanes_of_a_round(config, prepared.strategy, 1) == len(work.client) == 3
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,8 @@ def test_answers_shown_are_those_to_clients_own_tasks(tmp_path):
 def test_runs_whose_rows_or_weights_had_one_name_and_were_others_are_not_compared(tmp_path):
     paths = [make_run(tmp_path / name, strategy=name, seed=seed) for name, seed in (("fedrouter", 0), ("fedit", 0))]
     paths.append(make_run(tmp_path / "other seed", seed=1))  # whose rows may be split otherwise
-    for key in ("data", "model"):
-        for path, value in zip(paths, "aab", strict=True):
+    for key, values in (("data", "aab"), ("model", "aaa")):  # weights are not the seed's
+        for path, value in zip(paths, values, strict=True):
             change_json(path / "clusters.json", **{key: value})
         records.rows_of(records.read_all(paths))
         change_json(paths[1] / "clusters.json", **{key: "b"})
@@ -243,6 +243,13 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
         "3 of 20 test rows have an instruction that is among the train"
     )
     assert random.startswith("the model is random")
+    rows = sum(len(client["rows"]) for client in clusters["clients"])
+    assert noted(training_rows=rows) == [random]
+    assert noted(training_rows=100) == [random]  # of rows that are made for the run
+    mine = make_run(tmp_path / "mine", data=replace(CONFIG.data, data="mine"))
+    change_json(mine / "clusters.json", training_rows=100)
+    said = f"clients hold {rows} of 100 training rows, at most {CONFIG.data.train_rows} each (--train-rows)"
+    assert records.notes(records.read(mine))[1].startswith(said)
     more = {"clusters": 5, "slot_tasks": [*TASKS, "none", "none"]}
     filled = [[*row, -1] for row in clusters["table"]]  # of three clusters that a client may hold, two
     empty, _, missed = noted(**more, table=filled, never_trained=[[0, 1], [2, 0]])

@@ -311,12 +311,12 @@ def test_a_folder_that_another_process_makes_meanwhile_is_free(tmp_path, monkeyp
     "kept, missing",
     [
         (["embeddings.npy"], {"total", "embed"}),  # killed before there were clusters
-        (["embeddings.npy", "clusters.json", "checkpoints/3"], {"total", "embed", "cluster"}),
+        (["rounds.jsonl", "embeddings.npy", "clusters.json", "checkpoints/3"], {"total", "embed", "cluster"}),
     ],
 )
 def test_a_resumed_run_notes_the_times_that_it_knows(kept, missing, finished, tmp_path, unanswered):
     run = tmp_path / "run"
-    for name in ("config.json", "rounds.jsonl", *kept):
+    for name in ("config.json", *kept):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, run / name)
     runs.proceed(run)

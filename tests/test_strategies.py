@@ -11,7 +11,7 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 
 from fedrouter_jax import client, lora, routing
-from fedrouter_jax import config as config_lib
+from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config, EvaluationConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.presets import smoke
@@ -103,7 +103,7 @@ def test_feddpa_compares_a_text_with_its_clients_own_prompts():
 def test_feddpa_f_has_a_private_round_however_few_there_are():
     """The last of three, of which a fifth is less than one."""
     config = replace(smoke(), strategy="feddpa-f")
-    strategy = config_lib.strategy(config, None)
+    strategy = method_lib.strategy(config, None)
     shared = [bool(strategy.phases(t, 3)[0].train["global"]) for t in (1, 2, 3)]
     assert config.rounds.rounds == 3 and shared == [True, True, False]
     assert [shared_rounds(rounds) for rounds in (1, 2, 6, 25)] == [1, 1, 5, 20]  # nor is the only one private
@@ -164,7 +164,7 @@ def test_what_comes_down_is_counted(federation):
 
 @pytest.mark.parametrize("name", ["fedex", "flora"])
 def test_what_is_added_to_the_weights_is_scaled_as_the_config_says(name):
-    strategy = config_lib.strategy(Config(name, lora=lora.LoRAConfig(rank=4, alpha=12.0)), None)
+    strategy = method_lib.strategy(Config(name, lora=lora.LoRAConfig(rank=4, alpha=12.0)), None)
     state = strategy.init({"main": SMALL}, routing.one_cluster_each([3]))._replace(memory={"q": jnp.ones((1, 2, 2))})
     moved = strategy.base(state, {"blocks": {"q": {"kernel": jnp.ones((1, 2, 2))}}})["blocks"]["q"]
     np.testing.assert_array_equal(moved["shift"], jnp.full((1, 2, 2), 12.0 / 4))
@@ -173,7 +173,7 @@ def test_what_is_added_to_the_weights_is_scaled_as_the_config_says(name):
 def test_floras_fresh_adapters_are_drawn_by_the_configs_seed():
     drawn = []
     for seed in (0, 0, 1):
-        strategy = config_lib.strategy(Config("flora", seed=seed), None)
+        strategy = method_lib.strategy(Config("flora", seed=seed), None)
         state = strategy.init({"main": SMALL}, routing.one_cluster_each([3]))._replace(round=jnp.ones((), int))
         drawn.append(strategy.ask(state, Work(*np.zeros((3, 1), int)))["main"].a["q"].tolist())
     assert drawn[0] == drawn[1] != drawn[2]
@@ -183,7 +183,7 @@ def test_floras_fresh_adapters_are_drawn_by_the_configs_seed():
 @pytest.mark.parametrize("weight_on, expected", [("local", [[1, 0], [0.5, 0.5]]), ("global", [[0, 1], [0.5, 0.5]])])
 def test_instance_weights_are_on_the_adapter_that_the_config_says(name, weight_on, expected):
     """A text at right angles to its client's prompts: a weight of zero, and the other adapter has all. And one like."""
-    strategy = config_lib.strategy(Config(name, evaluation=EvaluationConfig(instance_weight=weight_on)), None)
+    strategy = method_lib.strategy(Config(name, evaluation=EvaluationConfig(instance_weight=weight_on)), None)
     state = strategy.init(dict.fromkeys(strategy.owners, SMALL), routing.one_cluster_each([3]))
     texts, prompts = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[[0.0, 1.0]]])
     view = View(hidden=lambda weights: texts, references=lambda weights: prompts)
@@ -191,7 +191,7 @@ def test_instance_weights_are_on_the_adapter_that_the_config_says(name, weight_o
 
 
 def test_a_warm_start_takes_a_third_of_the_configs_rounds():
-    strategy = config_lib.strategy(Config("fedrouter-warm", rounds=RoundConfig(rounds=9)), 2)
+    strategy = method_lib.strategy(Config("fedrouter-warm", rounds=RoundConfig(rounds=9)), 2)
     enrolment = routing.one_cluster_each([3, 3], 2)._replace(table=jnp.array([[0], [1]]))
     lanes = {"main": jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1]), SMALL)}
     state, work = strategy.init({"main": SMALL}, enrolment), Work(np.arange(2), np.zeros(2, int), np.ones(2))

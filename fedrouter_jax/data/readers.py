@@ -71,7 +71,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
             continue
         place = f"{path} line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{place}: not valid JSON ({error.msg} at column {error.colno}); expected one object on each line"
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
         yield from _read_jsonl(path)
         return
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); expected a list of "
@@ -99,6 +99,15 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
     for number, record in enumerate(records, 1):
         place = f"{path} row {number}"
         yield place, _object(record, place)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, whose keys come once each: of two, JSON itself would silently take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in an object")
+    return found
 
 
 def _object(record: object, place: str) -> Record:

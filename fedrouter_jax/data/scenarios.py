@@ -224,7 +224,7 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         if empty is not None:
             raise UserError(
                 f"client {empty} gets no {split} row: {dataset.name} has too few rows for {clients} clients; "
-                "lower --clients or bring more rows"
+                f"lower --clients or bring more rows{' (of each label, or leave out --balanced)' * config.balanced}"
             )
     mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
     turn = [(client + config.shift) % clients for client in range(clients)]

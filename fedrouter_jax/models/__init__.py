@@ -6,13 +6,14 @@ from fedrouter_jax.models.decoder import (
     LOOP,
     Blocks,
     decode_step,
+    first_blocks,
     hidden_states,
-    init_params,
     logits,
     prefill,
 )
 from fedrouter_jax.models.load import Model, load_model, model_config, on_device
 from fedrouter_jax.models.matrices import values
+from fedrouter_jax.models.parameters import init_params
 from fedrouter_jax.models.tiny import tiny_params, tiny_tokenizer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "decode_step",
     "empty_cache",
+    "first_blocks",
     "hidden_states",
     "init_params",
     "load_model",

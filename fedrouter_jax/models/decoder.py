@@ -27,7 +27,7 @@ from fedrouter_jax.models.attention import attend, attention_mask
 from fedrouter_jax.models.cache import PAGE, Cache, attend_cache, pages_of, stored
 from fedrouter_jax.models.config import MODULES, DecoderConfig, module_shapes
 from fedrouter_jax.models.low_rank import Adapter, low_rank
-from fedrouter_jax.models.matrices import MATRICES, computation, rounded_product, values
+from fedrouter_jax.models.matrices import rounded_product, values
 from fedrouter_jax.types import Array, LoRA, PyTree
 
 _INIT = nn.initializers.normal(0.02)
@@ -235,18 +235,26 @@ def hidden_states(
     says how gradients are to run them.
     """
     _check(config, lora)
-    if layers is not None and layers != config.layers:
-        if not 0 <= layers <= config.layers:
-            raise UserError(f"asked for {layers} layers; expected 0 to {config.layers}, the depth of the model")
-        config = dataclasses.replace(config, layers=layers)
-        params = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])}
-        lora = jax.tree.map(lambda leaf: leaf[:layers], lora)
+    if layers is not None:
+        config, params, lora = first_blocks(config, params, lora, layers)
     segments = jnp.ones_like(tokens) if segments is None else segments
     keys = keys if lora is not None and dropout > 0 else None
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates
     model = Decoder(config, dropout, final_norm=final_norm, blocks=blocks)
     mask = attention_mask(config, segments)
     return model.apply({"params": params}, tokens, positions, mask, lora, gates, keys)[0]
+
+
+def first_blocks(
+    config: DecoderConfig, params: PyTree, lora: LoRA | None, layers: int
+) -> tuple[DecoderConfig, PyTree, LoRA | None]:
+    """The model of the first `layers` blocks alone, and what adapts them; a copy, inside a program one a call."""
+    if not 0 <= layers <= config.layers:
+        raise UserError(f"asked for {layers} layers; expected 0 to {config.layers}, the depth of the model")
+    if layers == config.layers:
+        return config, params, lora
+    blocks, lora = jax.tree.map(lambda leaf: leaf[:layers], (params["blocks"], lora))
+    return dataclasses.replace(config, layers=layers), {**params, "blocks": blocks}, lora
 
 
 def prefill(
@@ -315,37 +323,3 @@ def logits(config: DecoderConfig, params: PyTree, hidden: Array) -> Array:
     if head.dtype == jnp.float32:
         return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (1,)), ((), ())))
     return rounded_product(hidden, head, 1)
-
-
-def param_shapes(config: DecoderConfig, dtype="float32") -> PyTree:
-    """The tree of `jax.ShapeDtypeStruct` that `params` must match; `dtype` is one of `DTYPES`."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1, 1, 1), bool)
-    key = jax.eval_shape(jax.random.key, 0)
-    whole = computation(dtype)
-    shapes = jax.eval_shape(Decoder(config, dtype=whole).init, key, tokens, tokens, mask)["params"]
-
-    def rounded(path, leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if path[-1].key in MATRICES else whole)
-
-    return jax.tree_util.tree_map_with_path(rounded, shapes) if dtype == "mixed" else shapes
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def init_params(config: DecoderConfig, key: Array, dtype="float32") -> PyTree:
-    """Fresh parameters: normal with standard deviation 0.02, biases zero, norms one."""
-    shapes = param_shapes(config, dtype)
-    # One draw for all leaves compiles many times faster than Linen's one draw a leaf inside the scan.
-    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    draws = 0.02 * jax.random.normal(key, (size,), computation(dtype))
-    used = 0
-
-    def leaf(path, shape):
-        nonlocal used
-        used += shape.size
-        name = path[-1].key
-        if name in MATRICES:
-            return draws[used - shape.size : used].reshape(shape.shape).astype(shape.dtype)
-        return jnp.full(shape.shape, 0 if name == "bias" else 1, shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)

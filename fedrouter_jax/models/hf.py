@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models.config import DecoderConfig, from_hf
-from fedrouter_jax.models.decoder import param_shapes
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.types import PyTree
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -127,6 +127,13 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{path} does not exist, but {index.name} names it; expected every shard: download it again"
             )
     return files
+
+
+def read_files(folder: Path) -> list[Path]:
+    """What a model is made from: the weights, and what its folder has to say of their shapes and of the tokenizer."""
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    names += ["tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"]
+    return [*weight_files(folder), *(folder / name for name in names if (folder / name).exists())]
 
 
 def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:

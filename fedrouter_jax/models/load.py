@@ -136,6 +136,12 @@ def load_model(
             f"the end token of {name} is number {model.tokenizer.eos_token_id}, but the model embeds "
             f"{model.config.vocab_size}; are model and tokenizer of one model?"
         )
+    try:
+        letters = model.tokenizer("a")["input_ids"]
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"the tokenizer of {name} cannot read text: {' '.join(str(error).split())[:200]}") from error
+    if not letters:
+        raise UserError(f"the tokenizer of {name} makes no token of the text 'a'; are all its files there?")
     _check_finite(model)
     params = quantise_params(model.params, quantise)
     return model._replace(params=place(as_bits(params) if jax.default_backend() == "cpu" else params))
@@ -166,4 +172,4 @@ def _load(name: str, dtype: str) -> Model:
         return Model(name, fingerprint, config, params, _gguf_tokenizer(path, fingerprint), base_name)
     folder = Path(name) if Path(name).is_dir() else hf.download(name)
     config, params = hf.load_folder(folder, dtype)
-    return Model(name, _sha256(hf.weight_files(folder)), config, params, _folder_tokenizer(folder, name), name)
+    return Model(name, _sha256(hf.read_files(folder)), config, params, _folder_tokenizer(folder, name), name)

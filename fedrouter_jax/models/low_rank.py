@@ -73,11 +73,14 @@ def _compete(x: Array, gate: Array, gates: Array) -> Array:
     taken = (gates.reshape(*gates.shape[:-1], slots, rank)[..., 0] != 0)[..., None]
     if seats > 1:
         taken = taken & jnp.any(gate != 0, axis=0)
-    scores = jnp.tensordot(x, gate, 1).astype(jnp.float32)
+    scores = jnp.tensordot(x, gate, 1, preferred_element_type=jnp.float32)
     scores = jnp.where(taken, scores, -1e30)
     if seats > 1:  # with one seat a slot, all that are taken count
         flat = scores.reshape(*scores.shape[:-2], slots * seats)
-        place = jnp.argsort(jnp.argsort(-flat)).reshape(scores.shape)
+        mine, others = flat[..., :, None], flat[..., None, :]
+        earlier = jnp.tri(slots * seats, k=-1, dtype=bool)  # of equal scores the first comes first
+        # How many come before it; by comparing all pairs, for sorting takes several times as long.
+        place = jnp.sum((others > mine) | ((others == mine) & earlier), axis=-1).reshape(scores.shape)
         counted = taken.any(-1).sum(-1)[..., None, None]
         scores = jnp.where(place < counted, scores, -1e30)
     mix = nn.softmax(scores, axis=(-2, -1)).sum(-1)

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fedrouter_jax.keys import key_of
 from fedrouter_jax.models.config import DecoderConfig
-from fedrouter_jax.models.decoder import init_params
+from fedrouter_jax.models.parameters import init_params
 from fedrouter_jax.types import PyTree
 
 if TYPE_CHECKING:

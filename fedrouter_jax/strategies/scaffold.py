@@ -62,7 +62,7 @@ def scaffold(clients: int | None = None) -> Strategy:
                 return total.at[lanes.client].add(jnp.where(here, new - old[lanes.client], 0))
 
             change = jax.tree.map(changed, sums[1], adapters["drift"], state.memory)
-            return add(sums[0], lanes, {"main": adapters["main"]}), change
+            return add(sums[0], lanes, adapters), change
 
         return (nothing, jax.tree.map(jnp.zeros_like, state.memory)), added
 

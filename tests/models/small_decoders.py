@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import models
-from fedrouter_jax.models import decoder
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.types import LoRA
 
 BASE = models.DecoderConfig(
@@ -32,7 +32,7 @@ def make_params(config):
         draw = rng.normal(size=shape.shape) * scale if scale else rng.uniform(0.5, 1.5, shape.shape)
         return jnp.asarray(draw, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, decoder.param_shapes(config))
+    return jax.tree_util.tree_map_with_path(leaf, param_shapes(config))
 
 
 def make_tokens(*shape, seed=0):
@@ -87,5 +87,5 @@ def filled(config, params, tokens, lengths, slots, new=1, lora=None, gate=None):
 
 def rounded(params):
     """Mixed precision: matrices in bfloat16, the rest in float32."""
-    shapes = decoder.param_shapes(BASE, "mixed")
+    shapes = param_shapes(BASE, "mixed")
     return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), params, shapes)

@@ -11,6 +11,7 @@ from small_decoders import BASE, KINDS, RANK, close, empty, make_lora, make_para
 from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import decoder, low_rank, matrices
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.types import LoRA
 
 
@@ -189,7 +190,7 @@ def test_the_norms_gradient_is_that_of_its_formula(backend, monkeypatch):
 def test_init_params_match_the_declared_shapes():
     config = KINDS["biased, normed, wide heads"]
     params = models.init_params(config, jax.random.key(0), "bfloat16")
-    shapes = decoder.param_shapes(config, "bfloat16")
+    shapes = param_shapes(config, "bfloat16")
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
     for module, shape in models.module_shapes(config).items():
         assert params["blocks"][module]["kernel"].shape == (config.layers, *shape)

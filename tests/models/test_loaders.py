@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +156,34 @@ def test_the_fingerprint_is_of_every_weight_file(tmp_path):
     assert len(found) == 3
 
 
+def test_a_folder_with_another_tokenizer_or_configuration_is_another_model(llama, tmp_path):
+    whole = models.load_model(str(llama)).fingerprint
+    for name, key, value in (
+        ("config.json", "rope_theta", 500.0),
+        ("tokenizer_config.json", "pad_token", None),
+        ("README.json", "", ""),
+    ):
+        folder = shutil.copytree(llama, tmp_path / name)
+        found = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(found | {key: value}))
+        assert (models.load_model(str(folder)).fingerprint == whole) == (name == "README.json")
+
+
+@pytest.mark.parametrize("answer", [ValueError("Missing [UNK] token"), {"input_ids": []}])
+def test_a_tokenizer_that_cannot_read_text_is_named(llama, answer, monkeypatch):
+    class Mute:
+        eos_token_id = 1
+
+        def __call__(self, text):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(load, "_folder_tokenizer", lambda *_: Mute())
+    with pytest.raises(UserError, match="cannot read text: Missing|makes no token of the text 'a'"):
+        models.load_model(str(llama))
+
+
 def test_load_model_from_a_folder(llama):
     model = models.load_model(str(llama))
     assert model.name == model.base_name == str(llama) and len(model.fingerprint) == 64
@@ -220,9 +247,10 @@ def test_the_tiny_model_is_the_same_every_time():
 
 def test_the_end_token_may_be_number_zero(monkeypatch):
     """As that of SmolLM2's base is."""
-    found = models.load_model("tiny")._replace(tokenizer=SimpleNamespace(eos_token_id=0))
+    found = models.load_model("tiny")
+    found.tokenizer.eos_token = found.tokenizer.convert_ids_to_tokens(0)
     monkeypatch.setattr(load, "_load", lambda name, dtype: found)
-    assert models.load_model("any").tokenizer is found.tokenizer
+    assert models.load_model("any").tokenizer.eos_token_id == 0
 
 
 def test_swish_is_another_name_of_silu(broken):

@@ -1,0 +1,123 @@
+"""The method of a config: its strategy, whether that can work as configured, and what it asks of a run."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import numpy as np
+
+from fedrouter_jax import server as server_lib
+from fedrouter_jax import strategies
+from fedrouter_jax.config import Config
+from fedrouter_jax.data.schedule import taking_part
+from fedrouter_jax.errors import UserError
+from fedrouter_jax.strategies import feddpa
+from fedrouter_jax.types import OWNERSHIP, LoRA, PyTree, Strategy
+
+
+def strategy(config: Config, clusters: int | None) -> Strategy:
+    """The configured strategy; `clusters` is n_g, None where it is yet to be found."""
+    weight_on = {"weight_on": config.evaluation.instance_weight}
+    options = {
+        "feddpa-t": weight_on,
+        "feddpa-f": {"together": feddpa.shared_rounds(config.rounds.rounds), **weight_on},
+        "fedex": {"scale": config.lora.scale},
+        "flora": {"scale": config.lora.scale, "seed": config.seed},
+        "scaffold": {"clients": config.data.clients - config.data.newcomers},
+        "fedlease": {"experts": clusters or config.cluster.max_clusters},
+        "fedrouter-warm": {"together": config.rounds.rounds // 3},
+    }
+    told = {} if config.strategy in strategies.STRATEGIES else {"config": config}
+    return strategies.find(config.strategy)(**options.get(config.strategy, told))
+
+
+def check(config: Config, strategy: Strategy) -> None:
+    """Raise `UserError` where a method cannot work as configured."""
+    if strategy.base is not None and config.rounds.server != "average":
+        raise UserError(
+            f"--server is {config.rounds.server}, but what {strategy.name} adds to the frozen weights belongs to plain "
+            "averages; use --server average"
+        )
+    if not isinstance(strategy.owners, dict):
+        raise UserError(
+            f"{strategy.name}: owners are {strategy.owners!r}; expected a dict of named adapters, such as "
+            '{"main": "shared"}'
+        )
+    names = set(strategy.owners)
+    for name, parts in strategy.owners.items():
+        found = set(jax.tree.leaves(parts))
+        strange = sorted(found - set(OWNERSHIP))
+        if strange:
+            raise UserError(
+                f"{strategy.name}: the owner of {name!r} is {strange[0]!r}; choose among {', '.join(OWNERSHIP)}"
+            )
+        if {OWNERSHIP[owner].slot_per for owner in found} >= {"cluster", "client"}:
+            raise UserError(
+                f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
+                "pair; give one part to all (shared), or both to the same"
+            )
+    if told_slots(strategy) and config.cluster.global_clusters == 0:
+        raise UserError(
+            f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
+            "its slots"
+        )
+    phases = strategy.phases(1, config.rounds.rounds)
+    for train, weights in phases:
+        told = set(train) if isinstance(train, dict) else names
+        if strategy.optimiser is not None:  # what it is given beside adapters has no owner
+            told &= names
+        if told != names or not names >= set(weights) > set():
+            raise UserError(
+                f"{strategy.name}: a phase tells of {', '.join(sorted({*told, *weights}))}, but the adapters are "
+                f"{', '.join(sorted(names))}; name all of them in `train`, and those of the forward pass in `weights` "
+                "(without `phases` there is one, main)"
+            )
+        for name, part in itertools.product(strategy.owners, LoRA._fields):
+            owned, moved = (jax.tree.leaves(_part(tree, name, part)) for tree in (strategy.owners, train))
+            kept = [owner for owner in owned if not OWNERSHIP[owner].trained]
+            if kept and any(np.any(move) for move in moved):
+                raise UserError(
+                    f"{strategy.name}: a phase moves {part} of {name!r}, whose owner is {kept[0]}, so nobody would "
+                    f"keep it; say {part}=False of it in `train`"
+                )
+    if config.local.steps < len(phases):
+        raise UserError(
+            f"--steps is {config.local.steps}; {strategy.name} shares them among {len(phases)} phases of a round"
+        )
+
+
+def _part(tree: PyTree, name: str, part: str) -> PyTree:
+    """What a prefix tree of adapters says of one part of one of them."""
+    of = tree[name] if isinstance(tree, dict) else tree
+    return getattr(of, part) if isinstance(of, LoRA) else of
+
+
+def averages(strategy: Strategy) -> bool:
+    """Whether lanes are averaged by their weights."""
+    return server_lib.moves(strategy.owners) and not strategy.pooled
+
+
+def has_slots(strategy: Strategy) -> bool:
+    """Whether adapters are the clusters'."""
+    return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))
+
+
+def told_slots(strategy: Strategy) -> bool:
+    """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
+    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
+
+
+def steps_of_a_lane(config: Config, strategy: Strategy) -> int:
+    """Optimiser steps of a lane in a round: those of all clients that take part where their rows are pooled."""
+    return config.local.steps * (_taking_part(config) if strategy.pooled else 1)
+
+
+def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
+    """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
+    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    return 1 if strategy.pooled else _taking_part(config) * each
+
+
+def _taking_part(config: Config) -> int:
+    return taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
