@@ -121,9 +121,11 @@ def phases(federation: memory.Federation, time: int, clusters: int, on: Mesh) ->
     here, turn, owner, lengths, dealt, number = everywhere(
         on, (Packs(*[packs()] * 3), Packs(*[packs(turns)] * 3), packs(turns), ints(rows), (ints(pages),) * 2, ints())
     )
-    layers = None if recipe.depth is None else embed.blocks(decoder, recipe.depth)
+    layers = embed.blocks(decoder, recipe.depth)
+    shallow = base | {"blocks": jax.tree.map(lambda leaf: leaf.update(shape=(layers, *leaf.shape[1:])), base["blocks"])}
+    first = replace(decoder, layers=layers)
     return {
-        "embedding": embed.pooled.lower(decoder, base, here, None, None, layers, False, recipe.skip),
+        "embedding": embed.pooled.lower(first, shallow, here, None, None, recipe.depth is None, False, recipe.skip),
         "reading": generate.prefill.lower(
             decoder, base, turn, owner, number, lengths, dealt, state, slots, gates, stop=0
         ),

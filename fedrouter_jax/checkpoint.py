@@ -80,7 +80,7 @@ def _crc32(state: PyTree) -> int | None:
     """A checksum of all numbers, which Orbax does not keep; None where this process does not hold them all."""
     sums = 0
     for leaf in jax.tree.leaves(state):
-        if not leaf.is_fully_addressable:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return None
         sums = zlib.crc32(np.asarray(leaf).tobytes(), sums)
     return sums

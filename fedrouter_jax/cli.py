@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> None:
     """`fedrouter run`."""
-    from fedrouter_jax import idle, runs
+    from fedrouter_jax import idle, processes, runs
     from fedrouter_jax import method as method_lib
 
     preset, arguments = take_preset(arguments)
@@ -161,11 +161,11 @@ def run(arguments: list[str]) -> None:
     )
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
+    together(parsed.processes)
     config_lib.check(parsed.config)
     method_lib.check(parsed.config, method_lib.strategy(parsed.config, None))
-    for option in idle.options(parsed.config):  # now, for the run may take hours
+    for option in idle.options(parsed.config) if processes.first() else ():  # now, for the run may take hours
         print(f"note: without effect here: {option}", file=sys.stderr)
-    together(parsed.processes)
     with resumable(out):
         with progress() as track:
             runs.run(parsed.config, out, track)

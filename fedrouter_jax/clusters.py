@@ -73,19 +73,22 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
 
 
 def origin(prepared: Prepared) -> dict[str, str]:
-    """What all of a run is made from, by its sha256: rows, if read, weights and tokenizer, whatever their names say."""
+    """What all of a run is made from, by its sha256: rows, if read, the weights, and what describes them."""
     rows = {} if prepared.dataset is None else {"data": digest(prepared.dataset)}
-    return {**rows, "model": prepared.model.fingerprint}
+    described = {"described": prepared.model.described} if prepared.model.described else {}
+    return {**rows, "model": prepared.model.fingerprint, **described}
 
 
 def check_origin(found: Mapping[str, Any], prepared: Prepared) -> None:
     """Raise `ValueError` where a file does not say that it was made from just these."""
+    config = prepared.config
     names = {
-        "data": f"rows of {prepared.config.data.data}",
-        "model": f"weights or tokenizer of {prepared.config.model}",
+        "data": f"rows of {config.data.data}",
+        "model": f"weights of {config.model}",
+        "described": f"configuration or the tokenizer of {config.model}",
     }
     for key, value in origin(prepared).items():
-        if found.get(key) != value:
+        if found.get(key, value if key == "described" else None) != value:  # runs of before do not tell that
             raise ValueError(f"the {names[key]} were others then")
 
 

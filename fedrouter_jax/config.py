@@ -165,10 +165,10 @@ def check(config: Config) -> None:
     ):
         if count is not None and not 0 <= count < 2**31:
             raise UserError(
-                f"{flag} is {count}; give 1 or more, or 0 (for clusters: chosen by silhouette; a round: all)"
+                f"{flag} is {count}; give 1 to {2**31 - 1}, or 0 (for clusters: chosen by silhouette; a round: all)"
             )
     if not 2 <= config.cluster.max_clusters < 2**31:
-        raise UserError(f"--max-clusters is {config.cluster.max_clusters}; a silhouette chooses among 2 or more")
+        raise UserError(f"--max-clusters is {config.cluster.max_clusters}; a silhouette chooses among 2 to {2**31 - 1}")
     if config.dtype == "mixed" and config.quantise != "none":
         raise UserError(
             f"--dtype mixed rounds the matrices that --quantise {config.quantise} stores as codes; choose one of them, "

@@ -241,7 +241,7 @@ def start(prepared: Prepared, enrolment: routing.Enrolment) -> FederationState:
     config, decoder = prepared.config, prepared.model.config
     fresh = lora.init(key_of(config.seed), decoder, config.lora)
     made = prepared.strategy.init(dict.fromkeys(prepared.strategy.owners, fresh), enrolment)
-    state = made._replace(memory=jax.tree.map(jnp.asarray, made.memory))  # a method's own may be NumPy's
+    state = jax.tree.map(jnp.asarray, made)  # what a method makes itself may be NumPy's
     server = server_lib.optimiser(config.rounds.server, config.rounds.server_rate)
     return placed(prepared, state._replace(server=server_lib.init(server, prepared.strategy.owners, state.bank)))
 

@@ -41,10 +41,15 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
         if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer
             founders = config.data.clients - config.data.newcomers
             known = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed).tolist()
-        whose = {str(client): names[clusters[0, table[client, 0]]] for client in known}
+        whose = {str(client): named(names, clusters[:, table[client, 0]]) for client in known}
         peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:
         peft_io.write_shift(folder, strategy.base(state, model.params))
+
+
+def named(names: Sequence[str], slots: np.ndarray) -> str:
+    """The adapters of a cluster, nearly always one."""
+    return " + ".join(names[slot] for slot in slots)
 
 
 def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks: Sequence[str]) -> None:
@@ -64,7 +69,7 @@ def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks
         "text": "the bare instruction, no template",
         "max_length": config.data.max_length,
         "metric": "euclidean",
-        "adapters": [" + ".join(names[slot] for slot in one) for one in bank_lib.of_clusters(owners, state.bank).T],
+        "adapters": [named(names, slots) for slots in bank_lib.of_clusters(owners, state.bank).T],
         "tasks": list(slot_tasks),
         "held": sorted({*np.asarray(state.table).ravel().tolist()} - {-1}),
     }

@@ -105,7 +105,8 @@ class Clusters(TypedDict):
     seen_rows: NotRequired[int]  # test rows that are asked, with an instruction of the training rows
     test_rows: NotRequired[int]  # that are asked
     data: NotRequired[str]  # sha256 of all rows
-    model: NotRequired[str]  # that of the weights and the tokenizer
+    model: NotRequired[str]  # that of the weights
+    described: NotRequired[str]  # that of the model's configuration and tokenizer, where they are files of their own
     config: NotRequired[dict[str, Any]]  # choices by section.name
     clients: list[Client]
 

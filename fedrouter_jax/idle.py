@@ -33,9 +33,6 @@ def options(config: Config) -> list[str]:
         and clusters
         and config.cluster.local_clusters
         and config.cluster.global_clusters,
-        "--turns (all clusters train in every round, --clusters-per-round 0)": changed("rounds", "turns")
-        and lanes
-        and config.rounds.clusters_per_round == 0,
         "--learning-rate (one round has --min-learning-rate)": changed("local", "learning_rate")
         and config.rounds.rounds == 1,
         f"--turns {no_rows}": changed("rounds", "turns") and not lanes,

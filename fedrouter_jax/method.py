@@ -13,7 +13,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data.schedule import taking_part
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.strategies import feddpa
-from fedrouter_jax.types import OWNERSHIP, LoRA, PyTree, Strategy
+from fedrouter_jax.types import OWNERSHIP, LoRA, Owner, PyTree, Strategy
 
 
 def strategy(config: Config, clusters: int | None) -> Strategy:
@@ -62,8 +62,9 @@ def check(config: Config, strategy: Strategy) -> None:
             f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
             "its slots"
         )
-    phases = strategy.phases(1, config.rounds.rounds)
-    for train, weights in phases:
+    rounds = config.rounds.rounds
+    by_round = [strategy.phases(t, rounds) for t in (1, min(2, rounds), rounds)]
+    for train, weights in itertools.chain(*by_round):
         told = set(train) if isinstance(train, dict) else names
         if strategy.optimiser is not None:  # what it is given beside adapters has no owner
             told &= names
@@ -74,16 +75,14 @@ def check(config: Config, strategy: Strategy) -> None:
                 "(without `phases` there is one, main)"
             )
         for name, part in itertools.product(strategy.owners, LoRA._fields):
-            owned, moved = (jax.tree.leaves(_part(tree, name, part)) for tree in (strategy.owners, train))
-            kept = [owner for owner in owned if not OWNERSHIP[owner].trained]
-            if kept and any(np.any(move) for move in moved):
+            if owner := _lost(_part(strategy.owners, name, part), _part(train, name, part)):
                 raise UserError(
-                    f"{strategy.name}: a phase moves {part} of {name!r}, whose owner is {kept[0]}, so nobody would "
+                    f"{strategy.name}: a phase moves {part} of {name!r}, whose owner is {owner}, so nobody would "
                     f"keep it; say {part}=False of it in `train`"
                 )
-    if config.local.steps < len(phases):
+    if config.local.steps < len(by_round[0]):
         raise UserError(
-            f"--steps is {config.local.steps}; {strategy.name} shares them among {len(phases)} phases of a round"
+            f"--steps is {config.local.steps}; {strategy.name} shares them among {len(by_round[0])} phases of a round"
         )
 
 
@@ -91,6 +90,14 @@ def _part(tree: PyTree, name: str, part: str) -> PyTree:
     """What a prefix tree of adapters says of one part of one of them."""
     of = tree[name] if isinstance(tree, dict) else tree
     return getattr(of, part) if isinstance(of, LoRA) else of
+
+
+def _lost(owners: PyTree, moves: PyTree) -> Owner | None:
+    """An owner, in prefix trees of one part, of what moves though lanes do not write it; None: there is none."""
+    if isinstance(owners, dict) and isinstance(moves, dict):  # module by module
+        return next(filter(None, (_lost(owners[module], moves[module]) for module in owners)), None)
+    still = [owner for owner in jax.tree.leaves(owners) if not OWNERSHIP[owner].trained]
+    return still[0] if still and any(np.any(move) for move in jax.tree.leaves(moves)) else None
 
 
 def averages(strategy: Strategy) -> bool:

@@ -100,13 +100,14 @@ def _check_origins(runs: Sequence[Run]) -> None:
     known: dict[tuple, Run] = {}
     for run in runs:
         found = run.clusters or {}
-        for key, named in (("data", run.config.data.data), ("model", run.config.model)):
+        model = run.config.model
+        for key, named in (("data", run.config.data.data), ("model", model), ("described", model)):
             # One file is split by the seed, and synthetic rows are made by it.
             data = run.config.data
             of = (key, named, *((data.columns, data.validation, run.config.seed) if key == "data" else ()))
             other = known.setdefault(of, run) if key in found else run
             if other is not run and other.clusters[key] != found[key]:
-                kind = {"data": "rows", "model": "weights"}[key]
+                kind = {"data": "rows", "model": "weights", "described": "configuration or tokenizer"}[key]
                 raise UserError(
                     f"{other.path} and {run.path} name the same {kind}, {named}, but these were others then, so their "
                     "scores do not compare; report them apart"
@@ -203,10 +204,9 @@ def notes(run: Run) -> list[str]:
     rows = sum(len(client["rows"]) for client in run.clusters["clients"])
     there = run.clusters.get("training_rows", rows)
     if rows < there and config.data.data != "synthetic":
-        found.append(
-            f"clients hold {rows} of {there} training rows, at most {config.data.train_rows} each (--train-rows); the "
-            "rest is left out"
-        )
+        full = any(len(client["rows"]) == config.data.train_rows for client in run.clusters["clients"])
+        most = f", at most {config.data.train_rows} each (--train-rows)" * full
+        found.append(f"clients hold {rows} of {there} training rows{most}; the rest is left out")
     cut = run.clusters.get("cut_rows", 0)
     if cut:
         found.append(

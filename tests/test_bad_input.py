@@ -10,7 +10,7 @@ from types import ModuleType
 import jax
 import pytest
 
-from fedrouter_jax import __main__, runs, terminal
+from fedrouter_jax import __main__, cli, method, processes, runs, terminal
 from fedrouter_jax.cli import main
 from fedrouter_jax.terminal import in_a_line, parse
 
@@ -51,7 +51,7 @@ def one_line(capsys, *arguments):
         (["--clients", "0"], "--clients is 0; it must be at least 1"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--clients", "3000000000"], "--clients is 3000000000; it must be below 2^31"),
-        (["--global-clusters", "10000000000"], "--global-clusters is 10000000000; give 1 or more"),
+        (["--global-clusters", "10000000000"], "--global-clusters is 10000000000; give 1 to 2147483647"),
         (["--template", "\udcff{instruction}"], "an option is '\\udcff{instruction}', which holds bytes that are not"),
         (["--template", "alpca"], "--template is 'alpca'; expected alpaca, short, chat (the model's own), or a text"),
         (["--template", "{instruction} {instruction}"], "or a text that holds {instruction} once"),
@@ -118,6 +118,15 @@ def test_a_command_leaves_at_once_where_it_fails_and_says_so_by_its_exit_code(mo
     monkeypatch.setitem(sys.modules, "fedrouter_jax.cli", Slow("cli"))
     __main__.console()
     assert left == [2, 130]
+
+
+def test_processes_find_each_other_before_jax_sees_a_device(monkeypatch, tmp_path):
+    """Methods compute with arrays where they are checked."""
+    order = []
+    for whose, name in ((processes, "join"), (method, "check"), (runs, "run")):
+        monkeypatch.setattr(whose, name, lambda *_, name=name: order.append(name))
+    monkeypatch.setattr(cli, "finish", lambda out: None)
+    assert main(["run", *SMALL, "--out", str(tmp_path / "run")]) == 0 and order == ["join", "check", "run"]
 
 
 def test_a_machine_without_memory_left_is_told_in_one_line(capsys):

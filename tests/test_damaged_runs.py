@@ -156,7 +156,7 @@ def test_a_run_whose_weights_were_changed_is_not_resumed(finished, tmp_path, mon
         assert main(arguments) == 2
         message = capsys.readouterr().err.splitlines()[-1]
         name = "embeddings.npy" if str(embedded) in arguments else "clusters.json"
-        assert f"{name}: not the " in message and "the weights or tokenizer of tiny were others then" in message
+        assert f"{name}: not the " in message and "the weights of tiny were others then" in message
 
 
 def test_a_run_answers_where_its_model_was_moved(finished, tiny, tmp_path, monkeypatch):

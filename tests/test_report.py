@@ -246,10 +246,11 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
     rows = sum(len(client["rows"]) for client in clusters["clients"])
     assert noted(training_rows=rows) == [random]
     assert noted(training_rows=100) == [random]  # of rows that are made for the run
-    mine = make_run(tmp_path / "mine", data=replace(CONFIG.data, data="mine"))
-    change_json(mine / "clusters.json", training_rows=100)
-    said = f"clients hold {rows} of 100 training rows, at most {CONFIG.data.train_rows} each (--train-rows)"
-    assert records.notes(records.read(mine))[1].startswith(said)
+    for most, said in ((600, ""), (len(clusters["clients"][0]["rows"]), ", at most 12 each (--train-rows)")):
+        mine = make_run(tmp_path / f"mine {most}", data=replace(CONFIG.data, data="mine", train_rows=most))
+        change_json(mine / "clusters.json", training_rows=100)
+        told = records.notes(records.read(mine))[1]
+        assert told == f"clients hold {rows} of 100 training rows{said}; the rest is left out"
     more = {"clusters": 5, "slot_tasks": [*TASKS, "none", "none"]}
     filled = [[*row, -1] for row in clusters["table"]]  # of three clusters that a client may hold, two
     empty, _, missed = noted(**more, table=filled, never_trained=[[0, 1], [2, 0]])

@@ -92,10 +92,10 @@ def test_options_that_change_nothing_are_named():
         named = idle.options(dataclasses.replace(smoke(), strategy=strategy, rounds=turns))
         assert [option.split()[0] for option in named] == ["--clusters-per-round", "--weighting"][:count]
     known = dataclasses.replace(smoke().cluster, local_clusters=2, global_clusters=4, max_clusters=5)
-    once = dataclasses.replace(smoke().rounds, rounds=1, turns="staggered", clusters_per_round=0)
+    once = dataclasses.replace(smoke().rounds, rounds=1)
     rate = dataclasses.replace(smoke().local, learning_rate=0.5)
     named = idle.options(dataclasses.replace(smoke(), cluster=known, rounds=once, local=rate))
-    assert [option.split()[0] for option in named] == ["--max-clusters", "--turns", "--learning-rate"]
+    assert [option.split()[0] for option in named] == ["--max-clusters", "--learning-rate"]
     evenly = dataclasses.replace(smoke().rounds, weighting="uniform")
     assert idle.options(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
     assert len(idle.options(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1

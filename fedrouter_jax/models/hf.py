@@ -129,11 +129,11 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_files(folder: Path) -> list[Path]:
-    """What a model is made from: the weights, and what its folder has to say of their shapes and of the tokenizer."""
+def description_files(folder: Path) -> list[Path]:
+    """What a folder has to say of a model's configuration and tokenizer."""
     names = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
     names += ["tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"]
-    return [*weight_files(folder), *(folder / name for name in names if (folder / name).exists())]
+    return [folder / name for name in names if (folder / name).exists()]
 
 
 def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:

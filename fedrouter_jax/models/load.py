@@ -37,6 +37,7 @@ class Model(NamedTuple):
     params: PyTree
     tokenizer: PreTrainedTokenizerFast
     base_name: str  # what other tools would serve: a hub id where one is known
+    described: str = ""  # sha256 of the folder's configuration and tokenizer, where these are files of their own
 
 
 def _sha256(files: list[Path]) -> str:
@@ -172,4 +173,5 @@ def _load(name: str, dtype: str) -> Model:
         return Model(name, fingerprint, config, params, _gguf_tokenizer(path, fingerprint), base_name)
     folder = Path(name) if Path(name).is_dir() else hf.download(name)
     config, params = hf.load_folder(folder, dtype)
-    return Model(name, _sha256(hf.read_files(folder)), config, params, _folder_tokenizer(folder, name), name)
+    tokenizer, described = _folder_tokenizer(folder, name), _sha256(hf.description_files(folder))
+    return Model(name, _sha256(hf.weight_files(folder)), config, params, tokenizer, name, described)

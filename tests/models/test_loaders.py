@@ -157,7 +157,7 @@ def test_the_fingerprint_is_of_every_weight_file(tmp_path):
 
 
 def test_a_folder_with_another_tokenizer_or_configuration_is_another_model(llama, tmp_path):
-    whole = models.load_model(str(llama)).fingerprint
+    whole = models.load_model(str(llama))
     for name, key, value in (
         ("config.json", "rope_theta", 500.0),
         ("tokenizer_config.json", "pad_token", None),
@@ -166,7 +166,10 @@ def test_a_folder_with_another_tokenizer_or_configuration_is_another_model(llama
         folder = shutil.copytree(llama, tmp_path / name)
         found = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         (folder / name).write_text(json.dumps(found | {key: value}))
-        assert (models.load_model(str(folder)).fingerprint == whole) == (name == "README.json")
+        found = models.load_model(str(folder))
+        assert found.fingerprint == whole.fingerprint and (found.described == whole.described) == (
+            name == "README.json"
+        )
 
 
 @pytest.mark.parametrize("answer", [ValueError("Missing [UNK] token"), {"input_ids": []}])
