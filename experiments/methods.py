@@ -9,7 +9,11 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.strategies import STRATEGIES
 
 SCENARIOS = ("dual", "single", "all")  # in order of worth
-BOUNDS = {"oracle": "told the tasks", "centralised": "all rows in one place"}  # references, not rivals
+BOUNDS = {  # references, not rivals
+    "oracle": "told the tasks",
+    "oracle+": "told the tasks, turns staggered",
+    "centralised": "all rows in one place",
+}
 OURS = (  # no baselines
     "fedrouter+",
     "fedrouter",
@@ -35,6 +39,7 @@ HEADLINE = ("fedrouter+", "fedrouter", "fedit", "fedsa", "feddpa-t", "local", "c
 METHODS: dict[str, tuple[str, dict[str, dict]]] = {
     "fedrouter+": ("fedrouter", {"rounds": {"turns": "staggered"}}),
     **{name: (name, {}) for name in STRATEGIES},
+    "oracle+": ("oracle", {"rounds": {"turns": "staggered"}}),
     "fedrouter-released": ("fedrouter", {"cluster": {"recipe": "paper"}, "rounds": {"weighting": "client"}}),
     "feddpa-t-released": ("feddpa-t", {"evaluation": {"instance_weight": "global"}}),
     "fedprox": ("fedit", {"local": {"proximal": 0.1}}),
