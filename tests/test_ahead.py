@@ -8,9 +8,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from experiments import hlo
+from experiments import hlo, programs
+from fedrouter_jax import mesh
 from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.plan import SHAPES
 
@@ -35,6 +38,15 @@ def test_a_federation_compiles_for_a_tpu_and_for_four(tmp_path):
         assert min(row[name] for name in ("round", "embedding", "reading", "writing")) > 0
     assert one["loops_of_steps"] == four["loops_of_steps"] == 1
     assert "| TPU v5e | small |" in (tmp_path / "ahead.md").read_text()
+
+
+def test_the_embedding_compiled_ahead_is_of_the_recipes_blocks():
+    """Of a sixth of SmolLM2's thirty, without the final norm."""
+    case = programs.Case("TPU v5e", "smollm2-135m")
+    federation, pack, _ = programs.laid_out(case)
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (mesh.CLIENTS, mesh.MODEL))
+    text = programs.phases(federation, pack.tokens, 4, one)["embedding"].as_text()
+    assert "tensor<5x576x1536x" in text and "tensor<30x" not in text
 
 
 def test_a_program_is_read_with_the_turns_of_its_loops():

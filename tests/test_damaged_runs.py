@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from written_runs import change_json
 
-from fedrouter_jax import experiment, runs, serve
+from fedrouter_jax import clusters, experiment, runs, serve
 from fedrouter_jax.cli import main
 from fedrouter_jax.models import tiny
 from fedrouter_jax.presets import smoke
@@ -33,11 +33,21 @@ def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, chan
     assert list(runs.alike(shared, prepared._replace(model=tuned), recipe=False)) == []
 
 
+def test_a_run_knows_the_tokenizer_it_was_begun_with_and_older_ones_do_not():
+    prepared = experiment.prepare(smoke())
+    prepared = prepared._replace(model=prepared.model._replace(described="now"))
+    known = clusters.origin(prepared)
+    clusters.check_origin(known, prepared)
+    clusters.check_origin({key: known[key] for key in ("data", "model")}, prepared)
+    with pytest.raises(ValueError, match="the configuration or the tokenizer of tiny were others then"):
+        clusters.check_origin(known | {"described": "then"}, prepared)
+
+
 def relabel(run):
     path = run / "clusters.json"
-    clusters = json.loads(path.read_text())
-    clusters["clients"][0]["local"][0] = 7
-    path.write_text(json.dumps(clusters))
+    found = json.loads(path.read_text())
+    found["clients"][0]["local"][0] = 7
+    path.write_text(json.dumps(found))
 
 
 def lacking(key):

@@ -150,12 +150,13 @@ def test_answers_shown_are_those_to_clients_own_tasks(tmp_path):
 def test_runs_whose_rows_or_weights_had_one_name_and_were_others_are_not_compared(tmp_path):
     paths = [make_run(tmp_path / name, strategy=name, seed=seed) for name, seed in (("fedrouter", 0), ("fedit", 0))]
     paths.append(make_run(tmp_path / "other seed", seed=1))  # whose rows may be split otherwise
-    for key, values in (("data", "aab"), ("model", "aaa")):  # weights are not the seed's
+    named = {"data": "rows", "model": "weights", "described": "configuration or tokenizer"}
+    for key, values in (("data", "aab"), ("model", "aaa"), ("described", "aaa")):  # only rows are the seed's
         for path, value in zip(paths, values, strict=True):
             change_json(path / "clusters.json", **{key: value})
         records.rows_of(records.read_all(paths))
         change_json(paths[1] / "clusters.json", **{key: "b"})
-        with pytest.raises(UserError, match=f"name the same {({'data': 'rows', 'model': 'weights'})[key]}"):
+        with pytest.raises(UserError, match=f"name the same {named[key]}"):
             records.rows_of(records.read_all(paths))
         change_json(paths[1] / "clusters.json", **{key: "a"})
 
