@@ -46,9 +46,12 @@ def test_newcomers_are_not_among_those_whose_steps_scaffold_compares(federation)
 
 
 def test_a_lanes_optimiser_is_told_what_the_round_began_with(federation):
-    """In every phase: each step goes to that and one beyond."""
+    """In every phase, whose steps it is told: each step goes to that and one beyond."""
+    steps = []
 
     def optimiser(adamw, rate, local):
+        steps.append(local.steps)
+
         def update(gradients, state, adapters, received):
             return jax.tree.map(lambda start, now: start + 1 - now, received, adapters), state
 
@@ -58,6 +61,7 @@ def test_a_lanes_optimiser_is_told_what_the_round_began_with(federation):
     twice = fedit()._replace(phases=lambda round, rounds: (phase, phase), optimiser=optimiser)
     update = client.make_client_update(federation.model.config, LORA, LOCAL, optimiser=optimiser)
     after = play(federation, twice, update, rounds=1)[0].bank
+    assert steps[:2] == [LOCAL.steps // 2, LOCAL.steps - LOCAL.steps // 2]
     assert_close(after, jax.tree.map(lambda leaf: leaf + 1, begin(federation, twice).bank))
 
 
