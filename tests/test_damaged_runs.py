@@ -39,6 +39,8 @@ def test_a_run_knows_the_tokenizer_it_was_begun_with_and_older_ones_do_not():
     known = clusters.origin(prepared)
     clusters.check_origin(known, prepared)
     clusters.check_origin({key: known[key] for key in ("data", "model")}, prepared)
+    with pytest.raises(ValueError, match="the rows of synthetic were others then"):
+        clusters.check_origin({}, prepared)
     with pytest.raises(ValueError, match="the configuration or the tokenizer of tiny were others then"):
         clusters.check_origin(known | {"described": "then"}, prepared)
 

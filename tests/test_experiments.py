@@ -139,7 +139,7 @@ def test_no_committed_run_would_run_again():
 
 def test_no_committed_run_at_a_rate_of_its_own_would_run_again():
     """Nor what was tried to choose the rates."""
-    folder, rates = ROOT / "docs" / "results" / "table1-rates", (0.005, 0.01, 0.02)
+    folder, rates = ROOT / "docs" / "results" / "table1-rates", (0.0025, 0.005, 0.01, 0.02, 0.04)
     methods = ("fedrouter+", "fedit", "clustered", "feddpa-t")
     asked = table1.configs(table1.Table1(methods=methods, once=(), scenarios=("dual",), first_seed=10, seeds=15))
     best = learning_rates.chosen(summaries.load(folder / "rates"))

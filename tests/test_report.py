@@ -249,6 +249,8 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
     assert noted(training_rows=100) == [random]  # of rows that are made for the run
     for most, said in ((600, ""), (len(clusters["clients"][0]["rows"]), ", at most 12 each (--train-rows)")):
         mine = make_run(tmp_path / f"mine {most}", data=replace(CONFIG.data, data="mine", train_rows=most))
+        change_json(mine / "clusters.json", training_rows=rows)
+        assert records.notes(records.read(mine)) == [random]
         change_json(mine / "clusters.json", training_rows=100)
         told = records.notes(records.read(mine))[1]
         assert told == f"clients hold {rows} of 100 training rows{said}; the rest is left out"
