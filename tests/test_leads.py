@@ -147,13 +147,19 @@ SHORT = {  # what README calls it: folder of runs, what a run is called before i
     "four clients with one task each, one rate (5)": ("table1/runs", "single-{}", range(5), NAMES),
     "four clients with all four tasks each, one rate (10)": ("table1/runs", "all-{}", range(10), NAMES),
 }
+PERCENT = {
+    "four clients, one rate (20)": "the lead over FedIT on own tasks is {:.1f} % (four clients)",
+    "eight clients, one rate (5)": "and {:.1f} % (eight) at one learning rate",
+    "four clients, each its rate (5)": "at one learning rate, {:.1f} and",
+    "eight clients, each its best rate (5)": "and {:.1f} % where each method has its own",
+}
 
 
 @pytest.mark.parametrize("label", SHORT)
 def test_the_leads_in_short_are_those_of_the_runs(label):
     """README: over FedIT, and over the best of the other baselines that have all these seeds."""
     folder, pattern, seeds, added = SHORT[label]
-    found, cells = summaries.load(RESULTS / folder), [f"| {label}"]
+    found, cells, percents = summaries.load(RESULTS / folder), [f"| {label}"], []
 
     def scores(method, part):
         name = pattern.format(method) + (added.get(method, "") if added is BEST else "")
@@ -165,7 +171,10 @@ def test_the_leads_in_short_are_those_of_the_runs(label):
         ours, fedit = known.pop("fedrouter+"), known.pop("fedit")
         best = max(known, key=lambda method: known[method].mean())
         cells += [told(ours - fedit), f"{told(ours - known[best])} {NAMES[best]}"]
+        percents.append(100 * (ours - fedit).mean() / fedit.mean())
     assert f"{' | '.join(cells)} |" in README
+    if label in PERCENT:  # at the top, on own tasks
+        assert PERCENT[label].format(percents[0]) in README
 
 
 def plain(rate: str) -> str:
