@@ -270,6 +270,19 @@ def test_what_is_said_of_rates_with_four_clients_is_what_their_runs_say(runs):
     assert "At the rate that all share it is {} and {} on these seeds".format(*map(told, shared)) in SAID
 
 
+def test_what_is_said_of_an_oracle_of_the_same_turns_is_what_its_runs_say(runs):
+    scores, leads = [], []
+    for part in ("personalised", "generalisation"):
+        oracle, ours = (
+            np.array([summaries.score(runs[f"dual-{name}-{seed}"], part) for seed in range(5)])
+            for name in ("oracle+", "fedrouter+")
+        )
+        scores.append(told(oracle))
+        leads.append(told(ours - oracle))
+    assert f"scores {scores[0]} and {scores[1]}: `fedrouter+` is {leads[0]} and {leads[1]} ahead, level" in SAID
+    assert f"scores what `fedrouter+` does: {leads[0]} and {leads[1]} less" in README
+
+
 def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
     scores, leads = [], []
     for part in ("personalised", "generalisation"):
