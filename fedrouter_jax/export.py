@@ -41,13 +41,13 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
         if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer
             founders = config.data.clients - config.data.newcomers
             known = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed).tolist()
-        whose = {str(client): named(names, clusters[:, table[client, 0]]) for client in known}
+        whose = {str(client): _joined(names, clusters[:, table[client, 0]]) for client in known}
         peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:
         peft_io.write_shift(folder, strategy.base(state, model.params))
 
 
-def named(names: Sequence[str], slots: np.ndarray) -> str:
+def _joined(names: Sequence[str], slots: np.ndarray) -> str:
     """The adapters of a cluster, nearly always one."""
     return " + ".join(names[slot] for slot in slots)
 
@@ -69,7 +69,7 @@ def _router(folder: Path, prepared: Prepared, state: FederationState, slot_tasks
         "text": "the bare instruction, no template",
         "max_length": config.data.max_length,
         "metric": "euclidean",
-        "adapters": [named(names, slots) for slots in bank_lib.of_clusters(owners, state.bank).T],
+        "adapters": [_joined(names, slots) for slots in bank_lib.of_clusters(owners, state.bank).T],
         "tasks": list(slot_tasks),
         "held": sorted({*np.asarray(state.table).ravel().tolist()} - {-1}),
     }

@@ -37,7 +37,6 @@ def test_numbers_that_changed_in_a_checkpoint_are_noticed(tmp_path, monkeypatch)
     state = {"x": jnp.arange(6.0), "y": jnp.ones(3, jnp.bfloat16)}
     other = checkpoint._crc32({**state, "x": state["x"].at[2].set(7)})
     assert other != checkpoint._crc32(state) == checkpoint._crc32(dict(state))
-    monkeypatch.setattr(checkpoint, "_crc32", lambda state, own=checkpoint._crc32: own(state))
     checkpoint.save(tmp_path, 0, state)
     assert checkpoint.load(tmp_path, 0, state)["x"].tolist() == [0, 1, 2, 3, 4, 5]
     monkeypatch.setattr(checkpoint, "_crc32", lambda state: other)  # as of an array that is read otherwise

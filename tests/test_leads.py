@@ -270,28 +270,24 @@ def test_what_is_said_of_rates_with_four_clients_is_what_their_runs_say(runs):
     assert "At the rate that all share it is {} and {} on these seeds".format(*map(told, shared)) in SAID
 
 
+def beside(runs: dict, method: str, other: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores of two methods in Dual, by seed, on own tasks and on the mix."""
+    return [
+        tuple(np.array([summaries.score(runs[f"dual-{m}-{seed}"], part) for seed in range(5)]) for m in (method, other))
+        for part in ("personalised", "generalisation")
+    ]
+
+
 def test_what_is_said_of_an_oracle_of_the_same_turns_is_what_its_runs_say(runs):
-    scores, leads = [], []
-    for part in ("personalised", "generalisation"):
-        oracle, ours = (
-            np.array([summaries.score(runs[f"dual-{name}-{seed}"], part) for seed in range(5)])
-            for name in ("oracle+", "fedrouter+")
-        )
-        scores.append(told(oracle))
-        leads.append(told(ours - oracle))
+    found = beside(runs, "oracle+", "fedrouter+")
+    scores, leads = ([told(values) for values in kind] for kind in ((o for o, _ in found), (f - o for o, f in found)))
     assert f"scores {scores[0]} and {scores[1]}: `fedrouter+` is {leads[0]} and {leads[1]} ahead, level" in SAID
     assert f"scores what `fedrouter+` does: {leads[0]} and {leads[1]} less" in README
 
 
 def test_what_is_said_of_fedrouter_as_released_is_what_its_runs_say(runs):
-    scores, leads = [], []
-    for part in ("personalised", "generalisation"):
-        found, plain = (
-            np.array([summaries.score(runs[f"dual-{name}-{seed}"], part) for seed in range(5)])
-            for name in ("fedrouter-released", "fedrouter")
-        )
-        scores.append(told(found))
-        leads.append(told(found - plain))
+    found = beside(runs, "fedrouter-released", "fedrouter")
+    scores, leads = ([told(values) for values in kind] for kind in ((r for r, _ in found), (r - p for r, p in found)))
     said = f"scores {scores[0]} and {scores[1]}, {leads[0]} and {leads[1]} more than plain `fedrouter`"
     assert said in " ".join(SAID.split())
     mix = [

@@ -109,6 +109,8 @@ def test_the_speeds_on_gpus_are_those_of_the_benches():
     )
     assert f"| best effort, one H200 | {tuned} model is compiled, timed on another H200) | {write[1]:.1f} |" in README
     assert "{:.0f} times on the H200".format(*ratios["K-Means"]) in README
+    shallow = bench.rates(peers["embed"])
+    assert f"on CPUs, {shallow['ours, refined'] / shallow['ours']:.1f} on the H200." in README
     rate = bench.rates(read(BENCH / "h100" / "bench.json")["phases"]["train a round"])
     trained = f"{rate['ours']:,.0f} | {rate['published']:,.0f} | **{rate['ours'] / rate['published']:.1f}** (15)"
     assert f"on an H100 (commit 8b6811e) | {trained} |" in SAID
