@@ -21,7 +21,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from experiments import learning_rates, summaries, table1_tables
+from experiments import equal, learning_rates, summaries, table1_tables
 from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
@@ -124,7 +124,7 @@ def main(options: Table1) -> None:
         folder = Path("runs/smoke/table1-runs" if options.smoke else f"runs/{name}")
         folder, made = runs_of(options.out, usual, folder), configs(options)
         there, now = kept(out), {name: summaries.portable(config) for name, config in made.items()}
-        table1_tables.check_budgets(there | now)
+        equal.check_budgets(there | now)
         if options.rates:
             tried = learning_rates.trials(made, options.rates)
             if options.first_seed and not all((out / "rates" / f"{name}.json").exists() for name in tried):
@@ -134,7 +134,7 @@ def main(options: Table1) -> None:
             best = learning_rates.chosen({name: summaries.read(out / "rates" / f"{name}.json") for name in tried})
             console.print(f"peak learning rates: {', '.join(f'{kind} {rate:g}' for kind, rate in best.items())}")
             made = learning_rates.tuned(made, best)
-        table1_tables.check_rates(there | made)
+        equal.check_rates(there | made)
         sweep(made, folder, console, out / "runs")
     draw(out)
     show_markdown(out / "table1.md")
@@ -161,8 +161,8 @@ def kept(out: Path) -> dict[str, Config]:
 def draw(out: Path) -> None:
     """table1.md and table1.png from the summaries."""
     found, there = summaries.load(out / "runs"), kept(out)
-    table1_tables.check_budgets(there)
-    table1_tables.check_rates(there)
+    equal.check_budgets(there)
+    equal.check_rates(there)
     if not table1_tables.grouped(found):
         raise UserError(
             f"{out / 'runs'} holds no run of the table to draw; run without --redraw, or choose another --out"

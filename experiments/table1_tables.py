@@ -9,16 +9,13 @@ Methods may have other seeds than each other. Which count: where A ran with seed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
-from fedrouter_jax.config import Config
-from fedrouter_jax.errors import UserError
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
@@ -50,7 +47,10 @@ def cells(found: dict[str, dict], without: tuple[str, ...] = (), metric: str = "
                 value = summaries.score(summary, score, metric)
                 if without:
                     tasks = summary["scores"][score][metric]["per_task"]
-                    value = float(np.mean([value for task, value in tasks.items() if task not in without]))
+                    values = [value for task, value in tasks.items() if task not in without]
+                    if not values:
+                        continue
+                    value = float(np.mean(values))
                 table.setdefault((scenario, part, who), {})[seed] = value
     return table
 
@@ -61,37 +61,6 @@ def shown(found: dict[str, dict]) -> dict[str, dict]:
     return {name: summary for name, summary in found.items() if method_of(name) in known}
 
 
-def check_budgets(configs: Mapping[str, Config]) -> None:
-    """Raise `UserError` where runs of one table differ in model, precision, adapters, rows or steps."""
-
-    def budget(config: Config) -> dict:
-        data, local = asdict(replace(config.data, scenario="dual")), config.local
-        steps = {"rounds": config.rounds.rounds, "steps": local.steps, "batch": local.batch}
-        model = {"model": config.model, "dtype": config.dtype, "quantise": config.quantise}
-        return {**model, **asdict(config.lora), **data, **steps}
-
-    _check_equal({name: ("", budget(config)) for name, config in configs.items()}, "equal rows and budgets")
-
-
-def check_rates(configs: Mapping[str, Config]) -> None:
-    """Raise `UserError` where runs of one method and scenario differ in the peak learning rate."""
-    rates = {name: {"learning_rate": config.local.learning_rate} for name, config in configs.items()}
-    _check_equal({name: (name.rpartition("-")[0], rate) for name, rate in rates.items()}, "each method at one rate")
-
-
-def _check_equal(runs: Mapping[str, tuple[str, dict]], what: str) -> None:
-    """Raise `UserError` where two of `{name: (kind, choices)}` of one kind differ in a choice."""
-    firsts: dict[str, str] = {}
-    for name, (kind, found) in runs.items():
-        first = firsts.setdefault(kind, name)
-        for key, expected in runs[first][1].items():
-            if found[key] != expected:
-                raise UserError(
-                    f"a table compares {what}, but {key} is {expected!r} in {first} and {found[key]!r} in {name}; give "
-                    "each a folder of its own (--out)"
-                )
-
-
 def method_of(name: str) -> str:
     """The method in a run's name."""
     return name.partition("-")[2].rpartition("-")[0]
@@ -100,7 +69,7 @@ def method_of(name: str) -> str:
 def markdown(found: dict[str, dict], rates: Sequence[str] = ()) -> str:
     """The report: scores of all methods, then by task, then costs; `rates` says which were tried, in lines."""
     lines = ["# Methods by scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *in_words(found), *losses(found), *rates]
+    lines += ["", "![scores](table1.png)", "", *in_words(found), *leads_by_task(found), *losses(found), *rates]
     lines += [*same_seed(found), "", *by_task(found), ""]
     return "\n".join([*lines, *costs(found), ""])
 
@@ -150,8 +119,9 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
             most = max((len(values[m]) for m in there), default=0)
             compared = [m for m in there if len(values[m]) == most]
             alike = len(compared) > 1 and len({tuple(values[m]) for m in compared}) == 1  # seeds
-            best = best_of(compared, key=lambda m, of=values: np.mean([*of[m].values()])) if alike else None
-            row.append(text([*values[method].values()], method == best) if method in values else "")
+            means = {m: np.mean([*values[m].values()]) for m in compared} if alike else {}
+            best = {m for m in means if f"{means[m]:.3f}" == f"{best_of(means.values()):.3f}"}  # equal as it is shown
+            row.append(text([*values[method].values()], method in best) if method in values else "")
         lines.append(f"| {named(method)} | {' | '.join(row)} |")
     for ours in (*OURS, *filter(own, methods)):
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
@@ -206,7 +176,7 @@ def same_seed(found: dict[str, dict], scenario: str = "dual", seed: int = 0) -> 
 def by_task(found: dict[str, dict]) -> list[str]:
     """A row a (scenario, method): personalised / generalisation ROUGE-1 of each task, mean over seeds."""
     groups = grouped(found)
-    tasks = sorted({task for s in found.values() for task in s["scores"]["generalisation"]["rouge1"]["per_task"]})
+    tasks = _tasks(found)
     lines = ["## Task by task", "", "ROUGE-1 of clients' own tasks / of the mix, mean over seeds.", ""]
     lines += [f"| scenario | method | seeds | {' | '.join(tasks)} |", "|---" * (len(tasks) + 3) + "|"]
     for (scenario, method), same in groups.items():
@@ -260,23 +230,55 @@ def grouped(found: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
 
 def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> str:
     """A method over the best baseline that has all its seeds: relative, and in points with its 95 % interval."""
-    ours = table.get((*column, who), {})
-    seeds = sorted(ours)
-    baselines = {
-        m: [scores[seed] for seed in seeds]
-        for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and not own(m) and set(seeds) <= set(scores)
-    }
-    if not seeds or not baselines:
+    best = best_baseline(table, column, who, best_of)
+    theirs = best and np.mean([table[*column, best][seed] for seed in table[*column, who]])
+    if not theirs:
         return ""
-    best = best_of(baselines, key=lambda m: np.mean(baselines[m]))
-    theirs = baselines[best]
-    if not any(theirs):
-        return ""
-    mean, half = summaries.interval([ours[seed] - other for seed, other in zip(seeds, theirs, strict=True)])
-    spread = f" ± {half:.3f}; {len(seeds)} seeds" if len(seeds) > 1 else ""
-    relative = round(100 * mean / np.mean(theirs), 1) + 0.0  # no "-0.0"
+    leads = lead(table, column, who, best)
+    mean, half = summaries.interval(leads)
+    relative = round(100 * mean / theirs, 1) + 0.0  # no "-0.0"
+    spread = f" ± {half:.3f}; {len(leads)} seeds" if len(leads) > 1 else ""
     return f"{relative:+.1f} % over {best} ({mean:+.3f}{spread})"
+
+
+def best_baseline(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> str | None:
+    """The best baseline of a column that has all seeds of a method there; None: there is none."""
+    seeds = table.get((*column, who), {})
+    means = {
+        m: np.mean([scores[seed] for seed in seeds])
+        for (*c, m), scores in table.items()
+        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and not own(m) and {*scores} >= {*seeds} > set()
+    }
+    return best_of(means, key=means.get) if means else None
+
+
+def lead(table: Cells, column: tuple[str, str], who: str, other: str) -> list[float]:
+    """How far a method is ahead of another, by the seeds of both."""
+    ours, theirs = (table.get((*column, method), {}) for method in (who, other))
+    return [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
+
+
+def leads_by_task(found: dict[str, dict], who: str = OURS[0]) -> list[str]:
+    """Where the gain of a method comes from: a row a column of the scores, its lead over the same baseline by task."""
+    table, tasks = cells(found), _tasks(found)
+    of_task = {task: cells(found, tuple(other for other in tasks if other != task)) for task in tasks}
+    lines = [f"| lead of {who} | over | seeds | {' | '.join(tasks)} |", "|---" * (len(tasks) + 3) + "|"]
+    for scenario, part in COLUMNS:
+        best = best_baseline(table, (scenario, part), who, max)
+        if best is None or len(table[scenario, part, who]) < 2:
+            continue
+        leads = [lead(of_task[task], (scenario, part), who, best) for task in tasks]
+        row = ["{:+.3f} ± {:.3f}".format(*summaries.interval(values)) if values else "" for values in leads]
+        lines.append(f"| {part}, {scenario} | {best} | {len(table[scenario, part, who])} | {' | '.join(row)} |")
+    about = (
+        "ROUGE-1, mean ± half of the 95 % interval of the differences, over the best baseline of all tasks together."
+    )
+    return ["## Leads by task", "", about, "", *lines, ""] if len(lines) > 2 else []
+
+
+def _tasks(found: dict[str, dict]) -> list[str]:
+    """The tasks of the mix."""
+    return sorted({task for s in found.values() for task in s["scores"]["generalisation"]["rouge1"]["per_task"]})
 
 
 def text(values: list[float], best: bool) -> str:

@@ -1,4 +1,4 @@
-"""A shift of the frozen weights, for methods that add products of adapters to them: {module: [layer, in, out]}."""
+"""Sums of products of adapters, and shifts of the frozen weights by them: {module: [layer, in, out]}."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def added(shift: dict[str, Array], share: Array, lora: LoRA) -> dict[str, Array]
 
 
 def collect(state: FederationState, work: Work) -> tuple[PyTree, Callable]:
-    """What `Strategy.collect` of such methods sums up: the share of the lanes that came back, and their products."""
+    """What `Strategy.collect` of methods with one shared slot sums up: the share of the lanes that came back, and their
+    products."""
 
     def add(sums: PyTree, lanes: Work, adapters: Adapters) -> PyTree:
         share = lanes.weight / jnp.maximum(jnp.sum(work.weight), 1e-12)
         return sums[0] + jnp.sum(share), added(sums[1], share, adapters["main"])
 
-    return (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.memory)), add
+    return (jnp.zeros(()), none(jax.tree.map(lambda leaf: leaf[0], state.bank["main"]))), add
 
 
 def traffic(state: FederationState, lanes: int, size: int) -> tuple[int, int]:

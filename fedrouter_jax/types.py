@@ -142,3 +142,4 @@ class Strategy(NamedTuple):
     # its `update` is told `received`, too: what the lane was given at the start of the round
     optimiser: Callable[[Any, Array, Any], Any] | None = None
     finds_slots: bool = False  # it finds by itself how many clusters of clients there are
+    of_products: bool = False  # `tell` averages A B: the server's optimiser, whose steps are of A and B, is not for it

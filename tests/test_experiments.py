@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from written_runs import make_summary
 
-from experiments import learning_rates, studies, summaries, table1, table1_tables
+from experiments import equal, learning_rates, studies, summaries, table1
 from experiments.methods import METHODS
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -127,8 +127,8 @@ def test_no_committed_run_would_run_again():
         assert summaries.known(results / "table1" / "runs" / f"{name}.json", config), name
     for budget, folder in (("short", "table1"), ("long", "table1-long"), ("full", "table1-full")):
         of_table = table1.configs(table1.Table1(seeds=20, methods=tuple(METHODS), once=(), budget=budget))
-        table1_tables.check_budgets(table1.kept(results / folder))
-        table1_tables.check_rates(table1.kept(results / folder))
+        equal.check_budgets(table1.kept(results / folder))
+        equal.check_rates(table1.kept(results / folder))
         for name in summaries.load(results / folder / "runs"):
             assert summaries.known(results / folder / "runs" / f"{name}.json", of_table[name]), name
     for folder in sorted(path for path in (results / "studies").iterdir() if path.is_dir()):

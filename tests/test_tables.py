@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from written_runs import BASE_SCORES, make_summary
 
-from experiments import table1, table1_tables
+from experiments import equal, table1, table1_tables
 from experiments.methods import METHODS
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
@@ -48,7 +48,7 @@ def test_a_method_of_ones_own_is_in_the_tables_and_has_a_gain():
     }
     lines = table1_tables.markdown(found).splitlines()
     assert f"| dual | {own} | 2 | 0.590 / 0.295 |" in lines and f"| {own} | 0.580 | 0.290 | 0.435 |" in lines
-    scores = lines[: lines.index("## Seed 0 of dual: every method on the same rows")]
+    scores = lines[: lines.index("## Leads by task")]
     assert [line.split("|")[1].strip() for line in scores if line[:2] == "| "][1:] == [
         *("base model", "fedrouter+", "fedit", own),
         *(f"**{method}, gain over the best baseline**" for method in ("fedrouter+", own)),
@@ -127,7 +127,7 @@ def test_a_table_of_unequal_budgets_is_refused(changed, expected):
     assert table1_tables.shown({"dual-fedgone-0": gone | {"config": {}}, "dual-fedit-0": gone}) == {
         "dual-fedit-0": gone
     }
-    check = table1_tables.check_rates if "learning_rate" in expected else table1_tables.check_budgets
+    check = equal.check_rates if "learning_rate" in expected else equal.check_budgets
     if expected:
         with pytest.raises(UserError, match=expected):
             check(configs)

@@ -24,6 +24,7 @@ from fedrouter_jax.strategies.fedlease import fedlease
 from fedrouter_jax.strategies.fedrouter import fedrouter
 from fedrouter_jax.strategies.fedsa import fedsa
 from fedrouter_jax.strategies.ffalora import ffalora
+from fedrouter_jax.strategies.flexlora import flexlora
 from fedrouter_jax.strategies.flora import flora
 from fedrouter_jax.strategies.ifca import ifca
 from fedrouter_jax.strategies.local import local
@@ -45,6 +46,7 @@ STRATEGIES = {
     "ffalora": ffalora,
     "rolora": rolora,
     "fedex": fedex,
+    "flexlora": flexlora,
     "flora": flora,
     "ifca": ifca,
     "fedalt": fedalt,

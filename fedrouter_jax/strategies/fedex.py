@@ -44,4 +44,5 @@ def fedex(scale: float = 2.0) -> Strategy:
         memory = {m: state.memory[m] + jnp.where(share > 0, products[m] / share - kept[m], 0) for m in products}
         return told._replace(memory=memory)
 
-    return Strategy("fedex", OWNERS, init, ask, collect, tell, only_slot, base=shift.base(scale), traffic=shift.traffic)
+    moved = {"base": shift.base(scale), "traffic": shift.traffic, "of_products": True}
+    return Strategy("fedex", OWNERS, init, ask, collect, tell, only_slot, **moved)

@@ -49,6 +49,5 @@ def flora(scale: float = 2.0, seed: int = 0) -> Strategy:
         memory = {m: state.memory[m] + jnp.where(share > 0, total / share, 0) for m, total in products.items()}
         return state._replace(round=state.round + 1, memory=memory)
 
-    return Strategy(
-        "flora", OWNERS, init, ask, shift.collect, tell, only_slot, base=shift.base(scale), traffic=shift.traffic
-    )
+    moved = {"base": shift.base(scale), "traffic": shift.traffic, "of_products": True}
+    return Strategy("flora", OWNERS, init, ask, shift.collect, tell, only_slot, **moved)
