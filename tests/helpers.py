@@ -60,11 +60,16 @@ def rate(t):
 
 
 def nudge(base, adapters, batch, lr, keys, phases):
-    """A cheap client update that depends on each lane's key, rows and adapters."""
+    """A cheap client update that depends on each lane's key, rows and adapters, and moves all singular values apart."""
     lanes = jnp.arange(len(keys))
     own = jnp.sum((batch.rows.lane == lanes[:, None, None, None]) * batch.rows.packs.tokens, axis=(1, 2, 3))
     step = jax.vmap(jax.random.normal)(keys) * 0.01 + own * 1e-6
-    adapters = jax.tree.map(lambda leaf: leaf * 0.9 + bank.expand(step, leaf), adapters)
+
+    def moved(leaf):
+        uneven = 0.5 + 2 * jnp.cos(0.37 * jnp.arange(leaf[0].size) ** 2)
+        return leaf * 0.9 + bank.expand(step, leaf) * uneven.reshape(leaf.shape[1:])
+
+    adapters = jax.tree.map(moved, adapters)
     return adapters, jnp.ones(LOCAL.steps) * step[:, None]
 
 

@@ -38,6 +38,7 @@ from fedrouter_jax.strategies import (
     fedrouter_soft,
     fedrouter_warm,
     ffalora,
+    flexlora,
     flora,
     ifca,
     rolora,
@@ -272,6 +273,37 @@ def test_flora_puts_the_mean_of_the_products_into_the_weights_and_begins_anew(fe
     assert all(0.9 * bound < float(jnp.abs(a).max()) <= bound for a in drawn)
     for one, other in itertools.combinations(drawn, 2):  # of every client and round
         assert np.isclose(one, other, atol=1e-5).mean() < 0.01
+
+
+def test_flexlora_is_the_nearest_adapter_to_the_mean_of_the_products(federation):
+    """Beside NumPy's decomposition of the whole in float64, where the mean has the rank of all clients together."""
+    strategy, work = flexlora(), inputs(federation, 1)[0]
+    state = begin(federation, strategy)
+    share = np.asarray(work.weight / work.weight.sum(), np.float64)
+    asked = strategy.ask(state, work)
+    lanes = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), asked)
+    found = told(strategy, state, work, lanes).bank["main"]
+    for module, a in lanes["main"].a.items():
+        trained = zip(share, np.asarray(a, np.float64), np.asarray(lanes["main"].b[module], np.float64), strict=True)
+        u, s, vt = np.linalg.svd(sum(weight * a @ b for weight, a, b in trained))
+        rank = a.shape[-1]
+        assert (s[:, CLIENTS * rank - 1] > 1e3 * s[:, CLIENTS * rank]).all()
+        assert_close(found.a[module][0] @ found.b[module][0], u[..., :rank] * s[:, None, :rank] @ vt[:, :rank], 1e-4)
+        assert_close(
+            np.swapaxes(found.a[module][0], -1, -2) @ found.a[module][0], np.tile(np.eye(rank), (len(u), 1, 1))
+        )
+
+
+def test_flexlora_with_one_client_is_fedit_but_for_how_products_are_parted(federation):
+    def alone(work, batch):
+        return work._replace(weight=work.weight * (work.client == 2)), batch
+
+    one, other = (
+        play(federation, strategy, federation.update, change=alone, rounds=1)[0].bank["main"]
+        for strategy in (flexlora(), BY_NAME["fedit"])
+    )
+    for module in one.a:
+        assert_close(one.a[module] @ one.b[module], other.a[module] @ other.b[module], 5e-4)
 
 
 def test_a_round_of_flora_with_one_client_is_fedits(federation):
