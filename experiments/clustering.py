@@ -259,8 +259,8 @@ def accuracy(enrolment: routing.Enrolment, tasks: list[np.ndarray], count: int) 
         own = np.zeros((count, table.shape[1]), int)
         np.add.at(own, (true, labels), 1)
         np.add.at(slots, (true, table[client, labels]), 1)
-        right += evaluate.matched(own) * len(true)
-    return right / rows, evaluate.matched(slots)
+        right += evaluate.clustering_accuracy(own) * len(true)
+    return right / rows, evaluate.clustering_accuracy(slots)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from fedrouter_jax import at_once, embed, generate, likelihood, lora, mesh
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.experiment import Prepared
-from fedrouter_jax.sharing import Advance, divided, unseen
-from fedrouter_jax.types import FederationState, LoRA, PyTree
+from fedrouter_jax.sharing import divided
+from fedrouter_jax.types import Advance, FederationState, LoRA, PyTree, unseen
 
 SLOTS = 32  # adapters that are concatenated at once: their ranks are multiplied for every token, open or not
 
 # (base, adapters as one, places, their gates [place, rank], advance) -> an array of what is found [place, ...]
-Work = Callable[[PyTree, LoRA, np.ndarray, np.ndarray, Advance], np.ndarray]
+UnderAdapters = Callable[[PyTree, LoRA, np.ndarray, np.ndarray, Advance], np.ndarray]
 
 
 def answer(
@@ -71,7 +71,7 @@ def losses(
         # The base model's apart, which another run may have: packed with them, the others would be rounded otherwise.
         for chosen in (routed, ~routed):
             here = [rows[place] for place in places[chosen]]
-            found[chosen] = likelihood.losses(prepared.model.config, base, here, bank, gates[chosen], advance, packs)
+            found[chosen] = likelihood.losses(prepared.model.config, base, here, bank, gates[chosen], packs, advance)
         return found
 
     return _under_adapters(prepared, state, weights, np.float32(0), read, advance)
@@ -95,7 +95,7 @@ def _under_adapters(
     state: FederationState,
     weights: np.ndarray,
     empty: np.ndarray | np.float32,
-    work: Work,
+    work: UnderAdapters,
     advance: Advance,
 ) -> np.ndarray:
     """`work` for all rows of `weights` [row, slot], over all devices: an array of entries like `empty` [row, ...].

@@ -113,7 +113,7 @@ def expand(values: Array, like: Array) -> Array:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> int:
+def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase]) -> int:
     """Bytes one lane sends in a round: of the leaves whose owner has them sent, what a phase moves of them."""
 
     def moves(train):
@@ -124,7 +124,7 @@ def wire_bytes(owners: PyTree, bank: Adapters, phases: Sequence[Phase] = ()) -> 
         part = np.count_nonzero(moved) / moved.size if OWNERSHIP[owner].sent else 0
         return round(part * math.prod(leaf.shape[1:])) * leaf.dtype.itemsize
 
-    moved = [moves(phase.train) for phase in phases] or [spread(True, bank)]
+    moved = [moves(phase.train) for phase in phases]
     return sum(jax.tree.leaves(jax.tree.map(size, spread(owners, bank), bank, *moved)))
 
 

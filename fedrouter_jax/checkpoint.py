@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.types import Array, PyTree
 
 
@@ -26,13 +26,16 @@ def _open(folder: Path) -> ocp.training.Checkpointer:
 
 
 def save(folder: Path, step: int, state: PyTree) -> None:
-    """Write the state after `step` rounds; the two latest are kept. A failed write leaves the earlier ones alone."""
+    """Write the state after `step` rounds; the two latest are kept.
+
+    Raises `UserError` where that fails, which leaves the earlier ones alone.
+    """
     try:
         with _open(folder) as checkpoints:
             checkpoints.save(step, state, overwrite=True, custom_metadata={"crc32": _crc32(state)})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write
         raise UserError(
-            f"{folder}: the checkpoint of round {step} could not be written ({_one_line(error)}); "
+            f"{folder}: the checkpoint of round {step} could not be written ({one_line(error)}); "
             "is there room, and may it be written? Then resume: rounds that were saved are safe"
         ) from error
 
@@ -51,7 +54,10 @@ def _as_made(leaf: Array) -> Array:
 
 
 def load(folder: Path, step: int, like: PyTree) -> PyTree:
-    """The state after `step` rounds, with the structure, shapes, dtypes and placement of `like`."""
+    """The state after `step` rounds, with the structure, shapes, dtypes and placement of `like`.
+
+    Raises `UserError` where it is damaged or another experiment's.
+    """
 
     def describe(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -71,7 +77,7 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
             return found
     except Exception as error:  # as in save
         raise UserError(
-            f"{folder}: the checkpoint of round {step} could not be read ({_one_line(error)}); "
+            f"{folder}: the checkpoint of round {step} could not be read ({one_line(error)}); "
             f"restore config.json if it was changed, or else move folder {step} away to resume from the one before"
         ) from error
 
@@ -84,7 +90,3 @@ def _crc32(state: PyTree) -> int | None:
             return None
         sums = zlib.crc32(np.asarray(leaf).tobytes(), sums)
     return sums
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -79,13 +79,17 @@ def response_losses(
         keys=token_keys(keys, rows) if lora.dropout > 0 else None,
         blocks=blocks,
     )
-    return jax.ops.segment_sum(losses.ravel(), rows.lane.ravel()[likelihood.flat(rows)].ravel(), lanes)
+    return jax.ops.segment_sum(losses.ravel(), _lanes(rows), lanes)
 
 
 def responses(rows: Rows, lanes: int) -> Array:
     """Response tokens of each lane in the packs of a step (float32 [lane])."""
-    owner = jnp.take_along_axis(rows.lane, rows.where, axis=1)
-    return jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, owner.ravel(), lanes)
+    return jax.ops.segment_sum((rows.labels >= 0).ravel() * 1.0, _lanes(rows), lanes)
+
+
+def _lanes(rows: Rows) -> Array:
+    """The lane of each response token (int32 [pack * predicted])."""
+    return jnp.take_along_axis(rows.lane, rows.where, axis=-1).ravel()
 
 
 def token_keys(keys: Array, rows: Rows) -> Array:

@@ -30,7 +30,7 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         names = [prepared.dataset.train[i].task for i in held.train]
         counts = np.zeros((len(tasks), table.shape[1]), int)
         np.add.at(counts, ([tasks.index(name) for name in names], labels), 1)
-        right, total = right + evaluate.matched(counts) * len(names), total + len(names)
+        right, total = right + evaluate.clustering_accuracy(counts) * len(names), total + len(names)
         clients.append(
             {
                 "client": number,
@@ -47,7 +47,11 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
     counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.enrolling == "clustering"
     up, down = traffic(prepared, enrolment) if clustered else (0, 0)
-    accuracy = {"local": right / total, "global": evaluate.matched(counts)} if clustered and tasks != [""] else None
+    accuracy = (
+        {"local": right / total, "global": evaluate.clustering_accuracy(counts)}
+        if clustered and tasks != [""]
+        else None
+    )
     return {
         "tasks": tasks,
         "clustered": clustered,
@@ -118,7 +122,7 @@ def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:
     if "local 0" in silhouettes:
         return sum(int(max(scores := silhouettes[f"local {client}"], key=scores.get)) for client in training)
     if routing.RECIPES[prepared.config.cluster.recipe].lloyd:
-        return len(training) * (experiment.cluster_counts(prepared.config, prepared.partition)[0] or 0)
+        return len(training) * experiment.cluster_counts(prepared.config, prepared.partition)[0]
     return int((np.asarray(enrolment.table)[training] >= 0).sum())
 
 
@@ -139,7 +143,10 @@ def partition(found: formats.Clusters, config: Config) -> Partition:
 
 
 def enrolment(path: Path, found: formats.Clusters, prepared: Prepared) -> Enrolment:
-    """The enrolment as a run's clusters have it; the router's numbers are in the checkpoint."""
+    """The enrolment as a run's clusters have it; the router's numbers are in the checkpoint.
+
+    Raises `UserError` where they are of other rows or clients than the prepared ones.
+    """
     try:
         check_origin(found, prepared)
         if [client["rows"] for client in found["clients"]] != [held.train for held in prepared.partition.clients]:

@@ -57,8 +57,9 @@ class ComputeConfig:
     rows_at_once: int | None = None
     """Rows that generate together; by default 64 on a CPU, else up to 512, as memory allows."""
     packs_at_once: int | None = None
-    """Packs of rows that go through the model together; by default 2 that are only read and 1 in training on a CPU,
-    elsewhere 16 and in training, where groups of lanes are few and memory allows, those of a step, up to 64 in all."""
+    """Packs of rows that go through the model together; by default 2 that are only read (1 where losses are) and 1 in
+    training on a CPU, elsewhere 16 (8) and in training, where groups of lanes are few and memory allows, those of a
+    step, up to 64 in all."""
     remat: bool = False
     """Gradients compute every block again: a fifth of the memory for activations, and one more forward pass."""
     unroll: bool = False
@@ -204,7 +205,7 @@ def to_json(config: Config) -> str:
 def of_json(raw: dict, path: Path) -> Config:
     """A config from its JSON object without the format, as `asdict` gives it; `path` names it in errors.
 
-    A field that is newer than the file has its default.
+    A field that is newer than the file has its default. Raises `UserError` for one that is none.
     """
     try:
         return formats.adapter(Config).validate_json(json.dumps(raw), strict=True, extra="forbid")

@@ -9,7 +9,7 @@ holds it says above all over how many tokens it was taken. `skip` leaves it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 
 from fedrouter_jax.data import packing
 from fedrouter_jax.models import DecoderConfig, first_blocks, hidden_states
-from fedrouter_jax.types import Array, LoRA, PyTree
+from fedrouter_jax.types import Advance, Array, LoRA, PyTree, unseen
 
 TEXTS_PER_PACK = 32
 _WINDOW = 512  # texts that are packed together: packing costs the square of them
@@ -63,7 +63,7 @@ def embed(
     texts: Sequence[Sequence[int]],
     depth: float | None,
     packs_at_once: int = 1,
-    advance: Callable[[int], None] = lambda texts: None,
+    advance: Advance = unseen,
     *,
     lora: LoRA | None = None,
     gates: np.ndarray | None = None,

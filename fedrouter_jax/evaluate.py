@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
     return [prepared.partition.tasks[rows.argmax()] if rows.any() else "" for rows in counts.T]
 
 
-def matched(counts: np.ndarray) -> float:
+def clustering_accuracy(counts: np.ndarray) -> float:
     """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
     from scipy.optimize import linear_sum_assignment  # here, for it takes a third of a second
 
@@ -139,7 +139,10 @@ def questions(
     embeddings: np.ndarray | None,
     with_base: bool,
 ) -> list[Question]:
-    """Who is asked what, and which adapter answers."""
+    """Who is asked what, and which adapter answers.
+
+    `embeddings` as for `experiment.enroll`; `with_base`: the same of the base model, too.
+    """
     config, split = prepared.config, prepared.partition
     asked = {row: place for place, row in enumerate(test_rows(split))}
     where = None if embeddings is None else embeddings[-len(asked) :]
@@ -153,7 +156,7 @@ def questions(
         points = None if where is None else jnp.asarray(where[[asked[row] for _, row in pairs]])
         prompts = [prepared.test[row].prompt for _, row in pairs]
         seen = view(prepared, state, points, jnp.asarray(slots), prompts)
-        weights = opened(prepared, state, clients, seen, mode)
+        weights = routing_weights(prepared, state, clients, seen, mode)
         return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
 
     own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
@@ -174,7 +177,9 @@ def questions(
     return found
 
 
-def opened(prepared: Prepared, state: FederationState, clients: Array, seen: View, mode: routing.Mode) -> np.ndarray:
+def routing_weights(
+    prepared: Prepared, state: FederationState, clients: Array, seen: View, mode: routing.Mode
+) -> np.ndarray:
     """The weights [row, slot] that the strategy's router gives adapters; raises `UserError` for another shape."""
     strategy = prepared.strategy
     weights = np.asarray(processes.of_first(strategy.route(state, clients, seen, mode)))
@@ -218,6 +223,20 @@ def view(
     return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 
 
+def routed_right(
+    prepared: Prepared, enrolment: routing.Enrolment, asked: Sequence[Question], most: Callable[[Question], int]
+) -> dict[str, float]:
+    """The share of a part's questions, by part, that went to a slot of their task; of tasks that somebody trains."""
+    counts, rows, found = slot_tasks(prepared, enrolment), prepared.dataset.test, {}
+    names = slot_names(prepared, counts)
+    held = [task for task, of_slots in zip(prepared.partition.tasks, counts, strict=True) if task and of_slots.any()]
+    for part in ("personalised", "generalisation", "newcomers"):
+        right = [names[most(q)] == rows[q.row].task for q in asked if q.part == part and rows[q.row].task in held]
+        if right:
+            found[part] = float(np.mean(right))
+    return found
+
+
 def evaluate_state(
     prepared: Prepared,
     state: FederationState,
@@ -247,23 +266,16 @@ def evaluate_state(
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
 
+    clusters = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
+    routed = prepared.strategy.enrolling in ("clustering", "tasks") and len(clusters) > 0
+    slots = clusters if routed else np.arange(len(asked[0].weights))[None]
+
     def most(q: Question) -> int:
         """The slot that has most weight, where several adapters are the clusters' that of their sum."""
         return int(np.array(q.weights)[slots].sum(axis=0).argmax())
 
-    slots = np.arange(len(asked[0].weights))[None]
-    clusters = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
-    if prepared.strategy.enrolling in ("clustering", "tasks") and len(clusters):
-        slots = clusters
-        counts = slot_tasks(prepared, enrolment)
-        tasks = prepared.partition.tasks
-        names = slot_names(prepared, counts)
-        held = [task for task, rows_of in zip(tasks, counts, strict=True) if task and rows_of.any()]
-        for part in ("personalised", "generalisation", "newcomers"):
-            routed = [q for q in asked if q.part == part and rows[q.row].task in held]
-            right = [names[most(q)] == rows[q.row].task for q in routed]
-            if right:
-                scores[part]["routing_accuracy"] = float(np.mean(right))
+    for part, share in (routed_right(prepared, enrolment, asked, most) if routed else {}).items():
+        scores[part]["routing_accuracy"] = share
     records = [
         {
             "part": q.part,

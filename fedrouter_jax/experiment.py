@@ -2,7 +2,8 @@
 
 prepare    load the model and the rows, deal them to clients, tokenise
 embed_rows, enroll, start
-train_round (T times); `evaluate` scores
+train_round (T times)
+settle; `evaluate` scores
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from fedrouter_jax.errors import UserError
 from fedrouter_jax.federation import make_round, map_losses
 from fedrouter_jax.keys import key_of
 from fedrouter_jax.models import DecoderConfig, Model, load_model
-from fedrouter_jax.sharing import Advance, divided, unseen
-from fedrouter_jax.types import FederationState, Strategy, Work
+from fedrouter_jax.sharing import divided
+from fedrouter_jax.types import Advance, FederationState, Strategy, Work, unseen
 
 
 class Prepared(NamedTuple):
@@ -70,7 +71,7 @@ def prepare(
     strategy = strategy or method_lib.strategy(config, n_g)
     method_lib.check(config, strategy)
     if split.tasks == [""]:
-        check_unlabelled(config, strategy, dataset.name)
+        method_lib.check_unlabelled(config, strategy, dataset.name)
     if strategy.enrolling == "clustering":  # before minutes are spent on embeddings
         routing.check_counts([len(held.train) for held in split.clients], n_l, n_g, config.data.newcomers)
     model, mesh = loaded(config, model)
@@ -145,23 +146,6 @@ def without_rows(config: Config, split: Partition) -> Prepared:
     return Prepared(config, model, strategy, split, mesh)
 
 
-def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
-    """Raises `UserError` for a method that needs what only labels of tasks say."""
-    if strategy.enrolling == "tasks":
-        raise UserError(
-            f"{strategy.name} goes by the tasks of rows, but those of {name} have none; map their column with "
-            "--columns task=NAME, or choose another --strategy"
-        )
-    modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
-    if strategy.enrolling == "clustering" and "oracle" in modes:
-        raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
-    if method_lib.told_slots(strategy) and config.cluster.global_clusters is None:
-        raise UserError(
-            f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
-            "--global-clusters"
-        )
-
-
 def test_rows(split: Partition) -> list[int]:
     """The test rows anybody is asked about, in order."""
     return sorted({row for held in split.clients for row in held.test} | set(split.mix))
@@ -193,7 +177,11 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = uns
 
 
 def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolment:
-    """Local and global clusters, or the true tasks, or one cluster a client: whatever the strategy works with."""
+    """Local and global clusters, or the true tasks, or one cluster a client: whatever the strategy works with.
+
+    `embeddings` float32 [row, width] are those of `embed_rows`, None unless the strategy clusters rows. Raises
+    `UserError` where they are not finite, or for numbers of clusters that rows cannot fill.
+    """
     rows = [len(held.train) for held in prepared.partition.clients]
     config = prepared.config
     local, total = cluster_counts(config, prepared.partition)
@@ -290,7 +278,8 @@ def settle(prepared: Prepared, state: FederationState) -> FederationState:
     loss, params = client.make_client_loss(prepared.model.config, config.lora), prepared.model.params
     # The base is an argument: as a constant of the program it would be compiled into it.
     losses = jax.jit(lambda params, adapters, batch: map_losses(loss, params, adapters, work, batch, 1))
-    return choose(state, work, lambda adapters: losses(params, adapters, batch))
+    with mesh_lib.known(params):
+        return choose(state, work, lambda adapters: losses(params, adapters, batch))
 
 
 def round_inputs(prepared: Prepared, rows: list[list[list[tokens.Tokens]]], t: int) -> tuple[Work, packing.Batch]:

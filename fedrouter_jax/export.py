@@ -35,7 +35,7 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
     before, behind = templates.around(model.tokenizer, config.data.template)
     data = {"before": before, "behind": behind, "max_length": config.data.max_length}
     peft_io.write_json(folder / "prompt.json", {**data, "max_response": config.data.max_response})
-    if method_lib.told_slots(strategy):
+    if method_lib.needs_cluster_count(strategy):
         table, clusters = np.asarray(state.table), bank_lib.of_clusters(strategy.owners, state.bank)
         known = range(len(table))
         if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer

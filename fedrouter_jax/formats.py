@@ -159,8 +159,12 @@ def read_clusters(path: Path) -> Clusters | None:
     odd = None
     if len(found["slot_tasks"]) != len(slots):
         odd = f"{len(found['slot_tasks'])} slot_tasks for {len(slots)} clusters"
+    elif not {*found["slot_tasks"]} <= {"", *found["tasks"]}:
+        odd = "slot_tasks names unknown tasks"
     elif len(table) != len(found["clients"]) or not table:
         odd = f"a table of {len(table)} rows for {len(found['clients'])} clients"
+    elif [client["client"] for client in found["clients"]] != [*range(len(table))]:
+        odd = "the clients are not numbered from 0"
     elif any(slot not in slots and slot != -1 for row in table for slot in row):
         odd = f"the table has slots beyond {len(slots)}"
     else:
@@ -180,7 +184,10 @@ def read_clusters(path: Path) -> Clusters | None:
 
 
 def read_lines(path: Path, form: Any, remedy: str = "start a new run") -> Iterator[Any]:
-    """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out."""
+    """The lines of a JSON Lines file. A last one without a newline was cut short by a kill: it is left out.
+
+    Raises `UserError` for one that is not of that form.
+    """
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
             yield _checked(json.loads(line), form)
@@ -189,7 +196,10 @@ def read_lines(path: Path, form: Any, remedy: str = "start a new run") -> Iterat
 
 
 def read_rounds(path: Path, most: int | None = None) -> list[Any]:
-    """The lines of `rounds.jsonl`, or the first `most`: those of round 1, 2, 3, ..., each once."""
+    """The lines of `rounds.jsonl`, or the first `most`: those of round 1, 2, 3, ..., each once.
+
+    Raises `UserError` for others.
+    """
     rounds = list(islice(read_lines(path, Round), most))
     for number, record in enumerate(rounds, 1):
         if record["round"] != number:

@@ -11,7 +11,7 @@ left, the batch shrinks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from jax.sharding import Sharding
 from fedrouter_jax import models
 from fedrouter_jax.data import packing
 from fedrouter_jax.models import DecoderConfig
-from fedrouter_jax.types import Array, LoRA, PyTree
+from fedrouter_jax.types import Advance, Array, LoRA, PyTree, unseen
 
 _BLOCK = 128  # scores; a divisor of the vocabularies of the models we know
 _FEWEST = 16  # rows; a program of its own for fewer takes longer to compile than it saves
@@ -141,7 +141,7 @@ def generate(
     packs_at_once: int = 1,
     shrinks: bool = True,
     where: Sharding | None = None,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Advance = unseen,
 ) -> list[list[int]]:
     """Answers to token id prompts, without the stop token, in the order given.
 

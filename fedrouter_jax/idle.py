@@ -12,7 +12,7 @@ def options(config: Config) -> list[str]:
     default, method, name = Config(), method_lib.strategy(config, None), config.strategy
     clusters = method.enrolling == "clustering"
     lanes = method.enrolling in ("clustering", "tasks")  # of several local clusters
-    slots = method_lib.has_slots(method) and method.enrolling != "tasks"
+    slots = method_lib.has_cluster_slots(method) and method.enrolling != "tasks"
 
     def changed(section: str, field: str) -> bool:
         return getattr(getattr(config, section), field) != getattr(getattr(default, section), field)
@@ -29,10 +29,10 @@ def options(config: Config) -> list[str]:
         f"--local-clusters {no_rows}": config.cluster.local_clusters and not clusters,
         f"--global-clusters {no_rows}": config.cluster.global_clusters and not (clusters or slots),
         f"--max-clusters {no_rows}": changed("cluster", "max_clusters") and not (clusters or method.finds_slots),
-        "--max-clusters (both numbers of clusters are given)": changed("cluster", "max_clusters")
-        and clusters
-        and config.cluster.local_clusters
-        and config.cluster.global_clusters,
+        "--max-clusters (the numbers of clusters are given)": changed("cluster", "max_clusters")
+        and config.cluster.global_clusters
+        and (method.finds_slots or (clusters and config.cluster.local_clusters)),
+        f"--recipe {no_rows}": changed("cluster", "recipe") and not clusters,
         "--learning-rate (one round has --min-learning-rate)": changed("local", "learning_rate")
         and config.rounds.rounds == 1,
         f"--turns {no_rows}": changed("rounds", "turns") and not lanes,

@@ -1,4 +1,4 @@
-"""K-means over masked, weighted rows, in pure JAX: jit them, vmap them over clients.
+"""K-means over masked, weighted rows, in pure JAX: jit it, vmap it over clients.
 
 The objective is the weighted sum of squared Euclidean distances. Each restart seeds with greedy k-means++ (Arthur &
 Vassilvitskii, SODA 2007) and runs Lloyd's iteration. It is then offered up to `32 + 2 k` swaps: a row drawn as in

@@ -13,7 +13,7 @@ import optax
 from fedrouter_jax.data import packing
 from fedrouter_jax.data.tokens import Tokens
 from fedrouter_jax.models import LOOP, Blocks, DecoderConfig, hidden_states, logits
-from fedrouter_jax.types import Array, LoRA, PyTree
+from fedrouter_jax.types import Advance, Array, LoRA, PyTree, unseen
 
 ROWS = 32  # that are packed together, for each pack of those that are read at once
 
@@ -83,7 +83,7 @@ def _summed(
 
     def visit(total, rows):
         losses = of_packs(config, base, rows, lora, None if gates is None else gates[rows.row])
-        return total + jax.ops.segment_sum(losses.ravel(), rows.row.ravel()[flat(rows)].ravel(), count)
+        return total + jax.ops.segment_sum(losses.ravel(), jnp.take_along_axis(rows.row, rows.where, 1).ravel(), count)
 
     return fold(batch.rows, batch.count, packs_at_once, visit, jnp.zeros(count))
 
@@ -94,8 +94,8 @@ def losses(
     rows: Sequence[Tokens],
     lora: LoRA | None,
     gates: np.ndarray | None,
-    advance: Callable[[int], None] = lambda rows: None,
     packs_at_once: int = 1,
+    advance: Advance = unseen,
 ) -> np.ndarray:
     """The mean cross-entropy of the response tokens of each row, in nats a token: float32 [row].
 

@@ -11,6 +11,7 @@ divided by hand (`federation.make_round`), over the model by JAX's partitioner.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
@@ -29,7 +30,7 @@ INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def make(model_parallel: int = 1, devices: list | None = None) -> Mesh:
-    """The mesh of all devices, `model_parallel` of which share one copy of the base."""
+    """The mesh of all devices, `model_parallel` of which share one copy of the base; `UserError` where they do not."""
     devices = jax.devices() if devices is None else devices
     several = jax.process_count() > 1  # each of which embeds and answers by itself, with a whole base
     count = jax.local_device_count() if several else len(devices)
@@ -122,6 +123,13 @@ def row_of(params: PyTree) -> NamedSharding | None:
 def beside(params: PyTree, tree: PyTree) -> PyTree:
     """Arrays, whole, on every device of the row that holds these parameters."""
     return tree if (row := row_of(params)) is None else jax.device_put(tree, row)
+
+
+def known(params: PyTree) -> AbstractContextManager:
+    """What is traced in here knows whether devices share the base: then attention takes no kernel of one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    shared = isinstance(sharding, NamedSharding) and sharding.mesh.shape[MODEL] > 1
+    return jax.set_mesh(sharding.mesh) if shared else nullcontext()
 
 
 def state_shardings(mesh: Mesh, strategy: Strategy, state: FederationState) -> FederationState:

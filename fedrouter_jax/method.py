@@ -57,7 +57,7 @@ def check(config: Config, strategy: Strategy) -> None:
                 f"{strategy.name}: {' and '.join(sorted(found))} own the parts of {name!r}, and their slots do not "
                 "pair; give one part to all (shared), or both to the same"
             )
-    if told_slots(strategy) and config.cluster.global_clusters == 0:
+    if needs_cluster_count(strategy) and config.cluster.global_clusters == 0:
         raise UserError(
             f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
             "its slots"
@@ -86,6 +86,23 @@ def check(config: Config, strategy: Strategy) -> None:
         )
 
 
+def check_unlabelled(config: Config, strategy: Strategy, name: str) -> None:
+    """Raises `UserError` for a method that needs what only labels of tasks say."""
+    if strategy.enrolling == "tasks":
+        raise UserError(
+            f"{strategy.name} goes by the tasks of rows, but those of {name} have none; map their column with "
+            "--columns task=NAME, or choose another --strategy"
+        )
+    modes = (config.evaluation.personalised_routing, config.evaluation.generalisation_routing)
+    if strategy.enrolling == "clustering" and "oracle" in modes:
+        raise UserError(f"oracle routing goes by the tasks of rows, but those of {name} have none; choose another")
+    if needs_cluster_count(strategy) and config.cluster.global_clusters is None:
+        raise UserError(
+            f"{strategy.name} has as many slots as there are tasks, but the rows of {name} have none; give "
+            "--global-clusters"
+        )
+
+
 def _part(tree: PyTree, name: str, part: str) -> PyTree:
     """What a prefix tree of adapters says of one part of one of them."""
     of = tree[name] if isinstance(tree, dict) else tree
@@ -105,14 +122,14 @@ def averages(strategy: Strategy) -> bool:
     return server_lib.moves(strategy.owners) and not strategy.pooled
 
 
-def has_slots(strategy: Strategy) -> bool:
+def has_cluster_slots(strategy: Strategy) -> bool:
     """Whether adapters are the clusters'."""
     return any(OWNERSHIP[owner].slot_per == "cluster" for owner in jax.tree.leaves(strategy.owners))
 
 
-def told_slots(strategy: Strategy) -> bool:
+def needs_cluster_count(strategy: Strategy) -> bool:
     """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
-    return has_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
+    return has_cluster_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
 
 
 def steps_of_a_lane(config: Config, strategy: Strategy) -> int:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.types import PyTree
 
 
@@ -22,6 +22,7 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
     """Wait for the other processes; to be called before JAX sees a device. Nothing to do without a coordinator.
 
     `coordinator` is HOST:PORT of the first of `count` processes, or "auto" where JAX finds all three by itself.
+    Raises `UserError` where they do not find each other.
     """
     given = (count, number)
     if coordinator is None:
@@ -40,7 +41,7 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         jax.distributed.initialize(coordinator, count, number)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes did not find each other ({' '.join(str(error).split())[:200]}); "
+            f"the processes did not find each other ({one_line(error)}); "
             "give --coordinator HOST:PORT of the first, --num-processes and --process-id"
         ) from error
 

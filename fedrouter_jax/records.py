@@ -188,7 +188,7 @@ def notes(run: Run) -> list[str]:
             "--global-clusters, or more --local-clusters"
         )
     founders = config.data.clients - config.data.newcomers
-    if method_lib.told_slots(method_lib.strategy(config, total)) and total >= founders > 1:
+    if method_lib.needs_cluster_count(method_lib.strategy(config, total)) and total >= founders > 1:
         found.append(
             f"{total} groups for {founders} clients: hardly two of them share one, so little is averaged; give fewer "
             "--global-clusters, or more --clients"

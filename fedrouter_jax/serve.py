@@ -79,7 +79,7 @@ def route(
     mode = "global" if client is None else "local"
     prompts = [row.prompt for row in encoded]
     view = evaluate.view(prepared, state, embeddings, None, prompts)
-    weights = evaluate.opened(prepared, state, clients, view, mode)
+    weights = evaluate.routing_weights(prepared, state, clients, view, mode)
     with track("answering", len(texts)) as advance:
         said = answers.answer(prepared, state, prompts, weights, advance)
     owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
@@ -91,7 +91,7 @@ def route(
         {
             "text": text,
             "cut": encoded[i].truncated,
-            "adapter": " + ".join(_named(names[place], opened[place]) for place in shown.ravel() if opened[place]),
+            "adapter": " + ".join(_named(names[place], opened[place]) for place in np.flatnonzero(opened)),
             "slot": slot,
             "task": loaded.slot_tasks[slot] if routed else "",
             "distances": [] if distances is None else [float(value) for value in distances[i]],

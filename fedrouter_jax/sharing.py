@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 
 from fedrouter_jax import mesh, processes
-from fedrouter_jax.types import PyTree
+from fedrouter_jax.types import Advance, PyTree, unseen
 
-Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
 Track = Callable[..., Any]  # (what, rows in all, rows done before) -> context manager giving `advance(rows, note="")`
-
-
-def unseen(rows: int, note: str = "") -> None:
-    """The `Advance` that shows nothing."""
 
 
 @contextmanager
@@ -47,10 +42,14 @@ def divided(
         with lock:
             advance(rows)
 
+    def run(base: PyTree, places: np.ndarray) -> np.ndarray:
+        with mesh.known(base):
+            return work(base, places, counted)
+
     with ThreadPoolExecutor(len(bases)) as pool:
-        others = [pool.submit(work, *share, counted) for share in zip(bases[1:], shares[1:], strict=True)]
+        others = [pool.submit(run, *share) for share in zip(bases[1:], shares[1:], strict=True)]
         try:
-            found = [work(bases[0], shares[0], counted), *(other.result() for other in others)]
+            found = [run(bases[0], shares[0]), *(other.result() for other in others)]
         except BaseException:  # an interrupt reaches this thread alone
             stopped.set()
             raise

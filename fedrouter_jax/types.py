@@ -60,7 +60,7 @@ class Work(NamedTuple):
 
     client: Array  # int32 [lane]
     cluster: Array  # int32 [lane]: the client's local cluster
-    weight: Array  # float32 [lane] >= 0: the lane's share in averages
+    weight: Array  # float32 [lane] >= 0: what it counts in averages (rows, or 1), not normalised
 
 
 class FederationState(NamedTuple):
@@ -74,7 +74,7 @@ class FederationState(NamedTuple):
 
 
 class RoundInfo(NamedTuple):
-    """What a round reports: scalars per lane, never parameters."""
+    """What a round reports: numbers per lane and step, never parameters."""
 
     loss: Array  # float32 [lane, step]
     learning_rate: Array  # float32 []
@@ -112,6 +112,13 @@ class View(NamedTuple):
     # weights [client, slot] -> the same of training prompts of each client, [client, reference, width]; for strategies
     # that say how many
     references: Callable[[Array], Array] | None = None
+
+
+Advance = Callable[[int], None]  # called with the number of rows done, for progress bars
+
+
+def unseen(rows: int, note: str = "") -> None:
+    """The `Advance` that shows nothing."""
 
 
 class Strategy(NamedTuple):

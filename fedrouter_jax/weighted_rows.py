@@ -30,15 +30,19 @@ class Rows(NamedTuple):
     weight: Array  # float32 [row], at most 1; absent rows are 0
 
     def at(self, index):
+        """Rows `index` [...] as centres."""
         return self.x[index]
 
     def means(self, share):
+        """The centres of clusters, from what each row counts in each: `share` [row, k]."""
         return weighted_means(self.x, share)
 
     def distances(self, centers):
+        """Squared distances [row, k] to centres."""
         return expanded(self.x, self.square, centers)
 
-    def shift(self, new, old, *_):
+    def shift(self, new, old, share, before):
+        """How far all centres moved, squared and summed, float32 []; `share` and `before` [row, k] made them."""
         return jnp.sum((new - old) ** 2)
 
 
@@ -54,24 +58,31 @@ class Products(NamedTuple):
     weight: Array
 
     def at(self, index):
+        """As `Rows.at`."""
         return jnp.concatenate([self.x[index], self.square[index][:, None]], axis=-1)
 
     def means(self, share):
+        """As `Rows.means`."""
         products = weighted_means(self.x, share)
         square = jnp.sum(share.T * products, axis=1) / or_one(jnp.sum(share, axis=0))
         return jnp.concatenate([products, square[:, None]], axis=1)
 
     def distances(self, centers):
+        """As `Rows.distances`."""
         return jnp.maximum(self.square[:, None] - 2 * centers[:, :-1].T + centers[:, -1], 0)
 
     def shift(self, new, old, share, before):
+        """As `Rows.shift`."""
         # The product of two small differences: that of the squares would lose its digits.
         change = share / or_one(jnp.sum(share, axis=0)) - before / or_one(jnp.sum(before, axis=0))
         return jnp.sum(change.T * (new - old)[:, :-1])
 
 
 def checked(x: Array, weight: Array | None) -> tuple[Array, Array]:
-    """Rows float32 [row, width] and their weights float32 [row], 0 wherever a row is absent; None: all weigh 1."""
+    """Rows float32 [row, width] and their weights float32 [row], 0 wherever a row is absent; None: all weigh 1.
+
+    Raises `UserError` for other shapes and weights.
+    """
     x = jnp.asarray(x, jnp.float32)
     if x.ndim != 2 or 0 in x.shape:
         raise UserError(f"k-means: rows have shape {x.shape}, expected [row, width]; give one row an example")

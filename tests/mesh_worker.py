@@ -7,7 +7,8 @@ A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), an
 to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
 difference from one device that plays all rounds, the number of compiled programs, and what the devices of a program
 send each other: bytes by operation, and the bytes of the bank. A case with `answer` embeds and answers so many texts
-instead, and prints the largest difference of embeddings, the share of equal answers, and the devices of caches.
+instead, and prints the largest difference of embeddings, the share of equal answers, the devices of caches, and whether
+attention would be cuDNN's on a GPU.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ if "process" in ASKED:
 from jax.experimental.multihost_utils import process_allgather
 
 from experiments import hlo
-from fedrouter_jax import answers, bank, checkpoint, client, experiment, generate, mesh, models
+from fedrouter_jax import answers, bank, checkpoint, client, experiment, generate, mesh, models, sharing
 from fedrouter_jax.data import schedule
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.models import load_model
+from fedrouter_jax.models import attention, load_model
 from fedrouter_jax.presets import smoke
 
 LOCAL = client.LocalConfig(steps=2, batch=2, learning_rate=1e-2)
@@ -118,7 +119,16 @@ def respond(strategy, shape, answer):
     gap = max(float(np.abs(alone - spread).max()) for alone, spread in zip(*numbers, strict=True))
     bases = len(mesh.copies(model.params))
     found = {"gap": gap, "same": float(same), "different": len(set(said[0])), "bases": bases}
+    found["kernel"] = kernel(model.params)
     return found | {"caches": sorted(map(sorted, caches[1:]))}  # the first was that of one device
+
+
+def kernel(params):
+    """Whether rows of devices would take cuDNN's attention to embed and answer, if they had it."""
+    known, attention.compute_capability = attention.compute_capability, lambda: "9.0"
+    found = sharing.divided(params, 4, lambda base, places, advance: np.full(len(places), attention.by_cudnn()))
+    attention.compute_capability = known
+    return found.all().item() if found.all() == found.any() else None
 
 
 for case in ASKED["cases"]:

@@ -45,11 +45,17 @@ def test_a_run_knows_the_tokenizer_it_was_begun_with_and_older_ones_do_not():
         clusters.check_origin(known | {"described": "then"}, prepared)
 
 
-def relabel(run):
-    path = run / "clusters.json"
-    found = json.loads(path.read_text())
-    found["clients"][0]["local"][0] = 7
-    path.write_text(json.dumps(found))
+def in_clusters(change):
+    def changed(run):
+        path = run / "clusters.json"
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+
+    return changed
+
+
+relabel = in_clusters(lambda found: found["clients"][0]["local"].__setitem__(0, 7))
 
 
 def lacking(key):
@@ -104,6 +110,9 @@ def without_origin(run):
         (repeat, "resume", "line 2: round 1, expected 2"),
         (relabel, "resume", "the clusters of client 0 are not those of the table"),
         (relabel, "route", "the clusters of client 0 are not those of the table"),
+        (in_clusters(lambda found: found["slot_tasks"].append("x")), "resume", "5 slot_tasks for 4 clusters"),
+        (in_clusters(lambda found: found.update(slot_tasks=["x"] * 4)), "resume", "slot_tasks names unknown tasks"),
+        (in_clusters(lambda found: found["clients"].reverse()), "resume", "the clients are not numbered from 0"),
         (lambda run: (run / "clusters.json").unlink(), "route", "clusters.json is missing, though the run has begun"),
         (lambda run: (run / "clusters.json").unlink(), "resume", "clusters.json is missing, though the run has begun"),
         (edited('"rank": 8', '"rank": 4', older=True), "resume", "is in one of config.json and the checkpoint only"),

@@ -10,6 +10,7 @@ from fedrouter_jax import bank
 from fedrouter_jax.models.low_rank import _compete
 from fedrouter_jax.strategies import fedit, fedlease
 from fedrouter_jax.strategies.fedlease import alike
+from fedrouter_jax.types import Phase
 
 EXPERTS = 3
 
@@ -80,7 +81,7 @@ def test_every_cluster_has_a_copy_of_the_other_expert_and_never_sends_it(grouped
         "own": [True, True, False], "other_1": [True], "other_2": [False],
     }  # fmt: skip
     sent = sum(leaf[0].nbytes for leaf in jax.tree.leaves((own, other.gate, state.bank["other_2"].gate)))
-    assert bank.wire_bytes(strategy.owners, state.bank) == sent
+    assert bank.wire_bytes(strategy.owners, state.bank, [Phase(True, {})]) == sent
 
 
 def test_later_rounds_train_ones_own_expert_and_all_scores(federation, grouped):

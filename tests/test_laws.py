@@ -30,7 +30,7 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import Blocks
 from fedrouter_jax.strategies import STRATEGIES, feddpa_f
-from fedrouter_jax.types import LoRA, View
+from fedrouter_jax.types import LoRA, Phase, View
 
 
 @every_strategy
@@ -225,7 +225,7 @@ def test_client_owned_leaves_never_travel(federation, strategy):
     )
     clean = jax.tree.map(lambda owner, leaf: owner == "client" or bool(jnp.isfinite(leaf).all()), spread, sent)
     assert all(jax.tree.leaves(clean))
-    assert bank.wire_bytes(strategy.owners, state.bank) == sum(jax.tree.leaves(sizes))
+    assert bank.wire_bytes(strategy.owners, state.bank, [Phase(True, {})]) == sum(jax.tree.leaves(sizes))
 
 
 def test_leaves_of_one_adapter_may_have_different_owners(federation):

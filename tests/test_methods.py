@@ -43,6 +43,7 @@ from fedrouter_jax.strategies import (
     ifca,
     rolora,
 )
+from fedrouter_jax.strategies.flexlora import nearest
 from fedrouter_jax.types import FederationState, LoRA, View
 
 
@@ -292,6 +293,13 @@ def test_flexlora_is_the_nearest_adapter_to_the_mean_of_the_products(federation)
         assert_close(
             np.swapaxes(found.a[module][0], -1, -2) @ found.a[module][0], np.tile(np.eye(rank), (len(u), 1, 1))
         )
+
+
+def test_a_rank_beyond_the_side_of_a_matrix_holds_all_of_it():
+    matrix = jax.random.normal(jax.random.key(0), (2, 6, 3))
+    a, b = nearest(matrix, 5, 20)
+    assert a.shape == (2, 6, 5) and b.shape == (2, 5, 3)
+    assert_close(a @ b, matrix)
 
 
 def test_flexlora_with_one_client_is_fedit_but_for_how_products_are_parted(federation):

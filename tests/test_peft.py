@@ -124,7 +124,7 @@ def test_each_rows_loss_equals_torchs_under_its_own_adapter(base, adapter, rows,
     gates = np.asarray(lora.gates(jnp.eye(3)[slots], CONFIG))
     bank = lora.concatenate(jax.tree.map(lambda *leaves: jnp.stack(leaves), adapter, other, empty))
     done = []
-    found = likelihood.losses(decoder, params, rows, bank, gates, done.append)
+    found = likelihood.losses(decoder, params, rows, bank, gates, advance=done.append)
     with torch.no_grad():
         expected = [torch_loss(models[slot], [row]).item() for slot, row in zip(slots, rows, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=2e-5)

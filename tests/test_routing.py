@@ -11,7 +11,7 @@ import pytest
 from fedrouter_jax import embed, evaluate, experiment, routing
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.models import hidden_states
+from fedrouter_jax.models import first_blocks, hidden_states
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.strategies import fedrouter
 from fedrouter_jax.types import LoRA, View
@@ -111,10 +111,8 @@ def test_packed_embeddings_are_those_of_single_texts(tiny, depth, skip):
     found = embed.embed(tiny.config, tiny.params, ids, depth, packs_at_once=2, skip=skip)
     for text, embedding in zip(ids, found, strict=True):
         row = jnp.asarray([text])
-        layers = None if depth is None else 1
-        alone = hidden_states(
-            tiny.config, tiny.params, row, jnp.arange(len(text))[None], layers=layers, final_norm=depth is None
-        )[0]
+        config, params, _ = first_blocks(tiny.config, tiny.params, None, tiny.config.layers if depth is None else 1)
+        alone = hidden_states(config, params, row, jnp.arange(len(text))[None], final_norm=depth is None)[0]
         alone = alone[skip if len(text) > 1 else 0 :].mean(axis=0)
         np.testing.assert_allclose(embedding, alone, rtol=1e-4, atol=1e-5)
 

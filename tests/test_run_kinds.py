@@ -25,11 +25,11 @@ from fedrouter_jax.strategies import ifca
     [
         ("local", [f"client_{i}" for i in range(4)]),
         ("feddpa-t", ["global_0", *(f"local_{i}" for i in range(4))]),
-        ("fedrouter-soft", [f"cluster_{i}" for i in range(4)]),
         ("fedex", ["base_shift.safetensors", "shared_0"]),
         ("flora", ["base_shift.safetensors", "shared_0"]),
         ("ifca", [f"cluster_{i}" for i in range(4)]),
         ("fedalt", [*(f"own_{i}" for i in range(4)), *(f"rest_{i}" for i in range(4))]),
+        ("fedrouter-sum", ["common_0", *(f"main_{i}" for i in range(4))]),
     ],
 )
 def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_path, capsys, request):
@@ -45,18 +45,20 @@ def test_the_other_strategies_run_from_the_same_command(strategy, adapters, tmp_
         whose = json.loads((out / "adapters" / "clients.json").read_text())
         scored = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
         assert whose == {str(a["client"]): f"cluster_{a['slot']}" for a in scored if a["part"] == "personalised"}
-    assert (out / "router").exists() == (strategy == "fedrouter-soft") and (out / "report.md").exists()
+    assert (out / "router").exists() == (strategy == "fedrouter-sum") and (out / "report.md").exists()
     up = json.loads((out / "rounds.jsonl").read_text())["bytes_up"]
     assert (up == 0) == (strategy == "local")
     shown = " ".join(capsys.readouterr().out.split())
     assert ("4 groups for 4 clients: hardly two of them share one" in shown) == (strategy == "ifca")
     if strategy == "fedalt":  # both of a client's adapters count
         assert serve.route(out, ["Say yes."], 1)[0]["adapter"] == "own_1 + rest_1"
-    elif strategy in ("feddpa-t", "fedrouter-soft"):  # adapters that count by their weights
+    elif strategy == "fedrouter-sum":
+        assert re.fullmatch(r"common_0 \+ main_\d", serve.route(out, ["Say yes."], 1)[0]["adapter"])
+    elif strategy == "feddpa-t":  # adapters that count by their weights
         named = serve.route(out, ["Say yes."], 1)[0]["adapter"]
         assert re.fullmatch(r"\w+_\d \(0\.\d\d\) \+ \w+_\d \(0\.\d\d\)", named), named
     capsys.readouterr()
-    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedex", "flora", "fedrouter-soft") else 2)
+    assert main(["route", str(out), "text"]) == (0 if strategy in ("fedex", "flora", "fedrouter-sum") else 2)
 
 
 def test_options_that_change_nothing_are_named():
@@ -71,7 +73,7 @@ def test_options_that_change_nothing_are_named():
         smoke(),
         strategy="fedsa",
         data=dataclasses.replace(smoke().data, shift=8, clients=4),
-        cluster=dataclasses.replace(smoke().cluster, global_clusters=3, max_clusters=5),
+        cluster=dataclasses.replace(smoke().cluster, global_clusters=3, max_clusters=5, recipe="paper"),
         evaluation=dataclasses.replace(
             smoke().evaluation,
             evaluate_at=(2, 4),
@@ -81,7 +83,8 @@ def test_options_that_change_nothing_are_named():
         ),
     )
     assert [option.split()[0] for option in idle.options(others)] == [
-        "--shift", "--global-clusters", "--max-clusters", "--personalised-routing", "--generalisation-routing",
+        "--shift", "--global-clusters", "--max-clusters", "--recipe",
+        "--personalised-routing", "--generalisation-routing",
         "--evaluate-at", "--instance-weight",
     ]  # fmt: skip
     alone = dataclasses.replace(fedit, strategy="local", rounds=dataclasses.replace(rounds, server="adam", turns="own"))
@@ -96,6 +99,10 @@ def test_options_that_change_nothing_are_named():
     rate = dataclasses.replace(smoke().local, learning_rate=0.5)
     named = idle.options(dataclasses.replace(smoke(), cluster=known, rounds=once, local=rate))
     assert [option.split()[0] for option in named] == ["--max-clusters", "--learning-rate"]
+    lease = dataclasses.replace(known, local_clusters=None)
+    assert [
+        option.split()[0] for option in idle.options(dataclasses.replace(smoke(), strategy="fedlease", cluster=lease))
+    ] == ["--max-clusters"]
     evenly = dataclasses.replace(smoke().rounds, weighting="uniform")
     assert idle.options(dataclasses.replace(smoke(), strategy="fedit", rounds=evenly)) == []
     assert len(idle.options(dataclasses.replace(smoke(), strategy="local", rounds=evenly))) == 1

@@ -124,7 +124,10 @@ def deal_shares(rows: Sequence[Row], tasks: Sequence[str], shares: np.ndarray, c
 
 
 def clients_named(dataset: Dataset, count: int) -> list[str]:
-    """The first `count` clients that training rows name, in the order of their first row."""
+    """The first `count` clients that training rows name, in the order of their first row.
+
+    Raises `UserError` if there are fewer, or rows that name none.
+    """
     names = list(dict.fromkeys(row.client for row in dataset.train))
     if "" in names:
         lacking = "they name none" if names == [""] else "some rows name none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 
 PLACE = "{instruction}"
 CHAT = "chat"  # the chat template of the model's tokenizer
@@ -38,7 +38,7 @@ def around(tokenizer: Any, template: str) -> tuple[str, str]:
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, date_string=TODAY)
             own = tokenizer.get_chat_template()
         except Exception as error:  # templates are programs, and raise what they like
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"--template is {CHAT}, but the model's tokenizer has none that works: {reason}") from error
         if "strftime_now" in own and "date_string" not in own:
             raise UserError(

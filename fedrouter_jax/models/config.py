@@ -99,8 +99,6 @@ def _qwen_window(found: dict[str, Any]) -> int | None:
 class _Family:
     qkv_bias: bool = False
     qk_norm: bool = False
-    tied: bool = False  # when the config does not say
-    norm_eps: float = 1e-6  # when the config does not say: the default of transformers
     window: Callable[[dict[str, Any]], int | None] = _no_window
 
 
@@ -198,11 +196,11 @@ def from_hf(found: dict[str, Any]) -> DecoderConfig:
             kv_heads=int(found.get("num_key_value_heads") or heads),
             head_dim=int(found.get("head_dim") or found["hidden_size"] // heads),
             mlp_width=int(found["intermediate_size"]),
-            norm_eps=float(found.get("rms_norm_eps", family.norm_eps)),
+            norm_eps=float(found.get("rms_norm_eps", 1e-6)),  # as transformers, where the config does not say
             rope_theta=theta,
             rope_scaling=scaling,
             max_positions=int(found.get("max_position_embeddings", 2048)),
-            tied=bool(found.get("tie_word_embeddings", family.tied)),
+            tied=bool(found.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
             sliding_window=_window(family.window(found)),

@@ -216,7 +216,6 @@ def hidden_states(
     *,
     dropout: float = 0.0,
     keys: Array | None = None,
-    layers: int | None = None,
     final_norm: bool = True,
     blocks: Blocks = LOOP,
 ) -> Array:
@@ -231,12 +230,10 @@ def hidden_states(
     adapters have no gate of their own).
     `dropout` (a Python float) acts on that branch only, and needs `keys` [batch, time]; without them there is none.
 
-    `layers=n` runs the first n blocks; with `final_norm=False` that is `hidden_states[n]` of transformers. `blocks`
-    says how gradients are to run them.
+    `final_norm=False` with `first_blocks(..., n)` is `hidden_states[n]` of transformers. `blocks` says how gradients
+    are to run them.
     """
     _check(config, lora)
-    if layers is not None:
-        config, params, lora = first_blocks(config, params, lora, layers)
     segments = jnp.ones_like(tokens) if segments is None else segments
     keys = keys if lora is not None and dropout > 0 else None
     gates = gates[:, None] if gates is not None and gates.ndim == 2 else gates

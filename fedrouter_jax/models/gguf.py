@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.models.config import DecoderConfig, from_gguf
 from fedrouter_jax.models.hf import assemble, named
 from fedrouter_jax.types import PyTree
@@ -150,6 +150,5 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             options.setdefault("add_bos_token", True)
         backend, more = convert(fields["general.architecture"].contents(), parts)
     except Exception as error:  # tokenizers raises Exception itself
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path.name} holds no tokenizer that can be read: {reason}") from error
+        raise UserError(f"{path.name} holds no tokenizer that can be read: {one_line(error)}") from error
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{**more, **options})  # 5.17 says some things twice

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.models.config import DecoderConfig, from_hf
 from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.types import PyTree
@@ -137,7 +137,10 @@ def description_files(folder: Path) -> list[Path]:
 
 
 def load_folder(folder: Path, dtype: str) -> tuple[DecoderConfig, PyTree]:
-    """Configuration and parameters of a Hugging Face folder; floats of any width become `dtype`."""
+    """Configuration and parameters of a Hugging Face folder; floats of any width become `dtype`.
+
+    Raises `UserError` for a folder that lacks or garbles what it must hold.
+    """
     config = folder_config(folder)
     where = {}
     for path in weight_files(folder):
@@ -168,10 +171,9 @@ def download(name: str, patterns: Sequence[str] = PATTERNS) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["consolidated*", "*/*"]))
     except Exception as error:  # the hub's HTTP library changes between versions, and each has errors of its own
-        reason = " ".join(str(error).split())[:200]
         what = {HFValidationError: "is no valid hub id", LocalEntryNotFoundError: "is not cached, nor the hub reached"}
         found = next((text for kind, text in what.items() if isinstance(error, kind)), "was refused by the hub")
         raise UserError(
             f"the model {name!r} is no folder in {Path.cwd()}, no .gguf file and {found}; expected 'smollm2-135m', "
-            f"'tiny', a path or a hub id ({type(error).__name__}: {reason})"
+            f"'tiny', a path or a hub id ({type(error).__name__}: {one_line(error)})"
         ) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.models import gguf, hf, tiny
 from fedrouter_jax.models.config import DecoderConfig
 from fedrouter_jax.models.matrices import DTYPES, as_bits
@@ -80,7 +80,7 @@ def _folder_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerFast:
     try:
         return _with_pad(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # tokenizers raises Exception itself
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{what} has no tokenizer that can be read; expected tokenizer.json: {reason}") from error
 
 
@@ -140,7 +140,7 @@ def load_model(
     try:
         letters = model.tokenizer("a")["input_ids"]
     except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(f"the tokenizer of {name} cannot read text: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"the tokenizer of {name} cannot read text: {one_line(error)}") from error
     if not letters:
         raise UserError(f"the tokenizer of {name} makes no token of the text 'a'; are all its files there?")
     _check_finite(model)

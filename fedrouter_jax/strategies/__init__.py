@@ -66,7 +66,8 @@ __all__ = ["STRATEGIES", "find", *(name.replace("-", "_") for name in STRATEGIES
 def find(name: str) -> Callable[..., Strategy]:
     """What makes the strategy of that name: one of `STRATEGIES`, or MODULE:FUNCTION that can be imported.
 
-    The latter is called with `config`, which it hands on to a function that takes one.
+    The latter is called with `config`, which it hands on to a function that takes one. Raises `UserError` for a name
+    that is neither, and where that function fails.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]

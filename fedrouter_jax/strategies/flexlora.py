@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fedrouter_jax import shift
 from fedrouter_jax.federation import only_slot, owned
 from fedrouter_jax.keys import key_of
-from fedrouter_jax.types import LoRA, Strategy
+from fedrouter_jax.types import Array, LoRA, Strategy
 
 OWNERS = {"main": "shared"}
 
@@ -30,22 +30,24 @@ def flexlora() -> Strategy:
         clients, found = len(state.table), LoRA({}, {})
         for m, total in products.items():
             rank = old.a[m].shape[-1]
-            u, s, vt = leading(total / jnp.where(share > 0, share, 1), rank, clients * rank)
-            found.a[m] = jnp.where(share > 0, u, old.a[m])
-            found.b[m] = jnp.where(share > 0, s[..., None] * vt, old.b[m])
+            a, b = nearest(total / jnp.where(share > 0, share, 1), rank, clients * rank)
+            found.a[m], found.b[m] = jnp.where(share > 0, a, old.a[m]), jnp.where(share > 0, b, old.b[m])
         return state._replace(round=state.round + 1, bank={"main": found})
 
     return Strategy("flexlora", OWNERS, init, ask, shift.collect, tell, only_slot, of_products=True)
 
 
-def leading(matrices, rank, bound):
-    """The `rank` largest singular values of `matrices` [..., in, out] of rank `bound` or less, between their vectors.
+def nearest(matrices: Array, rank: int, bound: int) -> tuple[Array, Array]:
+    """A [..., in, rank] and B [..., rank, out] whose product is nearest to `matrices` [..., in, out].
 
-    So many random combinations of its columns span all columns of such a matrix (Halko et al., SIAM Review 2011, arXiv
-    0909.4061), so nothing is lost, and with few clients it is ten times as fast as to decompose the whole.
+    Their rank is at most `bound`. As many random combinations of a matrix's columns as its rank span all of them (Halko
+    et al., SIAM Review 2011, arXiv 0909.4061), so nothing is lost, and with few clients it is ten times as fast as to
+    decompose the whole. An adapter's rank above a side of the matrix has nothing left to hold: zeros.
     """
     width_in, width_out = matrices.shape[-2:]
     mix = jax.random.normal(key_of(0), (width_out, min(bound, width_in, width_out)))
     basis = jnp.linalg.qr(shift.exact("...io,or->...ir", matrices, mix))[0]
     u, s, vt = jnp.linalg.svd(shift.exact("...ir,...io->...ro", basis, matrices), full_matrices=False)
-    return shift.exact("...ir,...rk->...ik", basis, u[..., :rank]), s[..., :rank], vt[..., :rank, :]
+    a, b = shift.exact("...ir,...rk->...ik", basis, u[..., :rank]), s[..., :rank, None] * vt[..., :rank, :]
+    outer, lacking = [(0, 0)] * (matrices.ndim - 2), (0, rank - a.shape[-1])
+    return jnp.pad(a, [*outer, (0, 0), lacking]), jnp.pad(b, [*outer, lacking, (0, 0)])

@@ -219,7 +219,7 @@ def test_bad_input_is_one_line():
     with pytest.raises(UserError, match="'lm_head'; expected any of q_proj"):
         models.decode_step(BASE, params, tokens[:, 0], cache, stray)
     with pytest.raises(UserError, match="asked for 4 layers; expected 0 to 3"):
-        models.hidden_states(BASE, params, tokens, jnp.arange(4)[None], layers=4)
+        models.first_blocks(BASE, params, None, 4)
 
 
 @pytest.mark.parametrize("unroll", [True, False])

@@ -66,9 +66,8 @@ def test_hidden_states_of_every_depth_equal_transformers(tmp_path):
         theirs = model(torch.tensor(tokens), output_hidden_states=True).hidden_states
     for depth, expected in enumerate(theirs):
         last = depth == config.layers  # transformers applies the final norm to the last one
-        ours = models.hidden_states(
-            config, params, jnp.asarray(tokens), jnp.arange(12)[None], layers=depth, final_norm=last
-        )
+        first, some, _ = models.first_blocks(config, params, None, depth)
+        ours = models.hidden_states(first, some, jnp.asarray(tokens), jnp.arange(12)[None], final_norm=last)
         np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
