@@ -3,12 +3,12 @@
 
     python mesh_worker.py '{"cases": [{"strategy": "fedrouter", "shape": [8, 1]}]}'
 
-A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), and folders to `load` its start from and
-to `save` its end to. `process` [number, count, address] joins others. Prints a JSON line for each case: the largest
-difference from one device that plays all rounds, the number of compiled programs, and what the devices of a program
-send each other: bytes by operation, and the bytes of the bank. A case with `answer` embeds and answers so many texts
-instead, and prints the largest difference of embeddings, the share of equal answers, the devices of caches, and whether
-attention would be cuDNN's on a GPU.
+A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), folders to `load` its start from and to
+`save` its end to, and that its `traffic` is wanted. `process` [number, count, address] joins others. Prints a JSON line
+for each case: the largest difference from one device that plays all rounds, the number of compiled programs, the bytes
+of the bank, and where it is wanted what the devices of a program send each other, bytes by operation. A case with
+`answer` embeds and answers so many texts instead, and prints the largest difference of embeddings, the share of equal
+answers, the devices of caches, and whether attention would be cuDNN's on a GPU.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def alone(strategy, quantise, last):
     return play(strategy, quantise, last=last)[0]
 
 
-def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, load=None, save=None):
+def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, load=None, save=None, traffic=False):
     """The bank after the rounds `first` to `last`, on every process, and how many programs were compiled."""
     prepared, state, members = begin(strategy, quantise)
     state, params = jax.tree.map(jax.numpy.copy, state), prepared.model.params
@@ -81,7 +81,7 @@ def play(strategy, quantise="none", shape=None, at_once=1, first=1, last=LAST, l
         batch = schedule.batches(work, members, t, LOCAL.steps, LOCAL.batch, *prepared.pack, 0, 2, rows_of_devices)
         inputs = (state, params, work, mesh.place_batches(on, batch) if on else batch, jax.random.key(3))
         if t == first:
-            sent = hlo.traffic(run.lower(*inputs).compile().as_text()) if on and "process" not in ASKED else {}
+            sent = hlo.traffic(run.lower(*inputs).compile().as_text()) if traffic else {}
         state, info = run(*inputs)
         assert np.isfinite(np.asarray(info.loss)).all()  # every process may read it
     if save:

@@ -70,12 +70,12 @@ def joined(count: int, cases: list[dict]) -> list[dict]:
 
 
 ROUNDS = [
-    {"strategy": "fedrouter", "shape": [8, 1]},
+    {"strategy": "fedrouter", "shape": [8, 1], "traffic": True},
     {"strategy": "fedrouter", "shape": [2, 4], "at_once": 2},
-    {"strategy": "fedrouter", "shape": [4, 2]},
+    {"strategy": "fedrouter", "shape": [4, 2], "traffic": True},
     {"strategy": "fedsa", "shape": [4, 2], "quantise": "nf4"},
     {"strategy": "ifca", "shape": [4, 1]},
-    {"strategy": "local", "shape": [8, 1]},
+    {"strategy": "local", "shape": [8, 1], "traffic": True},
     {"strategy": "scaffold", "shape": [4, 1]},
 ]
 # What clients own lies apart (fedsa), the base in halves; a shifted base is made on every row (fedex).
