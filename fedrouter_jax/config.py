@@ -219,7 +219,7 @@ def load(path: Path) -> Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run directory: it has no config.json; give the --out of a run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); restore it or start a new run") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not a config of run format {FORMAT}; it was written by another version")

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
 from fedrouter_jax.errors import UserError
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Score(TypedDict):
@@ -62,9 +64,9 @@ class Round(TypedDict):
     round: int
     loss: float | None  # mean over lanes whose losses are finite; None: there are none
     learning_rate: float
-    seconds: float
-    bytes_up: float
-    bytes_down: float
+    seconds: Finite
+    bytes_up: Finite
+    bytes_down: Finite
     optimiser_steps_per_client: float
     tokens: int  # that all lanes trained on
     lanes: list[Lane]
@@ -97,8 +99,8 @@ class Clusters(TypedDict):
     slot_tasks: list[str]
     accuracy: Accuracy | None
     silhouettes: dict[str, Any]
-    bytes_up: float
-    bytes_down: float
+    bytes_up: Finite
+    bytes_down: Finite
     never_trained: NotRequired[list[Any]]  # pairs of client and local cluster
     training_rows: NotRequired[int]  # there are, dealt to clients or not
     cut_rows: NotRequired[int]  # training rows longer than --max-length or --max-response
@@ -146,7 +148,7 @@ def read_json(path: Path, form: Any = dict[str, Any], remedy: str = "delete it a
         return None
     try:
         return _checked(json.loads(path.read_text(encoding="utf-8")), form)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {wrong(error)}; restore the file, or {remedy}") from None
 
 
@@ -191,7 +193,7 @@ def read_lines(path: Path, form: Any, remedy: str = "start a new run") -> Iterat
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
             yield _checked(json.loads(line), form)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {wrong(error)}; restore the file or {remedy}") from None
 
 
@@ -215,6 +217,7 @@ adapter = cache(TypeAdapter)  # building one takes longer than most checks
 
 def _checked(found: Any, form: Any) -> Any:
     adapter(form).validate_python(found, strict=True)
+    json.dumps(found, ensure_ascii=False).encode()  # halves of characters, which no file takes and no plot shows
     return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time as clock
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import numpy as np
 from fedrouter_jax import checkpoint, clusters, evaluate, experiment, export, files, formats, processes
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.config import Config
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.experiment import Prepared
 from fedrouter_jax.models import Model
 from fedrouter_jax.routing import Enrolment
@@ -58,6 +59,8 @@ def check_free(out: Path, config: Config) -> None:
 
     A run that was refused before it computed anything has left only its config, and gives way.
     """
+    if str(out.absolute()) != str(out.absolute()).encode(errors="ignore").decode():  # Orbax takes no other
+        raise UserError(f"--out {str(out)!r} is, or lies in, a folder whose name is not UTF-8; choose another")
     path = out / "config.json"
     own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
     # In this order: another process of the same run may be making the folder.
@@ -312,17 +315,20 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
             with files.replaced(path) as beside, beside.open("wb") as file:
                 np.save(file, found, allow_pickle=False)
                 # What they were made from is a second array, which who loads one does not see.
-                np.save(file, np.array(json.dumps(clusters.origin(prepared))))
+                np.save(file, np.array(json.dumps({**clusters.origin(prepared), "crc32": zlib.crc32(found.tobytes())})))
         processes.meet("embeddings are written")
     expected = (len(experiment.embedded_rows(prepared)), prepared.model.config.width)
     try:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
-            clusters.check_origin(json.loads(str(np.load(file, allow_pickle=False))), prepared)
+            origin = json.loads(str(np.load(file, allow_pickle=False)))
+        clusters.check_origin(origin, prepared)
         if found.shape != expected:
             raise ValueError(f"shape {found.shape}, expected {expected}")
-    except (OSError, ValueError, EOFError) as error:
+        if origin.get("crc32", zlib.crc32(found.tobytes())) != zlib.crc32(found.tobytes()):
+            raise ValueError("its numbers are not those that were written")
+    except Exception as error:  # NumPy reads headers as Python, and raises what that does
         raise UserError(
-            f"{path}: not the embeddings of this run ({error}); delete it, and they are made again"
+            f"{path}: not the embeddings of this run ({one_line(error)}); delete it, and they are made again"
         ) from None
     return found

@@ -215,6 +215,16 @@ def test_a_method_that_takes_a_config_is_given_the_runs(tmp_path, monkeypatch):
     assert found.name == f"3 rounds, scale {smoke().lora.scale}"
 
 
+@pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "import sys\n\ndef make():\n    sys.exit(0)"])
+def test_a_module_that_leaves_is_refused_in_a_line(code, tmp_path, monkeypatch):
+    """It would end the command without a word, as if all had been done."""
+    name = f"leaving_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"--strategy {name}:make.*SystemExit: 0"):
+        method.strategy(replace(smoke(), strategy=f"{name}:make"), None)
+
+
 @pytest.mark.parametrize(
     "law",
     [

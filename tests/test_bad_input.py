@@ -252,6 +252,12 @@ def test_paths_that_cannot_be_are_one_line(data, tmp_path, capsys):
     assert "rounds.jsonl: Is a directory" in one_line(capsys, "report", str(tmp_path / "run"))
 
 
+def test_a_folder_whose_name_is_no_text_is_refused_before_the_work(data, tmp_path, capsys):
+    """Its checkpoints could not be written."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/run")
+    assert "whose name is not UTF-8" in one_line(capsys, "run", *SMALL, "--data", str(data), "--out", out)
+
+
 def test_a_reader_that_stops_is_told_nothing():
     """`fedrouter plan --model tiny | true`, however much of what is printed was flushed by then."""
     say = (

@@ -66,17 +66,30 @@ def lacking(key):
     return without
 
 
-def edited(old, new, older=False):
+def edited(old, new, older=False, name="config.json"):
     """config.json with another value; `older`: in a run whose clusters do not say yet what it was begun with."""
 
     def edit(run):
-        path = run / "config.json"
+        path = run / name
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
         if older:
             lacking("config")(run)
 
     return edit
+
+
+def at(name, place, byte):
+    def put(run):
+        content = (run / name).read_bytes()
+        assert content[place : place + 1] != byte
+        (run / name).write_bytes(content[:place] + byte + content[place + 1 :])
+
+    return put
+
+
+def nested(name):
+    return lambda run: (run / name).write_text("[" * 100_000)
 
 
 def repeat(run):
@@ -106,6 +119,16 @@ def without_origin(run):
         (lambda run: shutil.rmtree(run / "checkpoints"), "resume", "rounds.jsonl tells of 3 rounds, but"),
         (shorten("embeddings.npy"), "resume", "not the embeddings of this run"),
         (without_origin, "resume", "not the embeddings of this run"),
+        (at("embeddings.npy", 8, b"\x01"), "resume", "not the embeddings of this run"),  # its header
+        (at("embeddings.npy", 500, b"?"), "resume", "its numbers are not those that were written"),
+        (nested("clusters.json"), "resume", "clusters.json: not a JSON object (maximum recursion depth"),
+        (nested("config.json"), "route", "config.json: not readable as JSON (maximum recursion depth"),
+        (
+            edited('"bytes_up": ', '"bytes_up": 1e999, "_": ', name="rounds.jsonl"),
+            "resume",
+            "bytes_up: Input should be a f",
+        ),
+        (in_clusters(lambda found: found["tasks"].append("\ud800")), "resume", "surrogates not allowed"),
         (shorten("rounds.jsonl"), "resume", "whole lines, but 3 rounds are trained"),
         (repeat, "resume", "line 2: round 1, expected 2"),
         (relabel, "resume", "the clusters of client 0 are not those of the table"),

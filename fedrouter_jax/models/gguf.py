@@ -59,17 +59,27 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+class _Reader(GGUFReader):
+    """The package's reader, which takes what lies behind the end of a file for arrays of nothing, however long."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < int(count):
+            raise IndexError("it ends early")
+        return found
+
+
 def _open(path: Path) -> GGUFReader:
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected a GGUF file")
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError) as error:
+        return _Reader(path)
+    except (ValueError, IndexError, KeyError, OSError, struct.error, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is truncated or no GGUF file ({error}); download it again") from error
 
 
 def _metadata(reader: GGUFReader) -> dict[str, Any]:
-    keep = ("general.", "tokenizer.ggml.tokens")
+    keep = ("general.architecture", "tokenizer.ggml.tokens")
     name = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     metadata = {
         key: len(field.data) * [""] if key == keep[1] else field.contents()
@@ -77,7 +87,7 @@ def _metadata(reader: GGUFReader) -> dict[str, Any]:
         if key.startswith((keep[0], f"{name}.", keep[1]))
     }
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    slowed = tuple(map(float, tensors[_ROPE])) if _ROPE in tensors else None
+    slowed = tuple(map(float, np.ravel(tensors[_ROPE]))) if _ROPE in tensors else None
     return {**metadata, "tensors": set(tensors), "rope_freqs": slowed}
 
 

@@ -59,7 +59,13 @@ def assemble(config: DecoderConfig, dtype: str, names: set[str], read: Callable[
     `names` are the tensors there are, spelled as in transformers' Llama; `read` gives one of them. Raises
     `UserError` for a tensor that is missing, unexpected or of the wrong shape.
     """
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), param_shapes(config, dtype))
+    try:
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), param_shapes(config, dtype))
+    except MemoryError as error:
+        raise UserError(
+            f"the model does not fit in this machine's memory ({one_line(error)}); give --dtype bfloat16 or a smaller "
+            "one, or see whether its configuration is whole"
+        ) from error
     wanted = {name: (place, _get(params, place.path)) for name, place in _TOP.items()}
     for layer in range(config.layers):
         for name, place in _BLOCK.items():
@@ -103,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; expected a Hugging Face folder with that file in it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds JSON of type {type(found).__name__}; expected an object")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -89,16 +91,23 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     kept = cache_folder() / "tokenizers" / fingerprint
-    if not (kept / "tokenizer.json").exists():
-        tokenizer = gguf.load_tokenizer(path)
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:  # gone whatever happens
-                tokenizer.save_pretrained(fresh)
-                os.replace(fresh, kept)
-        except Exception:  # a full disk, which tokenizers calls Exception, or another process was first
-            return _with_pad(tokenizer)
-    return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept))
+
+    def read() -> PreTrainedTokenizerFast:
+        return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept, local_files_only=True))
+
+    if (kept / "tokenizer.json").exists():
+        with suppress(Exception):  # what a power cut has left of one
+            return read()
+    tokenizer = gguf.load_tokenizer(path)
+    with suppress(Exception):  # a full disk, which tokenizers calls Exception, or another process was first
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:  # gone whatever happens
+            tokenizer.save_pretrained(fresh)
+            os.chmod(fresh, 0o755)  # others may share the cache
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(fresh, kept)
+        return read()
+    return _with_pad(tokenizer)
 
 
 def model_config(name: str) -> DecoderConfig:

@@ -78,7 +78,7 @@ def find(name: str) -> Callable[..., Strategy]:
         )
     try:
         make = getattr(importlib.import_module(module), function)
-    except Exception as error:  # somebody's code: it may raise anything
+    except (Exception, SystemExit) as error:  # somebody's code: it may raise anything
         raise UserError(
             f"--strategy {name}: not to be imported ({_told(error)}); `python -m fedrouter_jax` looks here, too"
         ) from error
@@ -90,7 +90,7 @@ def find(name: str) -> Callable[..., Strategy]:
             strategy = make(config=config) if "config" in inspect.signature(make).parameters else make()
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"--strategy {name} could not be called, with config if it takes one ({_told(error)}); mend it there"
             ) from error
@@ -103,7 +103,7 @@ def find(name: str) -> Callable[..., Strategy]:
     return made
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """An error and where it was raised, in a line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {' '.join(str(error).split())}, {place.filename}:{place.lineno}"

@@ -56,7 +56,7 @@ def with_gates(config, lora, slots=2, seats=1):
     return lora._replace(gate={m: jnp.asarray(draw.normal(size=size(m)), jnp.float32) for m in lora.a})
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("dropout", "layers", "final_norm"))
+@partial(jax.jit, static_argnums=0, static_argnames=("dropout", "final_norm"))
 def run(config, params, tokens, positions=None, segments=None, lora=None, gates=None, **options):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     return models.hidden_states(config, params, tokens, positions, segments, lora, gates, **options)

@@ -12,6 +12,10 @@ from fedrouter_jax import models
 from fedrouter_jax.errors import UserError
 
 CONFIG_ERRORS = {
+    "too large": (
+        {"vocab_size": 2**31 - 1, "hidden_size": 2**20, "head_dim": 8},
+        "does not fit in this machine's memory",
+    ),
     "family": ({"model_type": "gpt2"}, "'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
     "rope": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
     "llama3 without factor": ({"rope_parameters": {"rope_type": "llama3"}}, "without its parameter 'factor'"),

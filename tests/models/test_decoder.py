@@ -120,8 +120,11 @@ def test_first_layers_are_a_shallower_model():
     shallow = dataclasses.replace(BASE, layers=2)
     cut = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:2], params["blocks"])}
     adapter = jax.tree.map(lambda leaf: leaf[:2], lora)
-    close(run(BASE, params, tokens, None, None, lora, layers=2), run(shallow, cut, tokens, None, None, adapter))
-    close(run(BASE, params, tokens, layers=0, final_norm=False), params["embedding"][tokens])
+    config, some, part = models.first_blocks(BASE, params, lora, 2)
+    assert config == shallow
+    close(run(config, some, tokens, None, None, part), run(shallow, cut, tokens, None, None, adapter))
+    config, none, _ = models.first_blocks(BASE, params, None, 0)
+    close(run(config, none, tokens, final_norm=False), params["embedding"][tokens])
     raw = run(BASE, params, tokens, final_norm=False)
     close(run(BASE, params, tokens), decoder._rms_norm(raw, params["norm"], BASE.norm_eps))
 

@@ -1,6 +1,7 @@
 """GGUF against its own writer and transformers, and one clear line for bad files."""
 
 import dataclasses
+import struct
 
 import numpy as np
 import pytest
@@ -96,6 +97,13 @@ def test_gguf_metadata_may_say_more_or_less(tmp_path, monkeypatch):
     assert more == dataclasses.replace(named, rope_theta=1e4, kv_heads=4, vocab_size=300, sliding_window=7)
 
 
+def test_what_is_not_asked_of_a_gguf_file_may_be_garbled(tmp_path):
+    path, model = tmp_path / "m.gguf", torch_model("Llama", {})
+    write_gguf(path, model, general__name="cafe")
+    path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))
+    assert gguf.gguf_config(path).layers == model.config.num_hidden_layers
+
+
 def test_gguf_errors(tmp_path, monkeypatch):
     model, path = torch_model("Llama", {}), tmp_path / "m.gguf"
     write_gguf(path, model)
@@ -104,6 +112,10 @@ def test_gguf_errors(tmp_path, monkeypatch):
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match="truncated or no GGUF file"):
             gguf.load_gguf(path, "float32")
+    endless = whole.replace(*(struct.pack("<IIQ", 9, 8, count) for count in (model.config.vocab_size, 2**40)))
+    path.write_bytes(endless)
+    with pytest.raises(UserError, match="truncated or no GGUF file .it ends early"):
+        gguf.load_gguf(path, "float32")
     path.write_bytes(b"not a model")
     with pytest.raises(UserError, match="truncated or no GGUF file"):
         gguf.load_gguf(path, "float32")

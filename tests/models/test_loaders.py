@@ -285,6 +285,11 @@ def test_a_tokenizer_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypa
     for _ in range(2):  # now there is room, and then it is there
         assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
         assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["0"]
+    kept = tmp_path / "tokenizers" / "0"
+    assert kept.stat().st_mode & 0o777 == 0o755  # others may share the cache
+    (kept / "tokenizer.json").write_text("")  # by a power cut
+    assert load._gguf_tokenizer(tmp_path / "absent.gguf", "0")("a")["input_ids"] == [64]
+    assert (kept / "tokenizer.json").read_text()
 
 
 def test_names_that_cannot_be_loaded(monkeypatch):
