@@ -30,24 +30,26 @@ def flexlora() -> Strategy:
         clients, found = len(state.table), LoRA({}, {})
         for m, total in products.items():
             rank = old.a[m].shape[-1]
-            a, b = nearest(total / jnp.where(share > 0, share, 1), rank, clients * rank)
+            mean = total / jnp.where(share > 0, share, 1)
+            # Layer by layer: two batches of decompositions at once waited for each other for ever on two cores (log).
+            a, b = jax.lax.map(lambda layer, rank=rank: nearest(layer, rank, clients * rank), mean)
             found.a[m], found.b[m] = jnp.where(share > 0, a, old.a[m]), jnp.where(share > 0, b, old.b[m])
         return state._replace(round=state.round + 1, bank={"main": found})
 
     return Strategy("flexlora", OWNERS, init, ask, shift.collect, tell, only_slot, of_products=True)
 
 
-def nearest(matrices: Array, rank: int, bound: int) -> tuple[Array, Array]:
-    """A [..., in, rank] and B [..., rank, out] whose product is nearest to `matrices` [..., in, out].
+def nearest(matrix: Array, rank: int, bound: int) -> tuple[Array, Array]:
+    """A [in, rank] and B [rank, out] whose product is nearest to a `matrix` [in, out].
 
-    Their rank is at most `bound`. As many random combinations of a matrix's columns as its rank span all of them (Halko
+    Its rank is at most `bound`. As many random combinations of a matrix's columns as its rank span all of them (Halko
     et al., SIAM Review 2011, arXiv 0909.4061), so nothing is lost, and with few clients it is ten times as fast as to
     decompose the whole. An adapter's rank above a side of the matrix has nothing left to hold: zeros.
     """
-    width_in, width_out = matrices.shape[-2:]
+    width_in, width_out = matrix.shape
     mix = jax.random.normal(key_of(0), (width_out, min(bound, width_in, width_out)))
-    basis = jnp.linalg.qr(shift.exact("...io,or->...ir", matrices, mix))[0]
-    u, s, vt = jnp.linalg.svd(shift.exact("...ir,...io->...ro", basis, matrices), full_matrices=False)
-    a, b = shift.exact("...ir,...rk->...ik", basis, u[..., :rank]), s[..., :rank, None] * vt[..., :rank, :]
-    outer, lacking = [(0, 0)] * (matrices.ndim - 2), (0, rank - a.shape[-1])
-    return jnp.pad(a, [*outer, (0, 0), lacking]), jnp.pad(b, [*outer, lacking, (0, 0)])
+    basis = jnp.linalg.qr(shift.exact("io,or->ir", matrix, mix))[0]
+    u, s, vt = jnp.linalg.svd(shift.exact("ir,io->ro", basis, matrix), full_matrices=False)
+    a, b = shift.exact("ir,rk->ik", basis, u[:, :rank]), s[:rank, None] * vt[:rank]
+    lacking = (0, rank - a.shape[1])
+    return jnp.pad(a, [(0, 0), lacking]), jnp.pad(b, [lacking, (0, 0)])
