@@ -175,21 +175,32 @@ def whole(phases: dict, ours: str, rounds: int = 6) -> str:
 def figure(found: dict) -> Figure:
     """A panel a phase: useful work a second of each side; dots are the turns."""
     phases = found["phases"]
-    drawn = Figure((12, 2.4 * -(-len(phases) // 3)))
-    panels = drawn.subplots(-(-len(phases) // 3), 3, squeeze=False).ravel()
+    lines = -(-len(phases) // 3)
+    drawn = Figure((12, 0.5 + 2.4 * lines))
+    panels = drawn.subplots(lines, 3, squeeze=False).ravel()
     for axes, (name, phase) in zip(panels, phases.items(), strict=False):
         rate = rates(phase)
         colours = ["#d55e00" if side.startswith("ours") else "#0072b2" for side in rate]
-        bars = axes.barh(list(rate), list(rate.values()), color=colours)
-        axes.bar_label(bars, [f"{value:,.0f}" for value in rate.values()], padding=8, fontsize="small")
+        axes.barh(list(rate), list(rate.values()), color=colours)
         for place, (side, spent) in enumerate(phase["seconds"].items()):
-            axes.plot([useful(phase, side) / s for s in spent], [place] * len(spent), "k.", markersize=4)
+            turns = [useful(phase, side) / s for s in spent]
+            axes.plot(turns, [place] * len(turns), "k.", markersize=4)
+            axes.annotate(
+                f"{rate[side]:,.0f}", (max(turns), place), (6, 0), textcoords="offset points", va="center",
+                fontsize="small",
+            )  # fmt: skip
         axes.set(title=f"{name}: {phase['unit']} a second", xticks=[])
         axes.margins(x=0.18)
         axes.invert_yaxis()
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     for axes in panels[len(phases) :]:
         axes.remove()
+    device, threads, dtype = found["device"], found["threads"], found.get("dtype", "float32")
+    drawn.suptitle(
+        f"{device}, {threads} threads, {found['model'].rpartition('/')[2]} in {dtype} where nothing else is said\n"
+        "useful work a second, median; dots: turns; orange: ours, blue: PyTorch (K-Means: scikit-learn)",
+        fontsize="medium",
+    )
     drawn.tight_layout()
     return drawn
 

@@ -120,7 +120,8 @@ def test_silhouettes_of_a_measurement_that_was_stopped_are_drawn_as_far_as_it_go
 def test_bars_of_a_bench_are_rates_of_the_table_and_ours_have_a_colour_of_their_own(folder):
     found = json.loads((RESULTS.parent / "bench" / folder / "bench.json").read_text(encoding="utf-8"))
     rows = {row[""]: row for row in first_table(RESULTS.parent / "bench" / folder / "bench.md")}
-    for axes, (name, phase) in zip(bench.figure(found).axes, found["phases"].items(), strict=True):
+    drawn = bench.figure(found)
+    for axes, (name, phase) in zip(drawn.axes, found["phases"].items(), strict=True):
         sides = [label.get_text() for label in axes.get_yticklabels()]
         bars, dots = dict(zip(sides, axes.patches, strict=True)), dict(zip(sides, axes.lines, strict=True))
         assert axes.get_title() == f"{name}: {phase['unit']} a second"
@@ -131,6 +132,12 @@ def test_bars_of_a_bench_are_rates_of_the_table_and_ours_have_a_colour_of_their_
             assert (bar.get_facecolor()[:3] == to_rgb("#d55e00")) == side.startswith("ours")
             assert np.median(1 / np.array(dots[side].get_xdata())) == pytest.approx(1 / bar.get_width())
             assert len(dots[side].get_xdata()) == len(phase["seconds"][side])
+    for words in (found["device"], f"{found['threads']} threads", "median", "orange: ours, blue: PyTorch"):
+        assert words in drawn.get_suptitle()
+    FigureCanvasAgg(drawn).draw()
+    for axes in drawn.axes:
+        for number, dots in zip(axes.texts, axes.lines, strict=True):  # none is struck through
+            assert number.get_window_extent().x0 > axes.transData.transform(dots.get_xydata())[:, 0].max() + 3
 
 
 def test_no_name_in_a_figure_lies_over_another():
