@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import summaries, table1, table1_tables, weights
+from experiments import studies_figures, summaries, table1, table1_tables, weights
 from experiments.methods import variant
 from experiments.precision import PRECISIONS
 from experiments.sweep import at_least_one, runs_of, sweep
@@ -41,10 +40,6 @@ class Study(NamedTuple):
     smoke: tuple = ()  # values of the smoke run, where they are not the first two
     model: str | None = None  # the base model, where it is not Table 1's (the smoke run's is always tiny)
     rows: str | None = None  # a folder of rows beside that of --data, where it is not that (nor in the smoke run)
-
-
-# Of a study's methods: Okabe and Ito's, told apart by all, and a grey for their yellow.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 def peak_rate(rate: float) -> dict[str, Any]:
@@ -111,7 +106,7 @@ STUDIES = {
         lambda name: {"model": name}, ("fedrouter+", "fedit"), smoke=("tiny",),
     ),
     "rate": Study(
-        "peak learning rate with the largest base model", (0.005, 0.001),
+        "peak learning rate with the largest base model", (0.001, 0.005),
         peak_rate, ("fedrouter+", "fedit"), model=str(weights.path("qwen2.5-coder-1.5b")),
     ),
     "rate-eight-clients": Study(
@@ -119,7 +114,7 @@ STUDIES = {
         lambda rate: {**peak_rate(rate), "data": {"clients": 8}}, ("fedrouter+", "fedit", "clustered", "fedlease"),
     ),
     "rate-0.5b": Study(
-        "peak learning rate with the middle base model", (0.005, 0.001),
+        "peak learning rate with the middle base model", (0.001, 0.005),
         peak_rate, ("fedrouter+", "fedit", "clustered", "fedlease"), model=str(weights.path("qwen2.5-coder-0.5b")),
     ),
 }  # fmt: skip
@@ -261,38 +256,14 @@ def by_task(summary: dict, part: str) -> dict[str, float]:
 
 
 def figure(name: str, found: dict[str, dict]) -> Figure:
-    """A panel a part: a line a method over the study's values, a dot a seed."""
+    """The study's figure; that of tasks that nobody holds shows their own scores."""
     study = STUDIES[name]
     table = cells(study, found)
-    parts = [part for part in PARTS if any(part in s["scores"] for same in table.values() for s in same)]
-    shown = [value for value in dict.fromkeys((*study.values, *study.smoke)) if any(value == key[1] for key in table)]
-    kinds = all(isinstance(value, str) for value in shown)  # no line leads from one kind to another
-    several = max(map(len, table.values())) > 1
-    drawn = Figure((4.6 * len(parts), 3.6))
-    for axes, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        methods = [method for method in study.methods if any(method == key[0] for key in table)]
-        for number, (method, colour) in enumerate(zip(methods, COLOURS[: len(methods)], strict=True)):
-            aside = 0.12 * (number - (len(methods) - 1) / 2) if kinds else 0
-            points = [
-                (shown.index(value) + aside, [summaries.score(s, part) for s in same if part in s["scores"]])
-                for (who, value), same in table.items()
-                if who == method
-            ]
-            points = [(place, scores) for place, scores in points if scores]
-            means = [np.mean(scores) for _, scores in points]
-            axes.plot([p for p, _ in points], means, "o" if kinds else "-o", color=colour, label=method)
-            for place, scores in points:
-                axes.plot([place] * len(scores), scores, ".", color=colour, alpha=0.5)
-        axes.set(xticks=range(len(shown)), xticklabels=[fill(label(value), 12) for value in shown], title=part)
-        axes.margins(x=0.1)
-        axes.grid(axis="y", color="0.9")
-    drawn.axes[0].set(ylabel="ROUGE-1")
-    drawn.supxlabel(study.what, fontsize="medium")
-    drawn.suptitle("large dots: means over seeds, small ones: the seeds" if several else "one seed", fontsize="small")
-    drawn.tight_layout()
-    handles, labels = drawn.axes[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(methods))
-    return drawn
+    there = {value for _, value in table}
+    ticks = {value: label(value) for value in (*study.values, *study.smoke) if value in there}
+    if name == "unseen":
+        return studies_figures.unseen(table, ticks)
+    return studies_figures.figure(study.what, table, ticks)
 
 
 if __name__ == "__main__":

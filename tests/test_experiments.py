@@ -97,7 +97,7 @@ def test_runs_of_another_out_are_not_in_each_others_way(tmp_path, monkeypatch):
 def test_only_some_runs_of_a_study_can_be_asked_for():
     made = studies.configs("rate-0.5b", studies.Studies(seeds=2))
     chosen = studies.chosen("rate-0.5b", made, ("fedlease-0.001", "fedit-0.005"))
-    assert list(chosen) == ["fedit-0.005-0", "fedlease-0.001-0", "fedit-0.005-1", "fedlease-0.001-1"]
+    assert list(chosen) == ["fedlease-0.001-0", "fedit-0.005-0", "fedlease-0.001-1", "fedit-0.005-1"]
     assert all(chosen[name] is made[name] for name in chosen) and studies.chosen("rate-0.5b", made, ()) == made
     with pytest.raises(UserError, match="study rate-0.5b has no runs 'local-0.001'; choose --only among .*fedit-0.005"):
         studies.chosen("rate-0.5b", made, ("fedit-0.005", "local-0.001"))
@@ -115,9 +115,11 @@ def test_a_smoke_run_is_of_the_tiny_model_and_of_tasks_that_it_has():
 
 
 def test_a_value_that_the_smoke_run_has_too_is_drawn_once():
-    found = {f"fedit-{task}-0": make_summary("fedit", 0, 0.5) for task in ("none", "samsum")}
-    for axes in studies.figure("unseen", found).axes:
-        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "samsum"]
+    found = {f"fedit-{value}-0": make_summary("fedit", 0, 0.5) for value in (2, 4)}
+    found |= {f"fedrouter+-{model}-0": make_summary("fedrouter", 0, 0.5) for model in ("tiny", "smollm2-135m")}
+    for study, values in (("rounds", ["2", "4"]), ("model", ["smollm2-135m", "tiny"])):
+        for axes in studies.figure(study, found).axes:
+            assert [tick.get_text() for tick in axes.get_xticklabels()] == values
 
 
 def test_no_committed_run_would_run_again():

@@ -4,10 +4,10 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import RESULTS, first_table
 from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -16,18 +16,6 @@ from written_runs import CONFIG, make_run
 from experiments import bench, clustering, clustering_figures, demo, studies, summaries, table1, table1_tables
 from experiments.methods import BOUNDS
 from fedrouter_jax import presets
-
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-STUDIES = sorted(path.name for path in (RESULTS / "studies").iterdir() if path.is_dir())
-
-
-def first_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a file's first table: cells without bold by the names of their columns, the first by none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
-    names, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines[start:end])
-    return [dict(zip(["", *names[1:]], row, strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full", "table1-rates"])
@@ -51,25 +39,6 @@ def test_a_bar_is_a_mean_of_the_table_and_the_best_come_first(name):
             assert (bar.get_facecolor()[:3] == to_rgb("0.85")) == (method in BOUNDS)
         for bar, dots in zip(axes.patches, axes.lines, strict=True):
             assert np.mean(dots.get_xdata()) == pytest.approx(bar.get_width())
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_line_of_a_study_goes_through_the_means_of_its_table(name):
-    rows = first_table(RESULTS / "studies" / f"{name}.md")
-    drawn = studies.figure(name, summaries.load(RESULTS / "studies" / name))
-    for axes in drawn.axes:
-        values = [label.get_text().replace("\n", "") for label in axes.get_xticklabels()]
-        lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
-        assert len({line.get_color() for line in lines.values()}) == len(lines)
-        for method, line in lines.items():
-            said = {row[""]: row for row in rows if row["method"] == method and row[axes.get_title()]}
-            places = [values[round(place)] for place in line.get_xdata()]
-            means = [said[value][axes.get_title()].split(" ± ")[0] for value in places]
-            assert [f"{mean:.3f}" for mean in line.get_ydata()] == means and len(places) == len(said)
-            dots = [dot for dot in axes.lines if dot.get_color() == line.get_color() and dot is not line]
-            assert [len(dot.get_ydata()) for dot in dots] == [int(said[value]["seeds"]) for value in places]
-            for dot, mean in zip(dots, line.get_ydata(), strict=True):
-                assert np.mean(dot.get_ydata()) == pytest.approx(mean)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +122,12 @@ def test_no_name_in_a_figure_lies_over_another():
     ]
     for figure in figures:
         FigureCanvasAgg(figure).draw()
-        boxes = {}
+        texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
         for axes in figure.axes:
-            ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
-            for text in (*ticks, axes.xaxis.label, axes.yaxis.label, axes.title):
-                if any(map(str.isalpha, text.get_text())):  # numbers are placed by matplotlib itself
-                    boxes[text] = text.get_window_extent()
+            ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]  # numbers are placed by matplotlib itself
+            texts += [tick for tick in ticks if any(map(str.isalpha, tick.get_text()))]
+            texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title]
+        boxes = {text: text.get_window_extent() for text in texts if text.get_text()}
         for one, other in itertools.combinations(boxes, 2):
             assert not boxes[one].overlaps(boxes[other]), (one, other)
 
