@@ -21,7 +21,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from experiments import equal, learning_rates, summaries, table1_tables
+from experiments import equal, learning_rates, summaries, table1_figures, table1_tables
 from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
@@ -57,7 +57,7 @@ class Table1:
     """24 optimiser steps of 2 rows; or 60 of 4, on all rows there are and with several times the test rows; or the
     paper's: eight clients, 250 of 16."""
     out: Path | None = None
-    """Folder for summaries, table and figure, and for the runs themselves (work); by default docs/results/table1
+    """Folder for summaries, table and figures, and for the runs themselves (work); by default docs/results/table1
     (-long, -full) and runs/table1, or runs/smoke."""
     smoke: bool = False
     """The tiny random model on synthetic rows: only the first two runs."""
@@ -159,7 +159,7 @@ def kept(out: Path) -> dict[str, Config]:
 
 
 def draw(out: Path) -> None:
-    """table1.md and table1.png from the summaries."""
+    """table1.md, table1.png and, where there are seeds to pair, leads.png from the summaries."""
     found, there = summaries.load(out / "runs"), kept(out)
     equal.check_budgets(there)
     equal.check_rates(there)
@@ -169,7 +169,9 @@ def draw(out: Path) -> None:
         )
     tried = learning_rates.markdown(summaries.load(out / "rates"), found)
     files.write(out / "table1.md", table1_tables.markdown(found, tried))
-    table1_tables.figure(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
+    table1_figures.scores(found).savefig(out / "table1.png", dpi=100, bbox_inches="tight")
+    if table1_tables.paired(table1_tables.cells(found)):
+        table1_figures.leads(found).savefig(out / "leads.png", dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and figure of `table1.py`, from summaries of runs by name (`scenario-method-seed`).
+"""Tables of `table1.py`, from summaries of runs by name (`scenario-method-seed`).
 
 Methods may have other seeds than each other. Which count: where A ran with seeds 0 to 4, B with 0 to 9 and C with 0,
 
@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
-)  # of tables, and panels of the figure
+)  # of tables, and panels of figures
 UNTRAINED = "base model"  # shown first; no baseline, so nobody gains over it
 Cells = dict[tuple[str, str, str], dict[int, float]]  # a score of each seed by (scenario, part, method)
 
@@ -69,7 +68,8 @@ def method_of(name: str) -> str:
 def markdown(found: dict[str, dict], rates: Sequence[str] = ()) -> str:
     """The report: scores of all methods, then by task, then costs; `rates` says which were tried, in lines."""
     lines = ["# Methods by scenario", "", *setting(found), "", *scores(cells(found), tuple(METHODS))]
-    lines += ["", "![scores](table1.png)", "", *in_words(found), *leads_by_task(found), *losses(found), *rates]
+    pictures = ["", "![scores](table1.png)", *(["", "![leads](leads.png)"] if paired(cells(found)) else []), ""]
+    lines += [*pictures, *in_words(found), *leads_by_task(found), *losses(found), *rates]
     lines += [*same_seed(found), "", *by_task(found), ""]
     return "\n".join([*lines, *costs(found), ""])
 
@@ -247,15 +247,30 @@ def best_baseline(table: Cells, column: tuple[str, str], who: str, best_of: Call
     means = {
         m: np.mean([scores[seed] for seed in seeds])
         for (*c, m), scores in table.items()
-        if tuple(c) == column and m not in (*OURS, *BOUNDS, UNTRAINED) and not own(m) and {*scores} >= {*seeds} > set()
+        if tuple(c) == column and baseline(m) and {*scores} >= {*seeds} > set()
     }
     return best_of(means, key=means.get) if means else None
+
+
+def baseline(method: str) -> bool:
+    """Whether a method is one of those that ours are measured by."""
+    return method not in (*OURS, *BOUNDS, UNTRAINED) and not own(method)
 
 
 def lead(table: Cells, column: tuple[str, str], who: str, other: str) -> list[float]:
     """How far a method is ahead of another, by the seeds of both."""
     ours, theirs = (table.get((*column, method), {}) for method in (who, other))
     return [ours[seed] - theirs[seed] for seed in sorted({*ours} & {*theirs})]
+
+
+def paired(table: Cells, who: str = OURS[0]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """The leads of a method over every baseline that shares several seeds with it, of each column that has such."""
+    found = {
+        column: {m: lead(table, column, who, m) for *c, m in table if tuple(c) == column and baseline(m)}
+        for column in COLUMNS
+    }
+    several = {column: {m: leads for m, leads in all_.items() if len(leads) > 1} for column, all_ in found.items()}
+    return {column: leads for column, leads in several.items() if leads}
 
 
 def leads_by_task(found: dict[str, dict], who: str = OURS[0]) -> list[str]:
@@ -318,30 +333,3 @@ def setting(found: dict[str, dict]) -> list[str]:
         peaks = " or ".join(f"{peak:g} to {falls[peak]:g}" for peak in sorted(falls))
         lines.append(f"{before}; learning rate {peaks}; {after}; device {' or '.join(sorted(devices))}.")
     return [*lines, "", f"{spread} Generalisation: the mix of all tasks."]
-
-
-def figure(found: dict[str, dict]) -> Figure:
-    """A panel a scenario and part; bars are means over seeds, dots the seeds."""
-    table = cells(found)
-    columns = [column for column in COLUMNS if any(key[:2] == column for key in table)]
-    scores = {column: comparable(table, column) for column in columns}
-    most, wide = max(map(len, scores.values())), (len(columns) + 1) // 2
-    drawn = Figure((5 * wide, 2 * (1 + 0.24 * most)))
-    panels = drawn.subplots(2, wide, squeeze=False, sharex=True).ravel()
-    for axes, column in zip(panels, columns, strict=False):
-        methods = sorted(scores[column], key=lambda m, of=scores[column]: -np.mean([*of[m].values()]))
-        several = max(map(len, scores[column].values())) > 1
-        for place, method in enumerate(methods):
-            values = [*scores[column][method].values()]
-            rest = "0.85" if method in BOUNDS else "#0072b2"
-            colour = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", UNTRAINED: "0.6"}.get(method, rest)
-            axes.barh(place, np.mean(values), color=colour, alpha=0.4 if several and len(values) == 1 else 1)
-            axes.plot(values, [place] * len(values), "k.", markersize=4)
-        axes.set(yticks=range(len(methods)), yticklabels=methods, title=f"{column[1]}, {column[0]}", xlabel="ROUGE-1")
-        axes.set_ylim(most - 0.4, -0.6)  # bars of all panels are as thick, however many methods ran
-        axes.tick_params(labelbottom=True)
-    for axes in panels[len(columns) :]:
-        axes.remove()
-    drawn.suptitle("Bars: means over seeds, pale where a method has one; dots: the seeds; light grey: references")
-    drawn.tight_layout(rect=(0, 0, 1, 0.99))
-    return drawn

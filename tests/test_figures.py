@@ -1,4 +1,4 @@
-"""Figures show what the tables beside them say."""
+"""Figures of clusters and speed show what the tables beside them say; all figures are to be read, and redrawn."""
 
 import itertools
 import json
@@ -13,32 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from written_runs import CONFIG, make_run
 
-from experiments import bench, clustering, clustering_figures, demo, studies, summaries, table1, table1_tables
-from experiments.methods import BOUNDS
+from experiments import bench, clustering, clustering_figures, demo, studies, summaries, table1, table1_figures
 from fedrouter_jax import presets
-
-
-@pytest.mark.parametrize("name", ["table1", "table1-long", "table1-full", "table1-rates"])
-def test_a_bar_is_a_mean_of_the_table_and_the_best_come_first(name):
-    rows = {row[""].split(" (")[0]: row for row in first_table(RESULTS / name / "table1.md")}
-    drawn = table1_tables.figure(summaries.load(RESULTS / name / "runs"))
-    assert [axes.get_title() for axes in drawn.axes] == list(rows["base model"])[1:]
-    for axes in drawn.axes:
-        column = axes.get_title()
-        cells = {m: row[column] for m, row in rows.items() if "gain" not in m and row[column]}
-        methods = [label.get_text() for label in axes.get_yticklabels()]
-        bars = dict(zip(methods, axes.patches, strict=True))
-        assert [bar.get_y() + bar.get_height() / 2 for bar in bars.values()] == pytest.approx(range(len(bars)))
-        assert {method: f"{bar.get_width():.3f}" for method, bar in bars.items()} == {
-            method: cell.split(" ± ")[0] for method, cell in cells.items()
-        }
-        lengths = [bar.get_width() for bar in bars.values()]
-        assert lengths == sorted(lengths, reverse=True)
-        for method, bar in bars.items():
-            assert (bar.get_alpha() == 1) == (" ± " in cells[method])
-            assert (bar.get_facecolor()[:3] == to_rgb("0.85")) == (method in BOUNDS)
-        for bar, dots in zip(axes.patches, axes.lines, strict=True):
-            assert np.mean(dots.get_xdata()) == pytest.approx(bar.get_width())
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +87,12 @@ def test_bars_of_a_bench_are_rates_of_the_table_and_ours_have_a_colour_of_their_
 
 def test_no_name_in_a_figure_lies_over_another():
     clusters = json.loads((RESULTS / "clustering" / "clustering.json").read_text(encoding="utf-8"))
-    tables = (RESULTS / f"table1{end}" / "runs" for end in ("", "-long", "-full"))
+    tables = [summaries.load(RESULTS / f"table1{end}" / "runs") for end in ("", "-long", "-full", "-rates")]
     benches = RESULTS.with_name("bench").glob("*cores/bench.json")
     figures = [
         clustering_figures.silhouettes(clusters),
         clustering_figures.others(clusters),
-        *(table1_tables.figure(summaries.load(path)) for path in tables),
+        *(draw(found) for found in tables for draw in (table1_figures.scores, table1_figures.leads)),
         *(studies.figure(path.name, summaries.load(path)) for path in (RESULTS / "studies").iterdir() if path.is_dir()),
         *(bench.figure(json.loads(path.read_text(encoding="utf-8"))) for path in benches),
     ]
@@ -135,7 +111,7 @@ def test_no_name_in_a_figure_lies_over_another():
 @pytest.mark.parametrize(
     ("script", "options", "folder", "written"),
     [
-        (table1, table1.Table1(redraw=True), "table1-long", ("table1.md", "table1.png")),
+        (table1, table1.Table1(redraw=True), "table1-long", ("table1.md", "table1.png", "leads.png")),
         (studies, studies.Studies(("rounds",), redraw=True), "studies", ("rounds.md", "rounds.png")),
         (clustering, clustering.Clustering(redraw=True), "clustering", ("clustering.md", "embedding.png")),
     ],
@@ -146,11 +122,12 @@ def test_redrawing_writes_what_is_committed(script, options, folder, written, tm
     for path in (*tmp_path.glob("*.md"), *tmp_path.glob("*.png")):
         path.unlink()
     script.main(replace(options, out=tmp_path))
-    page, picture = written
+    page, *pictures = written
     assert (tmp_path / page).read_bytes() == (RESULTS / folder / page).read_bytes()
-    drawn, kept = (image.imread(where / picture) for where in (tmp_path, RESULTS / folder))
-    assert np.allclose(drawn.shape, kept.shape, rtol=0.05)
-    assert drawn.shape != kept.shape or (drawn != kept).mean() < 0.02
+    for picture in pictures:
+        drawn, kept = (image.imread(where / picture) for where in (tmp_path, RESULTS / folder))
+        assert np.allclose(drawn.shape, kept.shape, rtol=0.05)
+        assert drawn.shape != kept.shape or (drawn != kept).mean() < 0.02
     assert capsys.readouterr().out
 
 
