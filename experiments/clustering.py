@@ -29,7 +29,7 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from experiments.clustering_figures import FEW, draw, read
 from experiments.sweep import at_least_one
-from fedrouter_jax import embed, evaluate, files, plots, routing
+from fedrouter_jax import cluster_plots, embed, evaluate, files, routing
 from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Dataset, Row, digest
 from fedrouter_jax.errors import UserError
@@ -224,7 +224,7 @@ def cluster(
         }
         if seed == 0 and recipe == "refined":
             flat = np.concatenate(points)
-            picture, method = plots.project(np.asarray(routing.prepare(given.router, flat)))
+            picture, method = cluster_plots.project(np.asarray(routing.prepare(given.router, flat)))
             slots = [int(given.table[c, k]) for c, row in enumerate(given.labels) for k in row[: len(labels[c])]]
             record["picture"] = {
                 "method": method,

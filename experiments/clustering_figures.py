@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
-from fedrouter_jax import formats, plots
+from fedrouter_jax import cluster_plots, formats
 from fedrouter_jax.errors import UserError
 
 FEW = (2, 4, 8)  # training rows of a task on each client, beside all there are
@@ -182,11 +182,12 @@ def pictures(found: dict) -> Figure:
     for axes, record in zip(figure.subplots(len(records), 3, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
         true = np.array(tasks)[record["picture"]["task"]]
-        plots.scatter(axes[0], points, true, tasks)
+        cluster_plots.scatter(axes[0], points, true, cluster_plots.in_order(tasks))
         for panel, name in zip(axes[1:], ("first client", "slot"), strict=True):
             labels = np.array(record["picture"][name])
             panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
-            plots.scatter(panel, points[: len(labels)], labels, plots.by_task(labels, true[: len(labels)], tasks))
+            kinds = cluster_plots.by_task(labels, true[: len(labels)], tasks)
+            cluster_plots.scatter(panel, points[: len(labels)], labels, kinds)
         for panel, what in zip(axes, ("true task", "local clusters of one client", "global clusters"), strict=True):
             panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
     figure.suptitle(
