@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from typing_extensions import TypedDict  # pydantic takes none of typing before Python 3.12
 
 from fedrouter_jax import cluster_plots, formats
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.palette import DASHES, MARKERS, PALETTE
 
+WHAT = ("local clusters of one client", "global clusters")  # that are drawn beside the true tasks
+BANDS = "bands: from the least to the most of the seeds"
 FEW = (2, 4, 8)  # training rows of a task on each client, beside all there are
 Record = TypedDict("Record", {
     "name": str, "set": str, "tasks": list[str], "seed": int, "recipe": str, "few": int | None, "local": float,
@@ -123,28 +129,38 @@ def spread(values: list[float]) -> str:
 
 def silhouettes(found: dict) -> Figure:
     """Silhouette against k, locally (mean over clients and seeds) and globally, for every set of tasks."""
-    named = dict.fromkeys(record["set"] for record in found["records"] if "silhouettes" in record)
+    drawn = [record for record in found["records"] if "silhouettes" in record]
+    named, recipes = (dict.fromkeys(record[key] for record in drawn) for key in ("set", "recipe"))
     figure = Figure((4 * len(named), 6.5))
     panels = figure.subplots(2, len(named), squeeze=False)
+    means: dict[tuple[str, str], dict[str, dict]] = {}  # by part and recipe, then by set
     for column, name in enumerate(named):
-        searched = [r for r in found["records"] if r["set"] == name and "silhouettes" in r]
-        for recipe in dict.fromkeys(record["recipe"] for record in searched):
-            records = [record for record in searched if record["recipe"] == recipe]
+        for place, recipe in enumerate(recipes):
+            records = [record for record in drawn if (record["set"], record["recipe"]) == (name, recipe)]
             parts = {"local": lambda key: key != "global", "global": lambda key: key == "global"}
             for axes, (part, wanted) in zip(panels[:, column], parts.items(), strict=True):
-                curves = [curve for r in records for key, curve in r["silhouettes"].items() if wanted(key)]
-                ks = sorted({int(k) for curve in curves for k in curve})
-                means = [np.mean([curve[str(k)] for curve in curves if str(k) in curve]) for k in ks]
-                (line,) = axes.plot(ks, means, marker=".", label=recipe)
-                best = int(np.argmax(means))
-                axes.plot(ks[best], means[best], "o", markersize=10, fillstyle="none", color=line.get_color())
-                axes.axvline(len(records[0]["tasks"]), color="0.7", linestyle=":", zorder=0)
+                seeds = [[c for key, c in record["silhouettes"].items() if wanted(key)] for record in records]
+                if seeds:
+                    line = over_seeds(axes, [mean(curves) for curves in seeds], place, np.argmax, recipe)
+                    means.setdefault((part, recipe), {})[name] = line
                 axes.set(title=f"{name}, {part}", xlabel="k", ylabel="silhouette" if column == 0 else "")
-    figure.suptitle("Mean silhouette; ring: its maximum; dotted: the number of tasks")
+        for axes in panels[:, column]:
+            tasks = next(len(record["tasks"]) for record in drawn if record["set"] == name)
+            axes.axvline(tasks, color="0.88", linewidth=6, zorder=0)
+    pairs = ((part, a, b) for part in ("local", "global") for a, b in combinations(recipes, 2))
+    equal = [f"{a} = {b} ({part}, to .0005)" for part, a, b in pairs if alike(means[part, a], means[part, b])]
+    said = ["mean silhouette", "ring: its maximum", "grey: the number of tasks", BANDS, *equal]
+    figure.suptitle(f"{'; '.join(said[:3])}\n{'; '.join(said[3:])}")
     figure.tight_layout()
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(labels))
     return figure
+
+
+def alike(some: Mapping[str, dict], others: Mapping[str, dict], least: float = 5e-4) -> bool:
+    """Whether curves by set lie on each other, so that a reader is told of the lower ones."""
+    keys = [{(name, k) for name, curve in curves.items() for k in curve} for curves in (some, others)]
+    return keys[0] == keys[1] and all(abs(some[name][k] - others[name][k]) < least for name, k in keys[0])
 
 
 def others(found: dict) -> Figure:
@@ -155,43 +171,68 @@ def others(found: dict) -> Figure:
     for row, (score, best) in enumerate((("Calinski-Harabasz", np.argmax), ("Davies-Bouldin", np.argmin))):
         for column, part in enumerate(("local", "global")):
             axes = panels[row, column]
-            for name in dict.fromkeys(record["set"] for record in records):
-                curves = [r["others"][part][score] for r in records if r["set"] == name]
-                ks = sorted(set.intersection(*(set(map(int, curve)) for curve in curves)))
-                means = np.array([np.mean([curve[str(k)] for curve in curves]) for k in ks])
-                means /= means.max()
+            for place, name in enumerate(dict.fromkeys(record["set"] for record in records)):
+                seeds = [mean([r["others"][part][score]]) for r in records if r["set"] == name]
+                most = max(mean(seeds).values())
+                shares = [{k: value / most for k, value in curve.items()} for curve in seeds]
                 tasks = next(len(r["tasks"]) for r in records if r["set"] == name)
-                (line,) = axes.plot(ks, means, marker=".", label=f"{name} ({tasks} tasks)")
-                axes.plot(
-                    ks[best(means)], means[best(means)], "o", markersize=10, fillstyle="none", color=line.get_color()
-                )
+                over_seeds(axes, shares, place, best, f"{name} ({tasks} tasks)")
             axes.set(title=f"{score}, {part}", xlabel="k", ylabel="share of the maximum" if column == 0 else "")
-    panels[0, 0].legend(frameon=False)
-    figure.suptitle("Ring: what the score would choose (its maximum, of Davies-Bouldin its minimum)")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.suptitle(f"Ring: what the score would choose (its maximum, of Davies-Bouldin its minimum)\n{BANDS}")
     figure.tight_layout()
+    figure.legend(handles, labels, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(labels))
     return figure
+
+
+def mean(curves: Sequence[Mapping]) -> dict[int, float]:
+    """The mean of curves by k, over those that have it."""
+    ks = sorted({int(k) for curve in curves for k in curve})
+    values = [{int(k): value for k, value in curve.items()} for curve in curves]  # JSON has no numbers as keys
+    return {k: float(np.mean([curve[k] for curve in values if k in curve])) for k in ks}
+
+
+def over_seeds(axes: Axes, curves: Sequence[dict[int, float]], place: int, best: Callable, label: str) -> dict:
+    """Draw the n-th line: the mean of the seeds' curves, which it returns, with a band and a ring where it is best.
+
+    Later lines are thinner and have gaps, so what lies under them is seen, equal as it may be.
+    """
+    means = mean(curves)
+    ks, values = [*means], [*means.values()]
+    line = {"color": PALETTE[place], "marker": MARKERS[place], "linestyle": DASHES[place % len(DASHES)]}
+    axes.plot(ks, values, **line, linewidth=max(2.6 - 0.5 * place, 1), markersize=4, label=label)
+    at = [[curve[k] for curve in curves if k in curve] for k in ks]
+    axes.fill_between(ks, [*map(min, at)], [*map(max, at)], color=PALETTE[place], alpha=0.15, linewidth=0)
+    where = int(best(values))
+    axes.plot(ks[where], values[where], "o", markersize=10, fillstyle="none", color=PALETTE[place])
+    return means
 
 
 def pictures(found: dict) -> Figure:
     """Embeddings in two dimensions by true task, by one client's local clusters, by global cluster.
 
-    A cluster has the colour of the task it matches best.
+    A cluster has the colour of the task it matches best; rows of another task are ringed.
     """
     records = [record for record in found["records"] if "picture" in record]
-    figure = Figure((15, 5.2 * len(records)))
+    figure = Figure((15, 5.3 * len(records)))
     for axes, record in zip(figure.subplots(len(records), 3, squeeze=False), records, strict=True):
         points, tasks = np.array(record["picture"]["points"]), record["tasks"]
-        true = np.array(tasks)[record["picture"]["task"]]
+        places = np.array(record["picture"]["task"])
+        true = np.array(tasks)[places]
         cluster_plots.scatter(axes[0], points, true, cluster_plots.in_order(tasks))
-        for panel, name in zip(axes[1:], ("first client", "slot"), strict=True):
-            labels = np.array(record["picture"][name])
-            panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
+        axes[0].set(title=f"{record['set']}: true task", xticks=[], yticks=[])
+        for panel, key, what in zip(axes[1:], ("first client", "slot"), WHAT, strict=True):
+            labels = np.array(record["picture"][key])
+            here, of = points[: len(labels)], places[: len(labels)]
             kinds = cluster_plots.by_task(labels, true[: len(labels)], tasks)
-            cluster_plots.scatter(panel, points[: len(labels)], labels, kinds)
-        for panel, what in zip(axes, ("true task", "local clusters of one client", "global clusters"), strict=True):
-            panel.set(title=f"{record['set']}: {what}", xticks=[], yticks=[])
+            panel.scatter(*points[len(labels) :].T, color="0.9", s=6, linewidth=0)
+            cluster_plots.scatter(panel, here, labels, kinds)
+            wrong = np.array([kinds[label][0] for label in labels.tolist()]) != of
+            panel.scatter(*here[wrong].T, s=55, facecolor="none", edgecolor="black", linewidth=1)
+            panel.set(title=f"{record['set']}: {what}, {sum(wrong)} of {len(wrong)} rows wrong", xticks=[], yticks=[])
     figure.suptitle(
-        f"Training rows of seed 0 as the {records[0]['recipe']} recipe sees them, {records[0]['picture']['method']}"
+        f"Training rows of seed 0 as the {records[0]['recipe']} recipe sees them, {records[0]['picture']['method']}; "
+        "black rings: rows in the cluster of another task"
     )
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     return figure

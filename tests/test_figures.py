@@ -23,19 +23,50 @@ def clusters():
     return json.loads((RESULTS / "clustering" / "clustering.json").read_text(encoding="utf-8"))
 
 
-def test_a_ring_is_where_a_score_is_best(clusters):
+def rings(axes) -> list[int]:
+    """Where among its lines the rings are; each comes behind its line."""
+    return [i for i, line in enumerate(axes.lines) if line.get_fillstyle() == "none"]
+
+
+def test_a_ring_is_where_a_score_is_best_and_a_band_holds_all_seeds(clusters):
     for figure in (clustering_figures.silhouettes(clusters), clustering_figures.others(clusters)):
         for axes in figure.axes:
             best = np.argmin if axes.get_title().startswith("Davies-Bouldin") else np.argmax
-            rings = [i for i, line in enumerate(axes.lines) if line.get_marker() == "o"]
-            assert rings
-            for i in rings:
-                ks, scores = axes.lines[i - 1].get_data()
-                assert axes.lines[i].get_xdata()[0] == ks[best(scores)]
-                assert axes.lines[i].get_color() == axes.lines[i - 1].get_color()
+            assert len(rings(axes)) == len(axes.collections) > 2
+            for i, band in zip(rings(axes), axes.collections, strict=True):
+                line, ring = axes.lines[i - 1], axes.lines[i]
+                ks, scores = line.get_data()
+                assert ring.get_xdata()[0] == ks[best(scores)] and ring.get_color() == line.get_color()
+                corners = band.get_paths()[0].vertices
+                least, most = ([f(corners[corners[:, 0] == k, 1]) for k in ks] for f in (min, max))
+                assert (least <= scores + 1e-9).all() and (scores <= np.array(most) + 1e-9).all()
+                assert (np.subtract(most, least) > 0).any()
 
 
-def test_silhouettes_are_means_over_clients_or_of_all_rows_and_tasks_are_dotted(clusters):
+def test_recipes_are_told_apart_by_more_than_colours_and_those_that_are_equal_are_named(clusters):
+    """The same in all panels; what is drawn later is thinner and has gaps."""
+    figure = clustering_figures.silhouettes(clusters)
+    looks = {}
+    for axes in figure.axes:
+        lines = [axes.lines[i - 1] for i in rings(axes)]
+        for look in (lambda line: line.get_linestyle(), lambda line: line.get_marker(), lambda line: line.get_color()):
+            assert len({look(line) for line in lines}) == len(lines) == 4
+        widths = [line.get_linewidth() for line in lines]
+        assert widths == sorted(widths, reverse=True) and len({*widths}) == 4
+        for line in lines:
+            looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_linestyle(), line.get_marker()))
+    assert all(len(found) == 1 for found in looks.values())
+    assert figure.get_suptitle().endswith("; shallow = refined, first token kept (local, to .0005)")
+    apart = [
+        r | {"silhouettes": {key: {k: 0.1 for k in curve} for key, curve in r["silhouettes"].items()}}
+        if r["recipe"] == "shallow" and "silhouettes" in r
+        else r
+        for r in clusters["records"]
+    ]
+    assert "=" not in clustering_figures.silhouettes(clusters | {"records": apart}).get_suptitle()
+
+
+def test_silhouettes_are_means_over_clients_or_of_all_rows_and_tasks_are_marked(clusters):
     kept = [r for r in clusters["records"] if (r["set"], r["recipe"], r["few"]) == ("flan8", "refined", None)]
     for axes in clustering_figures.silhouettes(clusters).axes:
         name, part = axes.get_title().split(", ")
@@ -49,16 +80,41 @@ def test_silhouettes_are_means_over_clients_or_of_all_rows_and_tasks_are_dotted(
         assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True))[8] == pytest.approx(
             np.mean([c["8"] for c in curves])
         )
-        assert {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"} == {8}
+        (mark,) = (line for line in axes.lines if line.get_color() == "0.88")
+        assert list(mark.get_xdata()) == [8, 8]
 
 
 def test_silhouettes_of_a_measurement_that_was_stopped_are_drawn_as_far_as_it_got(clusters):
     last = next(i for i, record in enumerate(clusters["records"]) if record["set"] == "flan8")
     figure = clustering_figures.silhouettes(clusters | {"records": clusters["records"][: last + 1]})
-    recipes = [[line.get_label() for line in axes.lines if line.get_marker() == "."] for axes in figure.axes]
+    recipes = [[axes.lines[i - 1].get_label() for i in rings(axes)] for axes in figure.axes]
     assert recipes[0] == recipes[2] == ["paper", "shallow", "refined", "refined, first token kept"]
     assert recipes[1] == recipes[3] == ["paper"]
     assert "nan" not in clustering_figures.table(clusters | {"records": clusters["records"][:16]})
+
+
+def test_rows_in_the_cluster_of_another_task_are_ringed_and_counted(clusters):
+    """A cluster's task is that of most of its rows, and clusters have its name and its colour."""
+    records = [record for record in clusters["records"] if "picture" in record]
+    panels = np.reshape(clustering_figures.pictures(clusters).axes, (len(records), 3))
+    assert len(records) == 3
+    for record, (tasks, *found) in zip(records, panels, strict=True):
+        colours = {d.get_label(): tuple(d.get_facecolor()[0][:3]) for d in tasks.collections}
+        points, true = np.array(record["picture"]["points"]), np.array(record["tasks"])[record["picture"]["task"]]
+        for axes, key in zip(found, ("first client", "slot"), strict=True):
+            labels = np.array(record["picture"][key])
+            here = true[: len(labels)]
+            most = {
+                k: max(record["tasks"], key=lambda task: sum(here[labels == k] == task)) for k in {*labels.tolist()}
+            }
+            wrong = np.array([most[k] != task for k, task in zip(labels.tolist(), here, strict=True)])
+            assert f", {sum(wrong)} of {len(labels)} rows wrong" in axes.get_title()
+            kinds = {d.get_label(): tuple(d.get_facecolor()[0][:3]) for d in axes.collections[1:-1]}
+            assert kinds == {f"{k} ({task})": colours[task] for k, task in most.items()}
+            ringed = axes.collections[-1]
+            assert np.asarray(ringed.get_offsets()).tolist() == points[: len(labels)][wrong].tolist()
+            assert tuple(ringed.get_edgecolor()[0][:3]) == to_rgb("black") and not len(ringed.get_facecolor())
+    assert sum(record["picture"]["slot"] != [] for record in records) == 3
 
 
 @pytest.mark.parametrize("folder", [".", "h200", "no-matrix-units"])
