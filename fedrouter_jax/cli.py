@@ -164,6 +164,7 @@ def run(arguments: list[str]) -> None:
     together(parsed.processes)
     config_lib.check(parsed.config)
     method_lib.check(parsed.config, method_lib.strategy(parsed.config, None))
+    check_rows(preset, parsed.config.data.data)
     for option in idle.options(parsed.config) if processes.first() else ():  # now, for the run may take hours
         print(f"note: without effect here: {option}", file=sys.stderr)
     with resumable(out):
@@ -195,6 +196,18 @@ def resume(arguments: list[str]) -> None:
         with progress() as track:
             runs.proceed(parsed.run, track)
         finish(parsed.run)
+
+
+def check_rows(preset: str | None, data: str) -> None:
+    """Raise `UserError`, before anything is written, where `data` names no rows, as those of a preset may not."""
+    from fedrouter_jax.data import sources
+
+    try:
+        sources.path_of(data)
+    except UserError as error:
+        if preset is None or data != PRESETS[preset]().data.data:
+            raise
+        raise UserError(f"preset {preset} needs --data FOLDER with train.jsonl and test.jsonl ({error})") from None
 
 
 @contextmanager

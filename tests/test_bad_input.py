@@ -217,6 +217,34 @@ def test_missing_data_names_the_path(tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Nobody asks the hub."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("the hub is asked"))
+
+
+def test_presets_without_rows_say_at_once_what_they_need(tmp_path, capsys, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    message = one_line(capsys, "run", "--preset", "flan4-dual-cpu", "--model", "tiny")
+    assert "preset flan4-dual-cpu needs --data FOLDER with train.jsonl and test.jsonl (flan4: no such file" in message
+    assert "OWNER/NAME" in message
+    for arguments in (["--preset", "flan4-dual-cpu"], []):
+        message = one_line(capsys, "run", *arguments, "--data", "flan5")
+        assert "flan5: no such file or directory here; " in message and "full id, OWNER/NAME" in message
+        assert "preset" not in message
+    assert not [*tmp_path.iterdir()]  # nothing is written
+
+
+def test_warnings_of_the_hub_do_not_come_twice():
+    say = (
+        "from fedrouter_jax import terminal; terminal.guarded(lambda: None); import logging; "
+        "from huggingface_hub.utils import logging as theirs; theirs.get_logger('huggingface_hub.x').warning('retry')"
+    )
+    done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_directories_that_are_no_run_of_this_config(data, tmp_path, capsys):
     out = tmp_path / "run"
     assert "is no run directory" in one_line(capsys, "resume", str(out))

@@ -110,7 +110,9 @@ def test_a_path_that_cannot_be(monkeypatch):
     assert "a" * 100 in error_of("a" * 300)  # newer Pythons say that it is no folder
 
 
-@pytest.mark.parametrize("spec", ["missing.jsonl", "./missing", "/no/such/place", "a/b/c", "two words", "~/no/such"])
+@pytest.mark.parametrize(
+    "spec", ["missing.jsonl", "./missing", "/no/such/place", "a/b/c", "two words", "~/no/such", "flan4", "gsm8k:main"]
+)
 def test_missing_path(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     assert f"{spec}: no such file or directory" in error_of(spec)

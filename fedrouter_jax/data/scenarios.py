@@ -21,7 +21,7 @@ class DataConfig:
 
     data: str = "synthetic"
     """Embedded "synthetic" data, a directory with train and test files, one file (JSONL, JSON, CSV, Parquet), or a
-    Hugging Face dataset id (ID:CONFIGURATION where it has several)."""
+    Hugging Face dataset id OWNER/NAME (OWNER/NAME:CONFIGURATION where it has several)."""
     columns: tuple[str, ...] = ()
     """Column names of the data, as instruction=NAME output=NAME task=NAME client=NAME input=NAME; what is left out
     keeps its name. An input (Alpaca's, Dolly's context) follows its instruction after an empty line."""

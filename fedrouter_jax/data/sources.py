@@ -33,8 +33,8 @@ def load(spec: str, columns: dict[str, str] | None = None, seed: int = 0) -> Dat
     * a directory that holds `train` and one of `test`, `validation`, `valid`, `val`, `dev`, each a file of one of
       `SUFFIXES`;
     * one such file, split by `seed` (`split`);
-    * else the id of a Hugging Face data set, or `ID:CONFIGURATION` where it has several, whose `train` split and first
-      split named as above are read (a data set with no test split is split as one file is).
+    * else the id of a Hugging Face data set, OWNER/NAME, or `ID:CONFIGURATION` where it has several, whose `train`
+      split and first split named as above are read (a data set with no test split is split as one file is).
 
     `columns` maps `FIELDS` to the source's column names; a field left out has its own name. Without a task column, or
     with a null in it, the task is `""`; so is the client, which may be an integer, too. An `input`, what an instruction
@@ -49,22 +49,38 @@ def load(spec: str, columns: dict[str, str] | None = None, seed: int = 0) -> Dat
         if columns:
             raise UserError("columns does not apply to the synthetic data, whose fields are fixed; leave it out")
         return synthetic.make(seed)
+    path = path_of(spec)
+    if path is None:
+        return _hugging_face(spec, columns, seed)
+    if path.is_dir():
+        train_path, test_path = _split_files(path)
+        return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name)
+    train, test = split(read(path, columns), seed, str(path))
+    return Dataset(train, test, path.stem)
+
+
+def path_of(spec: str) -> Path | None:
+    """The file or directory that `spec` names; None where it is "synthetic" or may be a Hugging Face data set's id.
+
+    Ids have an owner: whether there is one without is known only after half a minute of asking the hub again and again.
+    Raises `UserError` for anything else.
+    """
+    if spec == "synthetic":
+        return None
     if not spec:
         raise UserError("the data source is empty; give a path, a Hugging Face data set id, or 'synthetic'")
     try:
         path = Path(spec).expanduser()
-        path.is_dir()  # of a name that is too long this cannot be said
+        if path.is_dir() or path.is_file():  # of a name that is too long this cannot be said
+            return path
     except (RuntimeError, OSError) as error:
         raise UserError(f"{spec[:100]}: no path that can be ({brief(error)}); give one that exists") from error
-    if path.is_dir():
-        train_path, test_path = _split_files(path)
-        return Dataset(read(train_path, columns), read(test_path, columns), path.resolve().name)
-    if path.is_file():
-        train, test = split(read(path, columns), seed, str(path))
-        return Dataset(train, test, path.stem)
-    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?", spec):
-        raise UserError(f"{spec}: no such file or directory; give a path that exists, or 'synthetic'")
-    return _hugging_face(spec, columns, seed)
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", spec):
+        raise UserError(
+            f"{spec[:200]}: no such file or directory here; give a path that exists, 'synthetic', or a Hugging Face "
+            "data set by its full id, OWNER/NAME"
+        )
+    return None
 
 
 def columns(pairs: Sequence[str]) -> dict[str, str]:
