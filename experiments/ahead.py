@@ -43,12 +43,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import hlo, programs
+from experiments.measurements import show_markdown
 from experiments.programs import CLUSTERS, GROUPS, Case
 from fedrouter_jax import files, memory, mesh
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import attention
 from fedrouter_jax.models.parameters import param_shapes
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 
 GIB = 2**30
 

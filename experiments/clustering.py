@@ -28,6 +28,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from experiments.clustering_figures import FEW, draw, read
+from experiments.measurements import show_markdown
 from experiments.sweep import at_least_one
 from fedrouter_jax import cluster_plots, embed, evaluate, files, routing
 from fedrouter_jax.data import sources, synthetic, tokens
@@ -35,7 +36,7 @@ from fedrouter_jax.data.rows import Dataset, Row, digest
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import Model, load_model
 from fedrouter_jax.models.load import DEFAULT
-from fedrouter_jax.terminal import guarded, parse, progress, show_markdown
+from fedrouter_jax.terminal import guarded, parse, progress
 
 FLAN4 = ("gigaword", "glue_qqp", "samsum", "web_nlg_en")  # the paper's four tasks, with QQP for BoolQ
 MOST = 13  # the largest k the silhouette may choose

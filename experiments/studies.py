@@ -21,13 +21,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import studies_figures, summaries, table1, table1_tables, weights
+from experiments.measurements import show_markdown
 from experiments.methods import variant
 from experiments.precision import PRECISIONS
 from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.records import PARTS
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 
 
 class Study(NamedTuple):

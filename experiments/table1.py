@@ -22,6 +22,7 @@ from typing import Literal
 from rich.console import Console
 
 from experiments import equal, learning_rates, summaries, table1_figures, table1_tables
+from experiments.measurements import show_markdown
 from experiments.methods import FIRST, METHODS, SCENARIOS, own, variant
 from experiments.sweep import at_least_one, runs_of, sweep
 from fedrouter_jax import files
@@ -29,7 +30,7 @@ from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import flan4, flan4_cpu, smoke
-from fedrouter_jax.terminal import guarded, parse, show_markdown
+from fedrouter_jax.terminal import guarded, parse
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -144,17 +143,6 @@ def in_a_line(box: str) -> str:
     wrong, *others = [*filter(None, map(str.strip, re.split(r"[─-]{5,}", inside)))] or [plain]
     like = re.findall(r"^--.*", "\n".join(others), flags=re.MULTILINE)
     return " ".join(wrong.split()).rstrip(".") + (f"; there is {', '.join(like)}" if like else "")
-
-
-def show_markdown(path: Path) -> None:
-    """A Markdown file, drawn; where no terminal can draw it, as it is: wide tables do not fit in 80 columns."""
-    from rich.markdown import Markdown
-
-    console, text = Console(), path.read_text(encoding="utf-8")
-    if console.is_terminal:
-        console.print(Markdown(text))
-    else:
-        print(text)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """What the experiments run: budgets, presets, processes that share a table, studies; and that nothing runs again."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from written_runs import make_summary
 
-from experiments import equal, learning_rates, studies, summaries, table1
+from experiments import equal, learning_rates, measurements, studies, summaries, table1
 from experiments.methods import METHODS
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
@@ -150,3 +152,15 @@ def test_no_committed_run_at_a_rate_of_its_own_would_run_again():
         assert {*configs} == {*summaries.load(folder / part)}
         for name, config in configs.items():
             assert summaries.known(folder / part / f"{name}.json", config), name
+
+
+def test_a_page_is_drawn_where_its_tables_fit_the_terminal(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"# Title\n\n{'word ' * 60}\n\n| name | {'n' * 20} |\n|---|---|\n| {'m' * 30} | 1 |\n")
+    shown = {}
+    for width, terminal in ((80, True), (50, True), (80, False)):
+        console = Console(file=io.StringIO(), width=width, force_terminal=terminal)
+        measurements.show_markdown(path, console)
+        shown[width, terminal] = console.file.getvalue()
+    assert "|---|" not in shown[80, True] and "m" * 30 in shown[80, True]
+    assert shown[50, True] == shown[80, False] == f"{path.read_text()}\n{path}\n"
