@@ -251,21 +251,27 @@ def finish(out: Path) -> None:
 
 def report(arguments: list[str]) -> None:
     """`fedrouter report`."""
+    from fedrouter_jax import records
     from fedrouter_jax import report as report_lib
 
     parsed = parse(Report, prog="fedrouter report", args=arguments)
-    # `runs/*` names what else lies there: reports of several runs, folders of sweeps.
+    # `runs/*` names what else lies there: reports of several runs, folders of sweeps, runs that were refused.
     named = [path for path in parsed.runs if (path / "config.json").exists() or not path.exists()]
     others = [path for path in parsed.runs if path not in named]
-    if not named:
+    begun = [path for path in named if not path.exists() or records.begun(path)]
+    bare = [path for path in named if path not in begun]
+    if bare and not begun:
+        raise UserError(f"{bare[0]} has nothing to report yet; go on with it by: fedrouter resume {bare[0]}")
+    if not begun:
         found = f", and {others[0]} is none: it has no config.json" if others else ", such as runs/smoke-fedrouter-0"
         raise UserError(f"report needs at least one run directory{found}")
-    to = parsed.to or (named[0] if len(named) == 1 else Path("runs/report"))
-    report_lib.write(named, to)
+    to = parsed.to or (begun[0] if len(begun) == 1 else Path("runs/report"))
+    report_lib.write(begun, to)
     console = Console()
-    report_lib.show(named, console)
-    if others:
-        console.print(f"passed over, no run directories: {escape(', '.join(map(str, others)))}")
+    report_lib.show(begun, console)
+    for why, passed in (("no run directories", others), ("nothing done yet", bare)):
+        if passed:
+            console.print(f"passed over, {why}: {escape(', '.join(map(str, passed)))}")
     console.print(f"written: {escape(str(to / 'report.md'))}, {escape(str(to / 'scores.csv'))}, plots/")
 
 

@@ -48,6 +48,11 @@ def read_all(paths: Sequence[Path]) -> list[Run]:
     return [read(path) for path in {Path(path).resolve(): Path(path) for path in paths}.values()]
 
 
+def begun(path: Path) -> bool:
+    """Whether a run has anything to tell: one that was refused when its rows were read has its config alone."""
+    return any((path / name).exists() for name in ("clusters.json", "rounds.jsonl"))
+
+
 def read(path: Path) -> Run:
     """One run directory; raises `UserError` that names what it cannot read."""
     config = config_lib.load(path / "config.json")

@@ -208,7 +208,7 @@ def setups(rows: Sequence[Row]) -> list[str]:
         said += [f"lanes rejected as not finite: {rejected}"] if rejected else []
         if run.scores is None:
             at = f"the scores are of round {latest(run)[1]}" if latest(run)[0] else "no scores yet"
-            said.append(f"unfinished, {at}; continue with: fedrouter resume RUN")
+            said.append(f"unfinished, {at}; continue with: fedrouter resume {run.path}")
         lines.append(f"{row.label}: {'; '.join(said)}.")
     return lines
 

@@ -204,7 +204,8 @@ def test_unfinished_runs_are_reported_as_far_as_they_got(tmp_path):
     expected = record["scores"]["personalised"]["rouge1"]["mean"]
     assert table["fedrouter (unfinished: 3 of 4 rounds)"]["pers. ROUGE-1"] == f"{expected:.3f}"
     read = records.read_all([path])
-    assert "unfinished, the scores are of round 2" in report.setups(records.rows_of(read))[0]
+    (said,) = report.setups(records.rows_of(read))
+    assert f"unfinished, the scores are of round 2; continue with: fedrouter resume {path}." in said
     lines = list(csv.DictReader(io.StringIO(report.to_csv(read))))
     assert {(line["round"], line["finished"]) for line in lines} == {("2", "False")}
 
@@ -306,6 +307,22 @@ def test_all_runs_of_a_folder_are_reported_again_beside_their_report(tmp_path, m
         assert f"{Path(alone)} is none: it has no config.json" in capsys.readouterr().err
     assert main(["report", "runs/fedit", "runs/fedita"]) == 2  # a misspelt one is not passed over
     assert "fedita" in capsys.readouterr().err
+
+
+def test_a_run_that_was_refused_is_no_row(tmp_path, monkeypatch, capsys):
+    """It has left its config."""
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/fedit"), strategy="fedit")
+    refused = Path("runs/refused")
+    refused.mkdir()
+    (refused / "config.json").write_text(config_lib.to_json(CONFIG), encoding="utf-8")
+    (refused / "run.lock").touch()
+    assert main(["report", *sorted(map(str, Path("runs").iterdir())), "--to", "to"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "passed over, nothing done yet: runs/refused" in found and "no run directories" not in found
+    assert "refused" not in Path("to/report.md").read_text() and "unfinished" not in found
+    assert main(["report", "runs/refused"]) == 2
+    assert capsys.readouterr().err.endswith("nothing to report yet; go on with it by: fedrouter resume runs/refused\n")
 
 
 def test_terminal_shows_the_tables(tmp_path):
