@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
-from scipy.stats import t as student
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, formats, records
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.leads import interval as interval  # for the tables, beside what else they make of summaries
 
 
 def of(folder: Path) -> dict:
@@ -91,14 +89,6 @@ def configs(found: Mapping[str, dict], folder: Path) -> dict[str, Config]:
     """The configs of summaries in a folder, by name."""
     paths = {name: folder / f"{name}.json" for name in found}
     return {name: config_lib.of_json(summary["config"], paths[name]) for name, summary in found.items()}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t; 0 for one value)."""
-    if len(values) < 2:
-        return float(np.mean(values)), 0.0
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(half)
 
 
 def score(summary: Mapping, part: str, metric: str = "rouge1") -> float:

@@ -162,10 +162,15 @@ def latest(run: Run) -> tuple[dict, int]:
 
 def scores(row: Row, part: int, *path: str) -> list[float]:
     """A score of each run that has it; `part` is a place in `PARTS`; `path` such as "rouge1", "mean"."""
-    found: list[Any] = [latest(run)[0].get(row.parts[part]) for run in row.runs]
+    return [*by_seed(row, part, *path).values()]
+
+
+def by_seed(row: Row, part: int, *path: str) -> dict[int, float]:
+    """The same by the seeds of the runs."""
+    found: dict[int, Any] = {run.config.seed: latest(run)[0].get(row.parts[part]) for run in row.runs}
     for key in path:
-        found = [entry.get(key) if isinstance(entry, dict) else None for entry in found]
-    return [float(value) for value in found if value is not None]
+        found = {seed: entry.get(key) if isinstance(entry, dict) else None for seed, entry in found.items()}
+    return {seed: float(value) for seed, value in found.items() if value is not None}
 
 
 def cost(run: Run) -> dict[str, float]:
@@ -246,9 +251,25 @@ def tasks_of(rows: Sequence[Row], part: int) -> list[str]:
     return sorted({task for entry in found for task in entry.get("rouge1", {}).get("per_task", {}) if task})
 
 
+def several_scenarios(rows: Sequence[Row]) -> bool:
+    """Whether rows have to say of which scenario they are."""
+    return len({row.runs[0].config.data.scenario for row in rows}) > 1
+
+
 def names(rows: Sequence[Row]) -> list[str]:
     """The rows' labels, with the scenario where there are several, and how many seeds stand behind them."""
-    several = len({row.runs[0].config.data.scenario for row in rows}) > 1
+    several = several_scenarios(rows)
     scenario = [f", {row.runs[0].config.data.scenario}" if several else "" for row in rows]
     seeds = [f", {len(row.runs)} seeds" if len(row.runs) > 1 else "" for row in rows]
     return [row.label + where + count for row, where, count in zip(rows, scenario, seeds, strict=True)]
+
+
+def ranges(seeds: Sequence[int]) -> str:
+    """Seeds in their order, three and more in a row as "0-4"."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts)

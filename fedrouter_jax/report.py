@@ -22,8 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedrouter_jax import files, formats
-from fedrouter_jax import method as method_lib
-from fedrouter_jax.config import Config
+from fedrouter_jax.leads import interval, leads
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -33,23 +32,32 @@ from fedrouter_jax.records import (
     cost,
     latest,
     names,
+    ranges,
     read_all,
     rows_of,
     scores,
     setting,
+    several_scenarios,
     tasks_of,
 )
-from fedrouter_jax.strategies import STRATEGIES
+from fedrouter_jax.setups import setups
 
 FILES = ("config.json", "rounds.jsonl", "clusters.json", "scores.json", "predictions.jsonl", "timings.json", "adapters")
 CSV = ("run", "strategy", "model", "data", "scenario", "seed", "finished", "round", "part", "metric", "level", "name")
 SHORT = ("pers.", "gen.", "new.")  # of records.PARTS
 NOTE = (
     "pers.: personalised, each client's own tasks. gen.: generalisation, the mix of all tasks. ROUGE: F1 of greedy "
-    "answers, mean over a client's rows, then over clients. Sent: all clients and rounds, enrolment included."
+    "answers, mean over a client's rows, then over clients."
 )
 NEW = " new.: clients that joined after training, their own tasks."
-SEEDS = " Several seeds: mean ± standard deviation (n - 1) over the runs; of costs, the mean."
+SEEDS = " ±, here and below: standard deviation (n - 1) over the seeds, beside their mean."
+BOLD = " Bold: the best mean of a setting."
+LEADS = (
+    "The method that is best on own tasks (no reference) over each other of its setting, on the seeds that both have, "
+    "two or more: mean of the differences by seed ± half of its 95 % interval (Student's t), and in how many seeds it "
+    "is ahead. It was chosen by these scores, which flatters it."
+)
+SENT = "Sent: all clients and rounds, enrolment included."
 
 
 class Column(NamedTuple):
@@ -62,13 +70,14 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of text; `bold` holds (row, column) places."""
+    """A table of text; `bold` holds (row, column) places, `note` is what its columns mean."""
 
     title: str
     header: list[str]
     sides: list[Literal["left", "right"]]
     cells: list[list[str]]
     bold: set[tuple[int, int]]
+    note: str = ""
 
 
 def write(runs: list[Path], to: Path) -> None:
@@ -85,19 +94,30 @@ def show(runs: list[Path], console: Console) -> None:
     """The tables of the report on a terminal."""
     rows = rows_of(read_all(runs))
     for table in tables(rows):
-        drawn = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for place, name in enumerate(table.header):
-            # A word a line: narrow columns leave the terminal's width to the numbers, which then need not wrap.
-            drawn.add_column(Text(name.replace(" ", "\n")), justify=table.sides[place], overflow="fold")
-        for i, cells in enumerate(table.cells):
-            drawn.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
-        console.print(drawn)
-    for line in [note(rows), *setups(rows)]:
+        console.print(drawn(table, console.width))
+        console.print(Text(f"{table.note}\n" if table.note else ""))
+    for line in setups(rows):
         console.print(Text(line))
 
 
+def drawn(table: Table, width: int) -> RichTable:
+    """A table for a terminal of that many columns."""
+    plain_edges = {"box": SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "collapse_padding": True}
+    found = RichTable(title=table.title, title_justify="left", **plain_edges)
+    numbers = [j for j, side in enumerate(table.sides) if side == "right"]
+    taken = sum(2 + max(len(cells[j]) for cells in table.cells) for j in numbers if table.cells)
+    whole = taken + 12 * (len(table.sides) - len(numbers)) <= width  # a name on several lines is read, no number is
+    for j, name in enumerate(table.header):
+        # A word a line: narrow columns leave the terminal's width to the numbers.
+        heading = Text(name.replace(" ", "\n"))
+        found.add_column(heading, justify=table.sides[j], overflow="fold", no_wrap=whole and j in numbers)
+    for i, cells in enumerate(table.cells):
+        found.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
+    return found
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Scores, cost, and ROUGE-1 of each task; the best mean of a setting is bold."""
+    """Scores, leads, cost, and ROUGE-1 of each task; the best mean of a setting is bold."""
 
     def of(measure: Callable[[Run], dict], name: str) -> Callable[[Row], list[float]]:
         return lambda row: [] if row.base else [measure(run)[name] for run in row.runs if name in measure(run)]
@@ -128,9 +148,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     trained = [row for row in rows if not row.base]
     clustered = [row for row in trained if any(map(accuracy, row.runs))]
     found = [tabulate("Scores", rows, quality, lead=True)]
+    found[0] = found[0]._replace(note=note(rows) + (BOLD if found[0].bold else ""))
+    found += tabulate_leads(rows)
     if any(column.of(row) for column in losses for row in rows):
         found.append(tabulate("Loss of the reference answers, nats a token", rows, losses))
-    found.append(tabulate("Cost", trained, spent))
+    found.append(tabulate("Cost", trained, spent)._replace(note=SENT + unmeasured(trained)))
     found += [tabulate("Clustering and routing accuracy", clustered, right)] if clustered else []
     for part, name in enumerate(PARTS):
         tasks = [
@@ -142,17 +164,17 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], lead: bool = False) -> Table:
-    """Text of the numbers, `-` where there is none; with `lead`, scenario and seeds have columns of their own."""
+    """Text of the numbers, `-` where there is none; with `lead`, seeds and scenarios, if several, have columns."""
     numbers = [[column.of(row) for column in columns] for row in rows]
-    leads = [[name] for name in names(rows)]
+    leads, header = [[name] for name in names(rows)], ["method"]
     if lead:
-        seeds = [", ".join(str(run.config.seed) for run in row.runs) for row in rows]
-        leads = [[row.label, row.runs[0].config.data.scenario, of] for row, of in zip(rows, seeds, strict=True)]
+        header = ["method", *["scenario"] * several_scenarios(rows), "seed"]
+        of = [[row.label, row.runs[0].config.data.scenario, ranges([r.config.seed for r in row.runs])] for row in rows]
+        leads = [[name, *[scenario] * (len(header) > 2), seeds] for name, scenario, seeds in of]
     cells = [
         start + [spread(found, column) for found, column in zip(line, columns, strict=True)]
         for start, line in zip(leads, numbers, strict=True)
     ]
-    header = ["method", "scenario", "seed"] if lead else ["method"]
     bold = set()
     for j, column in enumerate(columns):
         shown = [column.form(np.mean(line[j])) if line[j] and column.best else "" for line in numbers]
@@ -174,48 +196,35 @@ def spread(found: Sequence[float], column: Column) -> str:
 
 
 def note(rows: Sequence[Row]) -> str:
-    """What the columns mean."""
+    """What the columns of scores mean."""
     joined = any(scores(row, 2, "rouge1", "mean") for row in rows)
     return NOTE + (NEW if joined else "") + (SEEDS if any(len(row.runs) > 1 for row in rows) else "")
 
 
-def setups(rows: Sequence[Row]) -> list[str]:
-    """One line for each row of runs: everything a fair comparison needs."""
-    lines = []
-    for row in [row for row in rows if not row.base]:
-        run, config = row.runs[0], row.runs[0].config
-        data, local, lora, rounds = config.data, config.local, config.lora, config.rounds
-        quantised = "" if config.quantise == "none" else f", linear layers in {config.quantise}"
-        said = [
-            f"model {brief(config.model)} ({config.dtype}{quantised})",
-            "synthetic data" if data.data == "synthetic" else f"data {brief(data.data)}",
-            f"{data.clients} clients, {data.scenario}, at most {data.train_rows} training rows each",
-            f"{rounds.rounds} rounds x {local.steps} steps x batch {local.batch}",
-            f"learning rate {local.learning_rate:g} to {local.min_learning_rate:g}",
-            f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {brief(lora.targets)}",
-            f"averages weighted by {rounds.weighting}" if weighs(config) else "no weighted averages",
-        ]
-        if rounds.participation < 1:
-            said.append(f"{rounds.participation:.0%} of the clients a round")
-        if run.clusters and run.clusters.get("clustered"):
-            said.append(f"{run.clusters['clusters']} clusters, recipe {config.cluster.recipe}")
-            said.append(f"local clusters a client and round: {rounds.clusters_per_round or 'all'}")
-            routing = config.evaluation.personalised_routing, config.evaluation.generalisation_routing
-            said.append("routing {} (personalised), {} (generalisation)".format(*routing))
-        devices = sorted({str(of.timings["device"]) for of in row.runs if "device" in of.timings})
-        said += [f"device {' and '.join(devices)}"] if devices else []
-        rejected = sum(cost(of).get("rejected_lanes", 0) for of in row.runs)
-        said += [f"lanes rejected as not finite: {rejected}"] if rejected else []
-        if run.scores is None:
-            at = f"the scores are of round {latest(run)[1]}" if latest(run)[0] else "no scores yet"
-            said.append(f"unfinished, {at}; continue with: fedrouter resume {run.path}")
-        lines.append(f"{row.label}: {'; '.join(said)}.")
-    return lines
+def unmeasured(rows: Sequence[Row]) -> str:
+    """Which rows are told no seconds in all, or not of all their runs, and why."""
+    taken = [row.label for row in rows if any(run.timings.get("taken_over") for run in row.runs)]
+    resumed = [row.label for row in rows if any(run.timings and "total" not in run.timings for run in row.runs)]
+    why = (("that took embeddings or base answers over from another run", taken), ("that were resumed", resumed))
+    several = " Of several seeds, means." if any(len(row.runs) > 1 for row in rows) else ""
+    return several + "".join(f" Seconds total leave out runs {of} ({', '.join(who)})." for of, who in why if who)
 
 
-def weighs(config: Config) -> bool:
-    """Whether averages went by weights; of somebody's own method, which need not be here, that is supposed."""
-    return config.strategy not in STRATEGIES or method_lib.averages(method_lib.strategy(config, None))
+def tabulate_leads(rows: Sequence[Row]) -> list[Table]:
+    """The table of leads, if there are any."""
+    found, several = leads(rows), several_scenarios(rows)
+    cells = []
+    for lead in found:
+        of = [f"{lead.ours.label} over {lead.theirs.label}"]
+        of += [lead.ours.runs[0].config.data.scenario] * several
+        of += [ranges(lead.seeds)]
+        for values in (lead.own, lead.mix):
+            of += ["{:+.3f} ± {:.3f}".format(*interval(values)), f"{sum(v > 0 for v in values)} of {len(values)}"]
+        cells.append(of)
+    header = ["method", *["scenario"] * several, "seed"]
+    sides = ["left"] * len(header) + ["right"] * 4
+    header += [f"{short} {what}" for short in SHORT[:2] for what in ("ROUGE-1", "ahead in")]
+    return [Table("Leads", header, sides, cells, set(), LEADS)] * bool(found)
 
 
 def to_csv(runs: Sequence[Run]) -> str:
@@ -243,15 +252,15 @@ def to_markdown(runs: Sequence[Run], pictures: Sequence[Path], to: Path) -> str:
     rows = rows_of(runs)
     alone = runs[0] if len(runs) == 1 else None
     text = [f"# Run {plain(alone.path.resolve().name)}" if alone else f"# {len(runs)} runs"]
-    text += ["\n".join(f"- {plain(line)}" for line in setups(rows))]
-    for number, table in enumerate(tables(rows)):
+    for table in tables(rows):
         lines = [[plain(name) for name in table.header], ["--:" if side == "right" else "---" for side in table.sides]]
         lines += [
             [f"**{plain(cell)}**" if (i, j) in table.bold else plain(cell) for j, cell in enumerate(cells)]
             for i, cells in enumerate(table.cells)
         ]
         text += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
-        text += [plain(note(rows)) + " Bold: the best mean of a setting."] if number == 0 else []
+        text += [plain(table.note)] if table.note else []
+    text += ["## Settings", "\n".join(f"- {plain(line)}" for line in setups(rows))]
     text += ["## Plots", "\n\n".join(f"![{path.stem}]({link(path, to)})" for path in pictures)] if pictures else []
     text += samples(alone) if alone else []
     paths = [alone.path / name for name in FILES] if alone else [run.path for run in runs]

@@ -31,7 +31,8 @@ def test_older_runs_that_the_docs_name_can_still_be_reported():
     runs = records.read_all(sorted((RESULTS / "flan4-dual-cpu").iterdir()))
     assert [run.config.strategy for run in runs] == ["fedit", "fedrouter"]
     (scores, *_) = report.tables(records.rows_of(runs))
-    assert [cells[3] for cells in scores.cells] == ["0.138", "0.359", "0.434"]
+    column = scores.header.index("pers. ROUGE-1")
+    assert [cells[column] for cells in scores.cells] == ["0.138", "0.359", "0.434"]
 
 
 def test_the_differences_on_real_rows_are_those_of_the_committed_scores():

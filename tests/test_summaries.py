@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from rich.console import Console
-from scipy.stats import ttest_1samp
 from written_runs import make_summary
 
 from experiments import summaries, sweep
@@ -37,14 +35,6 @@ def test_a_summary_holds_all_rounds_and_means_but_no_rows(monkeypatch):
     assert found["config"]["data"]["data"] == "flan4" and found["device"] == "cpu" and found["taken_over"] == []
     assert (found["data"], found["model"]) == ("of rows", "of weights")
     assert found["table"] == [[1], [1]]  # the last one
-
-
-def test_an_interval_is_students():
-    values = [0.3, 0.4, 0.55]
-    mean, half = summaries.interval(values)
-    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose([mean - half, mean + half], [low, high])
-    assert summaries.interval([0.2]) == (0.2, 0.0)
 
 
 def test_a_summary_older_than_a_field_is_still_known(tmp_path):

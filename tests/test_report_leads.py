@@ -1,0 +1,92 @@
+"""Leads of one method over another in reports: differences by seed, of runs written by hand and the committed demo."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import README, RESULTS, told
+from scipy.stats import ttest_1samp
+from written_runs import CONFIG, make_run, write_json
+
+from experiments import summaries
+from fedrouter_jax import leads, records, report
+
+SHIFTS = {"fedrouter": [0.05, 0.07, 0.03], "fedit": [0.0, 0.02, -0.05], "local": [0.01, 0.0, 0.0]}
+
+
+def test_an_interval_is_students():
+    values = [0.3, 0.4, 0.55]
+    mean, half = leads.interval(values)
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([mean - half, mean + half], [low, high])
+    assert leads.interval([0.2]) == (0.2, 0.0)
+    assert summaries.interval is leads.interval  # one arithmetic in reports and in tables
+
+
+def scored(path: Path, strategy: str, seed: int, own: float, mix: float, **changes) -> Path:
+    """A run with such scores."""
+    make_run(path, strategy=strategy, seed=seed, **changes)
+    scores = json.loads((path / "scores.json").read_text())
+    scores["personalised"]["rouge1"]["mean"], scores["generalisation"]["rouge1"]["mean"] = own, mix
+    write_json(path / "scores.json", scores)
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Three methods; the best on own tasks is named second, and one has two of the three seeds."""
+    return [
+        scored(tmp_path / f"{name}{seed}", name, seed, 0.5 + shift, 0.4 - shift)
+        for name in ("fedit", "fedrouter", "local")
+        for seed, shift in enumerate(SHIFTS[name])
+        if (name, seed) != ("local", 0)
+    ]
+
+
+def table_of(paths):
+    """The table of leads, if there is one."""
+    found = report.tables(records.rows_of(records.read_all(paths)))
+    assert found[0].title == "Scores"
+    return found[1] if found[1].title == "Leads" else None
+
+
+def test_leads_are_those_of_the_differences_by_seed(paths):
+    table = table_of(paths)
+    assert [cells[0] for cells in table.cells] == ["fedrouter over fedit", "fedrouter over local"]
+    for cells, other, seeds in zip(table.cells, ("fedit", "local"), ([0, 1, 2], [1, 2]), strict=True):
+        own = [SHIFTS["fedrouter"][seed] - SHIFTS[other][seed] for seed in seeds]
+        expected = [records.ranges(seeds)]
+        for values in (own, [-value for value in own]):
+            low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+            expected += [f"{np.mean(values):+.3f} ± {(high - low) / 2:.3f}"]
+            expected += [f"{sum(value > 0 for value in values)} of {len(seeds)}"]
+        assert cells[1:] == expected
+    assert "half of its 95 % interval" in table.note and "best on own tasks" in table.note and not table.bold
+
+
+def test_only_what_shares_two_seeds_in_one_setting_is_compared(paths, tmp_path):
+    assert table_of(paths[:3] + paths[6:7]) is None  # fedit alone, and one seed of another
+    other = replace(CONFIG.data, scenario="single")
+    single = [scored(tmp_path / f"single{seed}", "fedit", seed, 0.9, 0.9, data=other) for seed in range(3)]
+    assert len(table_of(paths + single).cells) == 2  # not over the runs of another setting
+    single += [scored(tmp_path / f"single-local{seed}", "local", seed, 0.95, 0.9, data=other) for seed in range(3)]
+    table = table_of(paths + single)
+    assert [cells[1] for cells in table.cells] == ["dual", "dual", "single"] and table.header[1] == "scenario"
+    best = [scored(tmp_path / f"oracle{seed}", "oracle", seed, 0.99, 0.99) for seed in range(3)]
+    named = [cells[0] for cells in table_of(paths + best).cells]  # a reference leads nobody
+    assert named == [f"fedrouter over {name}" for name in ("fedit", "local", "oracle")]
+    (paths[5] / "scores.json").unlink()  # unfinished: it stands alone
+    assert [cells[1] for cells in table_of(paths[:6]).cells] == ["0, 1"]
+
+
+def test_the_leads_of_the_demo_are_those_that_readme_tells():
+    (cells,) = table_of(sorted((RESULTS / "demo").glob("fed*"))).cells
+    assert cells[0] == "fedrouter over fedit" and cells[1] == "0-4" and cells[3] == cells[5] == "5 of 5"
+    own, mix = (cell.removeprefix("+").replace("0.", ".") for cell in (cells[2], cells[4]))
+    assert f"ahead in each of five seeds on both, by {own} and {mix}" in re.sub(r"\s+", " ", README)
+    assert told([0.1, 0.2, 0.3]) == ".200 ± .248"
