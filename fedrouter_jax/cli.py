@@ -33,7 +33,7 @@ Federated fine-tuning of language models with one LoRA adapter per task.
   report   tables and plots of runs       fedrouter report runs/*
   route    which adapter answers a text   fedrouter route runs/smoke-fedrouter-0 "Summarise: ..."
   export   PEFT adapters and the router   fedrouter export runs/smoke-fedrouter-0 --to adapters/
-  plan     what a run would take          fedrouter plan --model llama-3.1-8b --memory 80 --platform gpu
+  plan     what a run would take          fedrouter plan --model llama-3.1-8b --dtype bfloat16 --memory 80
 
 fedrouter COMMAND --help shows what a command takes.
 """
@@ -361,4 +361,4 @@ def plan(arguments: list[str]) -> None:
         record = found._asdict() | {"memory": found.memory._asdict() | {"total": found.memory.total}}
         print(json.dumps(record))
         return
-    plan_lib.show(found, Console(), limit)
+    plan_lib.show(found, parsed.config, Console(), limit)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from fedrouter_jax import bank, memory
@@ -144,27 +145,48 @@ def plan(
     )
 
 
-def show(found: Plan, console: Console, limit: float | None = None) -> None:
-    """A table of a plan."""
+def show(found: Plan, config: Config, console: Console, limit: float | None = None) -> None:
+    """A table of the plan of a config. What is sent is in MB of a million bytes, as in reports, memory in GiB."""
 
     def size(count: float) -> str:
         unit = next((u for u in (("GiB", 2**30), ("MiB", 2**20)) if count >= u[1]), ("kiB", 2**10))
         return f"{count / unit[1]:.1f} {unit[0]}"
 
+    lora, rounds = config.lora, config.rounds.rounds
+    stored = config.dtype + ("" if config.quantise == "none" else f", linear layers in {config.quantise}")
     rows = [
+        ("run", f"{config.model} ({stored}), rank {lora.rank} on {' '.join(lora.targets)}, {rounds} rounds"),
         ("parameters", f"{found.parameters / 1e6:,.1f} million, frozen"),
         ("an adapter", f"{found.adapter_parameters / 1e6:,.2f} million; {found.slots} slots"),
         ("a round", f"{found.lanes} lanes; groups that share packs: {found.groups}, {found.groups_at_once} at once"),
-        ("sent up, down", f"{size(found.bytes_up)}, {size(found.bytes_down)} a round"),
+        ("sent up, down", f"{decimal(found.bytes_up)}, {decimal(found.bytes_down)} a round"),
         ("trained", f"{found.tokens:,} tokens, {found.flops / 1e12:,.1f} TFLOP a round"),
         *((f"memory: {name}", size(count)) for name, count in found.memory._asdict().items()),
         ("memory of a device", size(found.memory.total)),
     ]
     if found.seconds is not None:
-        rows.append(("time", f"{found.seconds:,.1f} s a round"))
+        whole = f"{duration(rounds * found.seconds)} in all (without embedding and evaluation)"
+        rows.append(("time", f"{found.seconds:,.1f} s a round, {whole}"))
     if limit is not None and found.memory.total > limit:
-        rows.append(("does not fit", f"{size(limit)} given; try --remat, --quantise nf4 or a smaller --lanes-together"))
+        rows.append(("does not fit", f"{size(limit)} given; try {smaller(config)}"))
     table = Table(show_header=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that they are read in."""
+    unit, name = next((u for u in ((3600, "h"), (60, "min")) if seconds >= 2 * u[0]), (1, "s"))
+    return f"{seconds / unit:,.1f} {name}"
+
+
+def smaller(config: Config) -> str:
+    """What takes less memory than a config does, the cheapest first."""
+    steps = {
+        "--dtype bfloat16": config.dtype == "float32",
+        "--quantise nf4": config.quantise == "none" and config.dtype != "mixed",
+        "--remat": not config.compute.remat,
+        "a smaller --lanes-together": config.compute.lanes_together > 1,
+    }
+    return ", ".join(step for step, left in steps.items() if left) or "a smaller model"

@@ -141,6 +141,40 @@ def test_more_groups_at_once_where_there_is_more_memory(capsys):
     assert "shapes known without their files: smollm2-135m, " in capsys.readouterr().err
 
 
+def shown(capsys, arguments):
+    """What `fedrouter plan` prints, by row."""
+    assert main(f"plan --model llama-3.1-8b --platform gpu {arguments}".split()) == 0
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    return {cell[0]: cell[1] for cell in cells if len(cell) == 2}
+
+
+def test_a_plan_says_of_what_it_is_and_what_it_takes_in_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    table = shown(capsys, "--memory 20 --rate 300 --rank 16 --rounds 10")
+    assert [*table.items()][0] == ("run", "llama-3.1-8b (float32), rank 16 on q_proj v_proj, 10 rounds")
+    config = dataclasses.replace(Config(model="llama-3.1-8b"), lora=LoRAConfig(rank=16))
+    made = plan.plan(config, 128, 24, rate=3e14)
+    assert table["sent up, down"] == f"{made.bytes_up / 1e6:.1f} MB, {made.bytes_down / 1e6:.1f} MB a round"
+    whole = f"{10 * made.seconds / 60:.1f} min in all (without embedding and evaluation)"
+    assert table["time"] == f"{made.seconds:.1f} s a round, {whole}"
+    assert [plan.duration(seconds) for seconds in (90, 150, 9000)] == ["90.0 s", "2.5 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "--dtype bfloat16, --quantise nf4, --remat, a smaller --lanes-together"),
+        ("--dtype bfloat16", "--quantise nf4, --remat, a smaller --lanes-together"),
+        ("--dtype mixed --remat", "a smaller --lanes-together"),  # with codes it is refused
+        ("--dtype bfloat16 --quantise nf4 --remat --lanes-together 1", "a smaller model"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_takes_less(options, said, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert shown(capsys, f"--memory 1 {options}")["does not fit"] == f"1.0 GiB given; try {said}"
+    assert "does not fit" not in shown(capsys, f"--memory 100 {options}")
+
+
 @pytest.mark.parametrize("strategy", ["centralised", "fedit"])
 def test_planned_batches_are_those_of_a_round(strategy):
     config = dataclasses.replace(smoke(), strategy=strategy)
