@@ -9,138 +9,38 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from fedrouter_jax import __version__, commands
 from fedrouter_jax import config as config_lib
+from fedrouter_jax.commands import Export, Plan, Processes, Report, Resume, Route, Run
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.presets import PRESETS
+from fedrouter_jax.presets import ABOUT, PRESETS
 from fedrouter_jax.terminal import guarded, parse, progress
-
-USAGE = """\
-usage: fedrouter COMMAND ...
-
-Federated fine-tuning of language models with one LoRA adapter per task.
-
-  run      one experiment                 fedrouter run --preset smoke
-  resume   continue a stopped run         fedrouter resume runs/smoke-fedrouter-0
-  report   tables and plots of runs       fedrouter report runs/*
-  route    which adapter answers a text   fedrouter route runs/smoke-fedrouter-0 "Summarise: ..."
-  export   PEFT adapters and the router   fedrouter export runs/smoke-fedrouter-0 --to adapters/
-  plan     what a run would take          fedrouter plan --model llama-3.1-8b --dtype bfloat16 --memory 80
-
-fedrouter COMMAND --help shows what a command takes.
-"""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Several processes that run this together: start the same command on every host (docs/scaling.md)."""
-
-    coordinator: str | None = None
-    """HOST:PORT of the first process, or "auto" where JAX finds the others (TPU pods, Slurm, Open MPI)."""
-    num_processes: int | None = None
-    """How many they are."""
-    process_id: int | None = None
-    """Which one this is, from 0."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Run one experiment. Start from a --preset and change any field of it."""
-
-    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
-    processes: Annotated[Processes, tyro.conf.OmitArgPrefixes] = Processes()
-    out: Path | None = None
-    """Run directory; by default runs/PRESET-STRATEGY-SEED. Several processes must all see it."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Continue a stopped run to the same result as if it had never stopped."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    processes: Annotated[Processes, tyro.conf.OmitArgPrefixes] = Processes()
-
-
-@dataclass(frozen=True)
-class Report:
-    """Tables (terminal, Markdown, CSV) and plots from run directories alone."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
-    to: Path | None = None
-    """Folder for report.md, scores.csv and plots/; by default the run directory, or runs/report for several runs."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """Send texts to adapters: the chosen one, the distance to every centroid, and the answer."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Instructions."""
-    rows: Path | None = None
-    """A file of instructions, instead of texts: JSONL, JSON, CSV or Parquet, in the columns where the run had its own.
-    If it has the right answers, too, they are compared with those given."""
-    client: str | None = None
-    """Route as this client, a number or the name its rows gave it (natural): among its own clusters only (fedrouter),
-    or its own adapter (local)."""
-    json: bool = False
-    """Print one JSON object a text instead of a table."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write PEFT adapter folders and the router for other tools."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    to: Path = field(default=Path("exported"))
-    """Folder to write to."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would take, before anything is loaded: memory on a device, bytes on the wire, time."""
-
-    config: Annotated[Config, tyro.conf.OmitArgPrefixes]
-    devices: int = 1
-    """Devices that share the lanes of a round."""
-    platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Their kind; by default what is here."""
-    memory: float | None = None
-    """Memory of a device, GiB: as many groups of lanes run at once as fit."""
-    rate: float | None = None
-    """TFLOP/s that training reaches on a device: about 0.1 on two CPU cores, on an H100 in bfloat16 130 (SmolLM2-135M)
-    to 390 (1B; --unroll, 16 rows a step)."""
-    row_tokens: int = 128
-    """Tokens of a row on average, prompt and response."""
-    response_tokens: int = 24
-    """Those of its response."""
-    json: bool = False
-    """Print JSON instead of a table."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": run, "resume": resume, "report": report, "route": route, "export": export, "plan": plan}
+    known = {"run": run, "resume": resume, "report": report, "route": route, "export": export, "plan": plan}
+    if arguments[:1] == ["help"]:  # of a command, or of all
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(commands.USAGE, end="")
         return 0
-    if arguments[0] not in commands:
-        print(f"fedrouter: no command {arguments[0]!r}; choose among {', '.join(commands)}", file=sys.stderr)
+    if arguments[0] == "--version":
+        print(f"fedrouter {__version__}")
+        return 0
+    if arguments[0] not in known:
+        near = "".join(f"; there is {name}" for name in get_close_matches(arguments[0], known, 1))
+        print(f"fedrouter: no command {arguments[0]!r}{near}; choose among {', '.join(known)}", file=sys.stderr)
         return 2
-    return guarded(lambda: commands[arguments[0]](arguments[1:]), "the same command begins anew")
+    return guarded(lambda: known[arguments[0]](arguments[1:]), "the same command begins anew")
 
 
 def run(arguments: list[str]) -> None:
@@ -148,16 +48,14 @@ def run(arguments: list[str]) -> None:
     from fedrouter_jax import idle, processes, runs
     from fedrouter_jax import method as method_lib
 
-    preset, arguments = take_preset(arguments)
-    names = ", ".join(PRESETS)
+    preset = preset_of(arguments)
+    named = commands.listed("Presets; flan4-... need --data FOLDER with train.jsonl and test.jsonl", ABOUT)
     parsed = parse(
         Run,
-        prog="fedrouter run",
         args=arguments,
-        default=Run(PRESETS[preset]() if preset else Config()),
-        description=f"Run one experiment. --preset NAME starts from one of: {names}; any field below changes it. "
-        "Words: a lane is one client's training of one of its clusters in a round; a slot holds an adapter; the mix is "
-        "test rows of all tasks, asked of every client; packs are rows laid side by side, which train together.",
+        default=Run(config=PRESETS[preset]() if preset else Config()),
+        also=commands.ALSO_CALLED,
+        **commands.about("run", Run, named, commands.listed("Words", commands.WORDS)),
     )
     method = parsed.config.strategy.replace(":", "-")
     out = parsed.out or Path("runs") / f"{preset or 'run'}-{method}-{parsed.config.seed}"
@@ -173,24 +71,24 @@ def run(arguments: list[str]) -> None:
         finish(out)
 
 
-def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--preset NAME` off: its values are the defaults that the other options are parsed over."""
+def preset_of(arguments: list[str]) -> str | None:
+    """The NAME of `--preset NAME`, looked up first: its values are the defaults that other options are parsed over."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", action="append", nargs="?", const="")
-    found, others = parser.parse_known_args(arguments)
-    names = found.preset or []
+    names = parser.parse_known_args(arguments)[0].preset or []
     if len(names) > 1:
         raise UserError(f"--preset is given {len(names)} times; start from one")
     if names and names[0] not in PRESETS:
-        raise UserError(f"--preset {names[0]!r} is unknown; choose among {', '.join(PRESETS)}")
-    return next(iter(names), None), others
+        near = "".join(f"; there is {name}" for name in get_close_matches(names[0], PRESETS, 1))
+        raise UserError(f"--preset {names[0]!r} is unknown{near}; choose among {', '.join(PRESETS)}")
+    return next(iter(names), None)
 
 
 def resume(arguments: list[str]) -> None:
     """`fedrouter resume`."""
     from fedrouter_jax import runs
 
-    parsed = parse(Resume, prog="fedrouter resume", args=arguments)
+    parsed = parse(Resume, args=arguments, **commands.about("resume", Resume))
     together(parsed.processes)
     with resumable(parsed.run):
         with progress() as track:
@@ -254,7 +152,7 @@ def report(arguments: list[str]) -> None:
     from fedrouter_jax import records
     from fedrouter_jax import report as report_lib
 
-    parsed = parse(Report, prog="fedrouter report", args=arguments)
+    parsed = parse(Report, args=arguments, **commands.about("report", Report))
     # `runs/*` names what else lies there: reports of several runs, folders of sweeps, runs that were refused.
     named = [path for path in parsed.runs if (path / "config.json").exists() or not path.exists()]
     others = [path for path in parsed.runs if path not in named]
@@ -282,7 +180,7 @@ def route(arguments: list[str]) -> None:
     from fedrouter_jax import serve
     from fedrouter_jax.sharing import silent
 
-    parsed = parse(Route, prog="fedrouter route", args=arguments)
+    parsed = parse(Route, args=arguments, **commands.about("route", Route))
     texts, references = parsed.texts, ()
     if parsed.rows is not None:
         if texts:
@@ -317,7 +215,7 @@ def export(arguments: list[str]) -> None:
     from fedrouter_jax import export as export_lib
     from fedrouter_jax import runs
 
-    parsed = parse(Export, prog="fedrouter export", args=arguments)
+    parsed = parse(Export, args=arguments, **commands.about("export", Export))
     held = next((folder for folder in (parsed.to / "adapters", parsed.to / "router") if folder.exists()), None)
     if held is not None:
         raise UserError(f"{held} is there, and adapters of two runs would mix; remove it, or give a new folder by --to")
@@ -332,14 +230,14 @@ def plan(arguments: list[str]) -> None:
     """`fedrouter plan`."""
     from fedrouter_jax import plan as plan_lib
 
-    preset, arguments = take_preset(arguments)
+    preset = preset_of(arguments)
+    shapes = f"Models that need not be at hand: --model {', '.join(plan_lib.SHAPES)}."
     parsed = parse(
         Plan,
-        prog="fedrouter plan",
         args=arguments,
-        default=Plan(PRESETS[preset]() if preset else Config()),
-        description=f"What a run would take, from shapes alone. --model takes {', '.join(plan_lib.SHAPES)} too, "
-        "whether they are at hand or not.",
+        default=Plan(config=PRESETS[preset]() if preset else Config()),
+        also=commands.ALSO_CALLED,
+        **commands.about("plan", Plan, commands.filled(shapes)),
     )
     for name in ("devices", "memory", "rate", "row_tokens", "response_tokens"):
         value = getattr(parsed, name)

@@ -69,11 +69,20 @@ def flan4_cpu(scenario: Scenario) -> Config:
     )  # fmt: skip
 
 
+HELD = {"single": "one task a client", "dual": "two tasks a client", "all": "all tasks on every client"}
 PRESETS = {
     "smoke": smoke,
     "demo": demo,
-    **{f"flan4-{name}": lambda name=name: flan4(name) for name in ("single", "dual", "all")},
-    **{f"flan4-{name}-flower": lambda name=name: flan4_flower(name) for name in ("single", "dual", "all")},
-    **{f"flan4-{name}-plain": lambda name=name: flan4_plain(name) for name in ("single", "dual", "all")},
-    **{f"flan4-{name}-cpu": lambda name=name: flan4_cpu(name) for name in ("single", "dual", "all")},
+    **{f"flan4-{name}": lambda name=name: flan4(name) for name in HELD},
+    **{f"flan4-{name}-flower": lambda name=name: flan4_flower(name) for name in HELD},
+    **{f"flan4-{name}-plain": lambda name=name: flan4_plain(name) for name in HELD},
+    **{f"flan4-{name}-cpu": lambda name=name: flan4_cpu(name) for name in HELD},
+}
+ABOUT = {
+    "smoke": "a tiny random model on synthetic rows, in seconds",
+    "demo": "SmolLM2-135M on synthetic rows, minutes on two cores",
+    **{f"flan4-{name}": f"the paper's budget, {held}" for name, held in HELD.items()},
+    **{f"flan4-{name}-flower": f"flan4-{name} as the public code's Flower path has it" for name in HELD},
+    **{f"flan4-{name}-plain": f"flan4-{name} as the public code's plain path has it" for name in HELD},
+    **{f"flan4-{name}-cpu": f"a budget for two CPU cores, {held}" for name, held in HELD.items()},
 }

@@ -9,11 +9,12 @@ import re
 import sys
 import time as clock
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from rich.console import Console
@@ -102,16 +103,13 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
 
 
-def parse(options: type[T], prog: str, **others: Any) -> T:
-    """`tyro.cli`, in whose help a docstring of several lines is one paragraph, and not broken as in the source.
+def parse(options: type[T], prog: str, also: Mapping[str, str] = MappingProxyType({}), **others: Any) -> T:
+    """`tyro.cli`, in whose help a docstring of several lines is one paragraph, and None is neither value nor default.
 
-    What it refuses it says in one line, and exits with 2.
+    What it refuses it says in one line, and exits with 2. `also` says what options are called here that many know by
+    another name. Of a class with a preset the usage says so.
     """
     registry, inside = ConstructorRegistry(), []
-
-    def joined(text: str | Callable[[], str | None] | None) -> str | None:
-        found = text() if callable(text) else text
-        return found and " ".join(found.split())
 
     @registry.struct_rule
     def _(info: StructTypeInfo) -> Any:
@@ -122,26 +120,48 @@ def parse(options: type[T], prog: str, **others: Any) -> T:
         inside.clear()
         if not isinstance(spec, StructConstructorSpec):
             return spec
-        return replace(spec, fields=tuple(replace(f, helptext=partial(joined, f.helptext)) for f in spec.fields))
+        fields = (replace(f, helptext=partial(joined, f.helptext), type=shown(f.type)) for f in spec.fields)
+        return replace(spec, fields=tuple(fields))
 
+    usage = f"{prog} [--preset NAME]" if "preset" in options.__annotations__ else prog
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            found = tyro.cli(options, prog=prog, registry=registry, **others)
+            found = tyro.cli(options, prog=usage, registry=registry, **others)
     except SystemExit as stop:
         if stop.code == 2:
-            sys.exit(failed(2, f"{in_a_line(said.getvalue())}; see {prog} --help"))
+            sys.exit(failed(2, f"{in_a_line(said.getvalue(), also)}; see {prog} --help"))
         raise
     print(said.getvalue(), end="", file=sys.stderr)
     return found
 
 
-def in_a_line(box: str) -> str:
+def joined(text: str | Callable[[], str | None] | None) -> str | None:
+    """A help text on one line."""
+    found = text() if callable(text) else text
+    return found and " ".join(found.split())
+
+
+def shown(kind: Any) -> Any:
+    """The type of an option, for a help that shows neither None as a value nor a default that is none."""
+    kind, *told = (kind.__origin__, *kind.__metadata__) if get_origin(kind) is Annotated else (kind,)
+    values = [value for value in get_args(kind) if value is not NoneType] if NoneType in get_args(kind) else []
+    named = [f"{{{','.join(get_args(v))}}}" if get_origin(v) is Literal else v.__name__.upper() for v in values]
+    hint = tyro.conf.arg(
+        metavar="|".join(named) or None,
+        help_behavior_hint=lambda default: "" if default in ("", "None") else f"(default: {default})",
+    )
+    return Annotated[(kind, hint, *told)]
+
+
+def in_a_line(box: str, also: Mapping[str, str] = MappingProxyType({})) -> str:
     """What is wrong and which options are like the one given, of the box that tyro draws around that."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", box)
     inside = "\n".join(line.strip("│╰╯ ") for line in plain.splitlines()[1:])  # below its title
     wrong, *others = [*filter(None, map(str.strip, re.split(r"[─-]{5,}", inside)))] or [plain]
     like = re.findall(r"^--.*", "\n".join(others), flags=re.MULTILINE)
+    like = [re.sub(r" \{[^}]*$", "", option) for option in like]  # its values went on in the next line
+    like += [there for name, there in also.items() if name in re.split(r"[\s,=]+", wrong)]
     return " ".join(wrong.split()).rstrip(".") + (f"; there is {', '.join(like)}" if like else "")
 
 
