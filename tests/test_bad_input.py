@@ -149,6 +149,35 @@ def test_an_interrupted_run_says_how_it_goes_on(data, tmp_path, capsys, monkeypa
     assert f"interrupted; `fedrouter resume {out}` goes on from there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fedrouter+", "; fedrouter+ is --strategy fedrouter --turns staggered; choose among fedrouter, fedit"),
+        ("oracle+", "; oracle+ is --strategy oracle --turns staggered; "),
+        ("fedit+", "; there is fedit; "),
+        ("FedIT", "; there is fedit; "),
+        ("FedRouter", "; there is fedrouter; "),
+        ("FFA-LoRA", "; there is ffalora; "),
+        ("FedSA-LoRA", "; there is fedsa; "),
+        ("FedDPA", "; there is feddpa-t and feddpa-f; "),
+        ("fedalign", "; there is fedalt"),
+        ("fedavg", "; fedavg is --strategy fedit; "),
+        ("FedProx", "; fedprox is --strategy fedit --proximal 0.1; "),
+        ("fedadam", "; fedadam is --strategy fedit --server adam --server-rate 0.01; "),
+        ("qqq", "; choose among fedrouter, fedit"),
+    ],
+)
+def test_strategies_of_a_like_name_are_told(name, said, capsys):
+    assert f"--strategy {name!r} is unknown{said.removeprefix(' is unknown')}" in one_line(
+        capsys, "run", "--strategy", name
+    )
+
+
+def test_commands_of_a_like_name_are_told(capsys):
+    assert "no command 'reprot'; there is report; choose among run, resume" in one_line(capsys, "reprot")
+    assert "'smok' is unknown; there is smoke; choose among smoke" in one_line(capsys, "run", "--preset", "smok")
+
+
 def test_unknown_commands_and_options_are_refused(capsys):
     assert "choose among run, resume, report, route, export" in one_line(capsys, "train")
     assert "choose among smoke, demo" in one_line(capsys, "run", "--preset", "nonsense")
@@ -176,6 +205,10 @@ def test_help_is_broken_by_the_terminal_alone(capsys):
     [
         (["run", "--nonsense", "1"], "Unrecognized options: --nonsense, 1; see fedrouter run --help"),
         (["run", "--roundz", "1"], "options: --roundz, 1; there is --rounds INT; see fedrouter run --help"),
+        (["run", "--lr", "1"], "Unrecognized options: --lr, 1; there is --learning-rate; see fedrouter run --help"),
+        (["plan", "--lr=1"], "there is --learning-rate; see fedrouter plan --help"),
+        (["run", "--stratgy", "fedit"], "options: --stratgy, fedit; there is --strategy; see fedrouter run --help"),
+        (["run", "--prest", "smoke"], "options: --prest, smoke; there is --preset NAME; see fedrouter run --help"),
         (["run", "--rounds", "a"], "invalid literal for int() with base 10: 'a'; there is --rounds INT; see"),
         (["run", "--scenario", "trio"], "Expected one of ('single', 'dual', 'all', 'dirichlet', 'natural'); see"),
         (["resume"], "Missing from fedrouter resume: PATH Run directory. (required); see fedrouter resume --help"),

@@ -1,7 +1,9 @@
 """One algorithm a file. `STRATEGIES` names those the command line offers; `find` takes others, too."""
 
+import difflib
 import importlib
 import inspect
+import re
 import traceback
 from collections.abc import Callable
 
@@ -60,6 +62,14 @@ STRATEGIES = {
     "centralised": centralised,
 }
 
+ALSO_CALLED = {  # what others, or the tables, call a method and its options
+    "fedavg": "fedit",
+    "fedprox": "fedit --proximal 0.1",
+    "fedavgm": "fedit --server momentum",
+    **{f"fed{server}": f"fedit --server {server} --server-rate 0.01" for server in ("adagrad", "adam", "yogi")},
+    **{f"{name}+": f"{name} --turns staggered" for name in STRATEGIES if re.match("fedrouter|oracle", name)},
+}
+
 __all__ = ["STRATEGIES", "find", *(name.replace("-", "_") for name in STRATEGIES)]
 
 
@@ -73,9 +83,8 @@ def find(name: str) -> Callable[..., Strategy]:
         return STRATEGIES[name]
     module, colon, function = name.partition(":")
     if not colon:
-        raise UserError(
-            f"--strategy {name!r} is unknown; choose among {', '.join(STRATEGIES)}, or give MODULE:FUNCTION"
-        )
+        known = ", ".join(STRATEGIES)
+        raise UserError(f"--strategy {name!r} is unknown{meant(name)}; choose among {known}, or give MODULE:FUNCTION")
     try:
         make = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # somebody's code: it may raise anything
@@ -101,6 +110,18 @@ def find(name: str) -> Callable[..., Strategy]:
         return strategy
 
     return made
+
+
+def meant(name: str) -> str:
+    """What a name that no strategy has may mean, to be put behind it; empty where nothing is like it."""
+    low = name.lower()
+    if low in ALSO_CALLED:
+        return f"; {low} is --strategy {ALSO_CALLED[low]}"
+    bare = {re.sub(r"\W", "", known): known for known in STRATEGIES}
+    asked = re.sub(r"[\W_]", "", low)
+    near = [key for key in (asked, asked.removesuffix("lora")) if key in bare][:1]
+    near = near or difflib.get_close_matches(asked, bare, 2)
+    return f"; there is {' and '.join(bare[key] for key in near)}" if near else ""
 
 
 def _told(error: BaseException) -> str:
