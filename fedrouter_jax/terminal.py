@@ -32,7 +32,8 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
     """
     # The advice of third-party loggers is not for the user of this tool.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # every warning of it would come twice, by the root's handler
+    if os.environ.setdefault("HF_HUB_VERBOSITY", "error") == "error":  # its warnings come twice, by the root's handler
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # where it is imported already
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without some letter must not cost the answers

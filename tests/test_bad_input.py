@@ -269,9 +269,11 @@ def test_presets_without_rows_say_at_once_what_they_need(tmp_path, capsys, monke
     assert not [*tmp_path.iterdir()]  # nothing is written
 
 
-def test_warnings_of_the_hub_do_not_come_twice():
+@pytest.mark.parametrize("imported", ["terminal", "cli, terminal"])
+def test_warnings_of_the_hub_do_not_come_twice(imported):
+    """Nor once, whether the hub's client was imported before or is later."""
     say = (
-        "from fedrouter_jax import terminal; terminal.guarded(lambda: None); import logging; "
+        f"from fedrouter_jax import {imported}; terminal.guarded(lambda: None); import logging; "
         "from huggingface_hub.utils import logging as theirs; theirs.get_logger('huggingface_hub.x').warning('retry')"
     )
     done = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True)
