@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedrouter_jax import routing
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.palette import GREY, MARKERS, PALETTE
 from fedrouter_jax.records import Run
 
@@ -117,8 +117,8 @@ def embedded(run: Run) -> np.ndarray:
     ends = np.cumsum([len(client["rows"]) for client in clients])
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a NumPy array ({error}); delete the file and resume the run") from None
+    except Exception as error:  # NumPy reads headers as Python, and raises what that does
+        raise UserError(f"{path}: not a NumPy array ({one_line(error)}); delete the file and resume the run") from None
     if rows.ndim != 2 or len(rows) < ends[-1] or not np.isfinite(rows).all():
         raise UserError(
             f"{path}: an array of shape {rows.shape}, expected at least {ends[-1]} rows of finite numbers; delete it "

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedrouter_jax import cluster_plots
-from fedrouter_jax.files import guarded
+from fedrouter_jax.files import replaced
 from fedrouter_jax.palette import DASHES, GREY, HATCHES, MARKERS, PALETTE, look
 from fedrouter_jax.records import PARTS, Row, Run, latest, names, scores, tasks_of
 
@@ -59,9 +59,8 @@ def write(runs: Sequence[Run], rows: Sequence[Row], to: Path) -> list[Path]:
                 drawn["embedding"] = cluster_plots.embedding(runs[0])
         paths = [to / f"{name}.png" for name in drawn]
         for path, figure in zip(paths, drawn.values(), strict=True):
-            with guarded(path):
-                to.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path)
+            with replaced(path) as beside:
+                figure.savefig(beside, format="png")
     return paths
 
 
