@@ -14,8 +14,8 @@ def console() -> None:
         code = 130
     if code:
         # At once: where a checkpoint could not be written, threads of Orbax would be waited for, some for minutes.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # which a daemon may lack
+            stream.flush()
         os._exit(code)
 
 

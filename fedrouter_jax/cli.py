@@ -19,7 +19,7 @@ from fedrouter_jax import __version__, commands
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.commands import Export, Plan, Processes, Report, Resume, Route, Run
 from fedrouter_jax.config import Config
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, printable
 from fedrouter_jax.presets import ABOUT, PRESETS
 from fedrouter_jax.terminal import guarded, parse, progress
 
@@ -149,7 +149,7 @@ def finish(out: Path) -> None:
 
 def report(arguments: list[str]) -> None:
     """`fedrouter report`."""
-    from fedrouter_jax import records
+    from fedrouter_jax import files, records
     from fedrouter_jax import report as report_lib
 
     parsed = parse(Report, args=arguments, **commands.about("report", Report))
@@ -164,6 +164,7 @@ def report(arguments: list[str]) -> None:
         found = f", and {others[0]} is none: it has no config.json" if others else ", such as runs/smoke-fedrouter-0"
         raise UserError(f"report needs at least one run directory{found}")
     to = parsed.to or (begun[0] if len(begun) == 1 else Path("runs/report"))
+    files.check_name(to, "--to")
     report_lib.write(begun, to)
     console = Console()
     report_lib.show(begun, console)
@@ -176,6 +177,7 @@ def report(arguments: list[str]) -> None:
 def route(arguments: list[str]) -> None:
     """`fedrouter route`."""
     from rich.table import Column, Table
+    from rich.text import Text
 
     from fedrouter_jax import serve
     from fedrouter_jax.sharing import silent
@@ -199,7 +201,8 @@ def route(arguments: list[str]) -> None:
     table = Table(*(Column(name, overflow="fold") for name in names))  # nothing is left out where no spaces are
     for answer in answers:
         distances = " ".join(f"{value:.3f}" for value in answer["distances"])
-        table.add_row(*map(escape, (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])))
+        cells = (answer["text"], answer["adapter"], answer["task"], distances, answer["answer"])
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     Console().print(table)
 
 

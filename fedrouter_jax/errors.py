@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and others in a line of it."""
+"""The one exception a user is meant to read, how others are told in a line, and texts of others shown."""
 
 
 class UserError(Exception):
@@ -11,3 +11,8 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, in a line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+def printable(text: str) -> str:
+    """A text for a terminal, signs that would move its cursor or change its colours as escapes; lines stay lines."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)

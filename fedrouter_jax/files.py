@@ -22,6 +22,12 @@ def write(path: Path, text: str) -> None:
             beside.write_text(text, encoding="utf-8")
 
 
+def check_name(path: Path, option: str) -> None:
+    """Raise `UserError` for a folder that pages cannot name, nor Orbax write to."""
+    if str(path.absolute()) != str(path.absolute()).encode(errors="ignore").decode():
+        raise UserError(f"{option} {str(path)!r} is, or lies in, a folder whose name is not UTF-8; choose another")
+
+
 def append(path: Path, line: str) -> None:
     """Add a line to a log."""
     if processes.first():

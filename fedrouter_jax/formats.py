@@ -161,8 +161,6 @@ def read_clusters(path: Path) -> Clusters | None:
     odd = None
     if len(found["slot_tasks"]) != len(slots):
         odd = f"{len(found['slot_tasks'])} slot_tasks for {len(slots)} clusters"
-    elif not {*found["slot_tasks"]} <= {"", *found["tasks"]}:
-        odd = "slot_tasks names unknown tasks"
     elif len(table) != len(found["clients"]) or not table:
         odd = f"a table of {len(table)} rows for {len(found['clients'])} clients"
     elif [client["client"] for client in found["clients"]] != [*range(len(table))]:
@@ -180,6 +178,8 @@ def read_clusters(path: Path) -> Clusters | None:
                 odd = f"the clusters of client {number} are not those of the table"
             if odd:
                 break
+    if not odd and not {*found["slot_tasks"]} <= {"", *found["tasks"]}:
+        odd = "slot_tasks names unknown tasks"
     if odd:
         raise UserError(f"{path}: {odd}; restore the file, or start a new run")
     return found

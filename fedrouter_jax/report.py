@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedrouter_jax import files, formats
+from fedrouter_jax.errors import printable
 from fedrouter_jax.leads import interval, leads
 from fedrouter_jax.records import (
     PARTS,
@@ -112,7 +113,7 @@ def drawn(table: Table, width: int) -> RichTable:
         heading = Text(name.replace(" ", "\n"))
         found.add_column(heading, justify=table.sides[j], overflow="fold", no_wrap=whole and j in numbers)
     for i, cells in enumerate(table.cells):
-        found.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
+        found.add_row(*(Text(printable(cell), "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
     return found
 
 

@@ -59,8 +59,7 @@ def check_free(out: Path, config: Config) -> None:
 
     A run that was refused before it computed anything has left only its config, and gives way.
     """
-    if str(out.absolute()) != str(out.absolute()).encode(errors="ignore").decode():  # Orbax takes no other
-        raise UserError(f"--out {str(out)!r} is, or lies in, a folder whose name is not UTF-8; choose another")
+    files.check_name(out, "--out")
     path = out / "config.json"
     own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
     # In this order: another process of the same run may be making the folder.

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line, printable
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
     try:
         keep_programs()
         action()
-        sys.stdout.flush()  # or a reader that has stopped would only be noticed after this
+        if sys.stdout:  # which a daemon may lack
+            sys.stdout.flush()  # or a reader that has stopped would only be noticed after this
     except UserError as error:
         return failed(2, str(error))
     except BrokenPipeError:  # whoever reads what this prints has stopped, as `head` does: nobody is there to be told
@@ -80,14 +81,14 @@ def of_device(error: Exception) -> str | None:
     try:
         jax.devices()
     except Exception as none:  # JAX has several
-        asked, why = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(none).split())[:200] or type(none).__name__
+        asked, why = os.environ.get("JAX_PLATFORMS", ""), one_line(none) or type(none).__name__
         return f"JAX finds no device ({why}; JAX_PLATFORMS is {asked!r}); install JAX for it, or choose another"
     return None
 
 
 def failed(code: int, why: str) -> int:
     """Say in one line what was wrong; returns the exit code."""
-    print(f"fedrouter: {why}", file=sys.stderr, flush=True)
+    print(f"fedrouter: {printable(why)}", file=sys.stderr, flush=True)
     from fedrouter_jax import processes
 
     processes.leave(code)

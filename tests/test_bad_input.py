@@ -12,7 +12,7 @@ import pytest
 
 from fedrouter_jax import __main__, cli, method, processes, runs, terminal
 from fedrouter_jax.cli import main
-from fedrouter_jax.terminal import in_a_line, parse
+from fedrouter_jax.terminal import failed, in_a_line, parse
 
 ROWS = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
 SMALL = ["--preset", "smoke", "--clients", "2"]
@@ -315,10 +315,17 @@ def test_paths_that_cannot_be_are_one_line(data, tmp_path, capsys):
     assert "rounds.jsonl: Is a directory" in one_line(capsys, "report", str(tmp_path / "run"))
 
 
-def test_a_folder_whose_name_is_no_text_is_refused_before_the_work(data, tmp_path, capsys):
-    """Its checkpoints could not be written."""
+def test_a_folder_whose_name_is_no_text_is_refused_before_the_work(data, tmp_path, finished, capsys):
+    """Its checkpoints could not be written, nor its pages name it."""
     out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/run")
     assert "whose name is not UTF-8" in one_line(capsys, "run", *SMALL, "--data", str(data), "--out", out)
+    assert "whose name is not UTF-8" in one_line(capsys, "report", str(finished), "--to", out)
+
+
+def test_an_error_moves_no_cursor(capsys):
+    """Names of tensors and clients are others' texts."""
+    assert failed(2, "a\x1b[2Jb\x9b\u202e") == 2
+    assert capsys.readouterr().err == "fedrouter: a\\x1b[2Jb\\x9b\\u202e\n"
 
 
 def test_a_reader_that_stops_is_told_nothing():

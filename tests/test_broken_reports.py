@@ -45,6 +45,7 @@ def test_broken_files_are_named(tmp_path, name, text, expected):
         ({"table": [[0, 9]] * CLIENTS}, "slots beyond 3"),
         ({"clients": []}, "rows for 0 clients"),
         ({"slot_tasks": []}, "0 slot_tasks for 3 clusters"),
+        ({"slot_tasks": ["other"] * 3}, "slot_tasks names unknown tasks"),
         ({"clusters": 0}, "3 slot_tasks for 0 clusters"),
         ({"tasks": ["other"]}, "client 0 has rows of unknown tasks"),
         ({"local": [7] * ROWS}, "the clusters of client 0 are not those of the table"),

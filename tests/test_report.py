@@ -257,7 +257,7 @@ def test_what_the_user_of_a_finished_run_should_know(tmp_path):
         change_json(mine / "clusters.json", training_rows=100)
         told = records.notes(records.read(mine))[1]
         assert told == f"clients hold {rows} of 100 training rows{said}; the rest is left out"
-    more = {"clusters": 5, "slot_tasks": [*TASKS, "none", "none"]}
+    more = {"clusters": 5, "slot_tasks": [*TASKS, "", ""]}
     filled = [[*row, -1] for row in clusters["table"]]  # of three clusters that a client may hold, two
     empty, _, missed = noted(**more, table=filled, never_trained=[[0, 1], [2, 0]])
     assert empty.startswith("2 of 5 global clusters hold no rows of any client")

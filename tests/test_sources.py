@@ -246,6 +246,18 @@ def test_a_configuration_of_a_hugging_face_data_set_is_named_behind_its_id(hub):
     assert "no such file or directory" in error_of("owner/chat:main:more")
 
 
+def test_pictures_beside_the_texts_are_not_opened(monkeypatch):
+    """What a row of somebody else's names as its picture may be any file, or an address."""
+    datasets = pytest.importorskip("datasets")
+    rows = [row._asdict() | {"picture": {"bytes": b"junk", "path": "/nowhere.png"}} for row in ROWS]
+    found = datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": found}))
+    loaded = sources.load("owner/chat")
+    assert set(loaded.train + loaded.test) == set(ROWS)
+    with pytest.raises(UserError, match="no column 'question' for the instruction; the columns are .*'picture'"):
+        sources.load("owner/chat", columns={"instruction": "question"})
+
+
 def test_hugging_face_errors(hub):
     assert "'owner/chat' is neither a local path nor" in error_of("owner/chat")
     hub["test"] = [{"instruction": "a", "output": "b"}]

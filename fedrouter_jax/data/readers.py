@@ -35,8 +35,10 @@ def read_records(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, Rec
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names in quotes, for a message."""
-    return ", ".join(repr(name) for name in names) or "none"
+    """Names in quotes, for a message: at most ten, long ones cut short."""
+    names = list(names)
+    more = [f"{len(names) - 10} more"] if len(names) > 10 else []
+    return ", ".join([*map(shown, names[:10]), *more]) or "none"
 
 
 def brief(error: BaseException) -> str:

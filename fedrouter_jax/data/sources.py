@@ -245,8 +245,12 @@ def _hugging_face(spec: str, columns: Mapping[str, str] | None, seed: int) -> Da
         raise UserError(f"{spec}: no train split; the splits are {listed(loaded)}")
 
     def rows(name: str) -> tuple[Row, ...]:
-        where = f"{spec} split '{name}'"
-        return _rows(((f"{where} row {i}", row) for i, row in enumerate(loaded[name], 1)), columns or {}, where)
+        where, part = f"{spec} split '{name}'", loaded[name]
+        kept = [column for column in part.column_names if column in _columns(columns or {}).values()]
+        # Pictures and sounds beside the texts would be opened, and paths and addresses in them with them.
+        found = part.select_columns(kept) if kept else [{}] * len(part)
+        lacking = dict.fromkeys(part.column_names)
+        return _rows(((f"{where} row {i}", lacking | row) for i, row in enumerate(found, 1)), columns or {}, where)
 
     test_name = next((name for name in TEST_NAMES if name in loaded), None)
     if test_name is None:
