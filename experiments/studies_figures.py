@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import summaries
+from fedrouter_jax.models.load import DEFAULT
 from fedrouter_jax.records import PARTS
 
 # Of a study's methods: Okabe and Ito's, told apart by all, and a grey for their yellow.
@@ -102,7 +103,8 @@ def said(table: Table) -> str:
     counts = {len(same) for same in table.values()}
     if max(counts) > 1:
         return "large dots: means over seeds, small ones: the seeds" + "; hollow: one seed" * (1 in counts)
-    if any(s["config"]["data"]["data"] == "synthetic" for same in table.values() for s in same):
+    configs = [summary["config"] for same in table.values() for summary in same]
+    if any(c["data"]["data"] == "synthetic" or c["model"] != DEFAULT for c in configs):
         return "one seed"
     own, mix = (f"{spread:.2f}".removeprefix("0") for spread in SPREAD)
     return (

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
+from fedrouter_jax.leads import told
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
@@ -283,8 +284,9 @@ def leads_by_task(found: dict[str, dict], who: str = OURS[0]) -> list[str]:
         if best is None or len(table[scenario, part, who]) < 2:
             continue
         leads = [lead(of_task[task], (scenario, part), who, best) for task in tasks]
-        row = ["{:+.3f} ± {:.3f}".format(*summaries.interval(values)) if values else "" for values in leads]
-        lines.append(f"| {part}, {scenario} | {best} | {len(table[scenario, part, who])} | {' | '.join(row)} |")
+        count = len(table[scenario, part, who])  # of which some may not have a task
+        row = [told(v) + f" ({len(v)})" * (len(v) < count) if len(v) > 1 else "" for v in leads]
+        lines.append(f"| {part}, {scenario} | {best} | {count} | {' | '.join(row)} |")
     about = (
         "ROUGE-1, mean ± half of the 95 % interval of the differences, over the best baseline of all tasks together."
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from fedrouter_jax import routing
 from fedrouter_jax.errors import UserError, one_line
+from fedrouter_jax.formats import Clusters
 from fedrouter_jax.palette import GREY, MARKERS, PALETTE
 from fedrouter_jax.records import Run
 
@@ -73,8 +74,7 @@ def embedding(run: Run) -> Figure:
     """Embeddings of the training rows in two dimensions, three times: by true task, global cluster and client."""
     points, method = project(embedded(run))
     tasks, clients = run.clusters["tasks"], run.clusters["clients"]
-    true = np.array([task for client in clients for task in client["tasks"]])
-    slots = np.array([slot for client in clients for slot in client["global"]])
+    true, slots = of_rows(run.clusters)
     owners = np.array([client["client"] for client in clients for _ in client["rows"]])
     colourings = {
         "true task": (true, in_order(tasks)),
@@ -89,6 +89,13 @@ def embedding(run: Run) -> Figure:
     panels[0].set_ylabel(f"{method} 2")
     figure.suptitle(f"Embeddings of {len(points)} training rows, {method} ({run.clusters['recipe']} recipe)")
     return figure
+
+
+def of_rows(found: Clusters) -> tuple[np.ndarray, np.ndarray]:
+    """The task and the global cluster of each training row, [row]."""
+    clients = found["clients"]
+    tasks, slots = ([kind for client in clients for kind in client[name]] for name in ("tasks", "global"))
+    return np.array(tasks), np.array(slots)
 
 
 def in_order(kinds: Sequence) -> Kinds:

@@ -12,7 +12,7 @@ from fedrouter_jax.records import Row, by_seed, setting
 
 METRIC = "rouge1", "mean"
 OWN, MIX = 0, 1  # places in `records.PARTS`
-REFERENCES = ("oracle", "centralised")  # they know what no method is told: nobody wants their leads
+TOLD_MORE = ("oracle", "centralised")  # than any method is: nobody wants their leads
 
 
 class Lead(NamedTuple):
@@ -33,10 +33,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def told(values: Sequence[float]) -> str:
+    """A lead as tables have it."""
+    mean, half = interval(values)
+    return f"{round(mean, 3) + 0.0:+.3f} ± {half:.3f}"  # no "-0.000"
+
+
 def leads(rows: Sequence[Row]) -> list[Lead]:
     """Of each setting the method that is best on own tasks over every other that shares two seeds with it.
 
-    The best, not the first: `runs/*` names them by the alphabet. References are led over, and lead nobody.
+    The best, not the first: `runs/*` names them by the alphabet; over the seeds that all that may lead have, or where
+    there are none over its own. References are led over, and lead nobody.
     """
     settings: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -44,11 +51,21 @@ def leads(rows: Sequence[Row]) -> list[Lead]:
             settings.setdefault(setting(row.runs[0]), []).append(row)
     found = []
     for rivals in settings.values():
-        able = [row for row in rivals if row.runs[0].config.strategy not in REFERENCES]
-        if able:
-            ours = max(able, key=lambda row: np.mean([*by_seed(row, OWN, *METRIC).values()]))
-            found += [_lead(ours, other) for other in rivals if other is not ours]
-    return [lead for lead in found if len(lead.seeds) > 1]
+        pairs = [_lead(ours, theirs) for ours in rivals for theirs in rivals if ours is not theirs]
+        pairs = [lead for lead in pairs if len(lead.seeds) > 1]
+        if best := _best([lead.ours for lead in pairs]):
+            found += [lead for lead in pairs if lead.ours is best]
+    return found
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    scores = [(row, by_seed(row, OWN, *METRIC)) for row in rows if row.runs[0].config.strategy not in TOLD_MORE]
+    shared = set.intersection(*(set(of) for _, of in scores)) if scores else set()
+
+    def mean(pair: tuple[Row, dict[int, float]]) -> float:
+        return float(np.mean([value for seed, value in pair[1].items() if seed in shared or not shared]))
+
+    return max(scores, key=mean)[0] if scores else None
 
 
 def _lead(ours: Row, theirs: Row) -> Lead:

@@ -34,10 +34,10 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
 
 def check(config: Config, strategy: Strategy) -> None:
     """Raise `UserError` where a method cannot work as configured."""
-    if strategy.of_products and config.rounds.server != "average":
+    if (strategy.of_products or strategy.base is not None) and config.rounds.server != "average":
         raise UserError(
             f"--server is {config.rounds.server}, whose steps are of A and B apart, but {strategy.name} averages their "
-            "products; use --server average"
+            "products, or moves the frozen weights; use --server average"
         )
     if not isinstance(strategy.owners, dict):
         raise UserError(

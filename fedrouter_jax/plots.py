@@ -77,7 +77,7 @@ def loss(rows: Sequence[Row]) -> Figure:
         over_seeds(axes, curves, **line, label=f"{name}, mean" if single else name, markersize=3)
     rounds_axis(axes)
     runs = [run for row in rows for run in row.runs]
-    turns = any(run.config.rounds.clusters_per_round and several_clusters(run) for run in runs)
+    turns = any(run.config.rounds.clusters_per_round == 1 and several_clusters(run) for run in runs)
     axes.set_title(f"Training loss, mean over what a round trained{TURNS * turns}")
     axes.set_ylabel("cross-entropy per response token (nats)")
     axes.grid(axis="y")
@@ -103,12 +103,15 @@ def lanes(axes: Axes, run: Run) -> None:
             slot = table[lane["client"]][lane["cluster"]] if found["clusters"] > 1 else None
             mean = np.mean(np.array(lane["loss"], float))  # of None, which was not finite, no dot
             points.setdefault(slot, []).append((record["round"], mean))
+    kinds = {slot: (slot, str(slot)) for slot in range(found["clusters"])}
+    if found["clustered"]:  # in the colours of the pictures of clusters
+        kinds |= cluster_plots.by_task(*reversed(cluster_plots.of_rows(found)), found["tasks"])
     for slot in sorted(points, key=lambda slot: -1 if slot is None else slot):
         look, label = {"color": GREY, "marker": "."}, "one client"
         if slot is not None:
-            task = found["slot_tasks"][slot] if found["clustered"] else ""
-            look = {"color": PALETTE[slot % len(PALETTE)], "marker": MARKERS[slot % len(MARKERS)]}
-            label = f"cluster {slot} ({task})" if task else f"cluster {slot}"
+            place, name = kinds[slot]
+            look = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
+            label = f"cluster {name}"
         label = label if len(points) <= len(PALETTE) else None
         axes.plot(*zip(*points[slot], strict=True), **look, linestyle="", markersize=4, alpha=0.7, label=label)
 

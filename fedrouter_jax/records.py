@@ -59,6 +59,13 @@ def read(path: Path) -> Run:
     rounds = formats.read_rounds(path / "rounds.jsonl")
     clusters = formats.read_clusters(path / "clusters.json")
     config_lib.check_begun(path, (clusters or {}).get("config", {}), config)
+    held = [len(row) for row in (clusters or {}).get("table", ())]
+    for lane in (lane for record in rounds for lane in record["lanes"]):
+        if clusters and not (0 <= lane["client"] < len(held) and 0 <= lane["cluster"] < held[lane["client"]]):
+            raise UserError(
+                f"{path / 'rounds.jsonl'}: a lane is of client {lane['client']} and cluster {lane['cluster']}, which "
+                "clusters.json does not have; restore the files, or start a new run"
+            )
     scores = formats.read_json(path / "scores.json", formats.Scores)
     timings = formats.read_json(path / "timings.json", formats.Timings)
     return Run(path, config, rounds, clusters, scores, timings or {})

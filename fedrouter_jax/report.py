@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table as RichTable
@@ -23,7 +24,7 @@ from rich.text import Text
 
 from fedrouter_jax import files, formats
 from fedrouter_jax.errors import printable
-from fedrouter_jax.leads import interval, leads
+from fedrouter_jax.leads import leads, told
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -51,7 +52,7 @@ NOTE = (
     "answers, mean over a client's rows, then over clients."
 )
 NEW = " new.: clients that joined after training, their own tasks."
-SEEDS = " ±, here and below: standard deviation (n - 1) over the seeds, beside their mean."
+SEEDS = " ±, but of leads: standard deviation (n - 1) over the seeds, beside their mean."
 BOLD = " Bold: the best mean of a setting."
 LEADS = (
     "The method that is best on own tasks (no reference) over each other of its setting, on the seeds that both have, "
@@ -96,9 +97,9 @@ def show(runs: list[Path], console: Console) -> None:
     rows = rows_of(read_all(runs))
     for table in tables(rows):
         console.print(drawn(table, console.width))
-        console.print(Text(f"{table.note}\n" if table.note else ""))
+        console.print(Text(f"{printable(table.note)}\n" if table.note else ""))
     for line in setups(rows):
-        console.print(Text(line))
+        console.print(Text(printable(line)))
 
 
 def drawn(table: Table, width: int) -> RichTable:
@@ -106,11 +107,12 @@ def drawn(table: Table, width: int) -> RichTable:
     plain_edges = {"box": SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "collapse_padding": True}
     found = RichTable(title=table.title, title_justify="left", **plain_edges)
     numbers = [j for j, side in enumerate(table.sides) if side == "right"]
-    taken = sum(2 + max(len(cells[j]) for cells in table.cells) for j in numbers if table.cells)
+    longest = [max(map(cell_len, [*table.header[j].split(), *(cells[j] for cells in table.cells)])) for j in numbers]
+    taken = sum(2 + length for length in longest)
     whole = taken + 12 * (len(table.sides) - len(numbers)) <= width  # a name on several lines is read, no number is
     for j, name in enumerate(table.header):
         # A word a line: narrow columns leave the terminal's width to the numbers.
-        heading = Text(name.replace(" ", "\n"))
+        heading = Text(printable(name).replace(" ", "\n"))
         found.add_column(heading, justify=table.sides[j], overflow="fold", no_wrap=whole and j in numbers)
     for i, cells in enumerate(table.cells):
         found.add_row(*(Text(printable(cell), "bold" if (i, j) in table.bold else "") for j, cell in enumerate(cells)))
@@ -148,7 +150,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     ]
     trained = [row for row in rows if not row.base]
     clustered = [row for row in trained if any(map(accuracy, row.runs))]
-    found = [tabulate("Scores", rows, quality, lead=True)]
+    found = [tabulate("Scores", rows, quality, seeds_apart=True)]
     found[0] = found[0]._replace(note=note(rows) + (BOLD if found[0].bold else ""))
     found += tabulate_leads(rows)
     if any(column.of(row) for column in losses for row in rows):
@@ -164,17 +166,17 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return found
 
 
-def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], lead: bool = False) -> Table:
-    """Text of the numbers, `-` where there is none; with `lead`, seeds and scenarios, if several, have columns."""
+def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], seeds_apart: bool = False) -> Table:
+    """Text of the numbers, `-` where there is none; `seeds_apart`: they, and scenarios if several, have columns."""
     numbers = [[column.of(row) for column in columns] for row in rows]
-    leads, header = [[name] for name in names(rows)], ["method"]
-    if lead:
+    starts, header = [[name] for name in names(rows)], ["method"]
+    if seeds_apart:
         header = ["method", *["scenario"] * several_scenarios(rows), "seed"]
         of = [[row.label, row.runs[0].config.data.scenario, ranges([r.config.seed for r in row.runs])] for row in rows]
-        leads = [[name, *[scenario] * (len(header) > 2), seeds] for name, scenario, seeds in of]
+        starts = [[name, *[scenario] * (len(header) > 2), seeds] for name, scenario, seeds in of]
     cells = [
         start + [spread(found, column) for found, column in zip(line, columns, strict=True)]
-        for start, line in zip(leads, numbers, strict=True)
+        for start, line in zip(starts, numbers, strict=True)
     ]
     bold = set()
     for j, column in enumerate(columns):
@@ -220,7 +222,7 @@ def tabulate_leads(rows: Sequence[Row]) -> list[Table]:
         of += [lead.ours.runs[0].config.data.scenario] * several
         of += [ranges(lead.seeds)]
         for values in (lead.own, lead.mix):
-            of += ["{:+.3f} ± {:.3f}".format(*interval(values)), f"{sum(v > 0 for v in values)} of {len(values)}"]
+            of += [told(values), f"{sum(v > 0 for v in values)} of {len(values)}"]
         cells.append(of)
     header = ["method", *["scenario"] * several, "seed"]
     sides = ["left"] * len(header) + ["right"] * 4

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedrouter_jax import bank, client, experiment, lora
+from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule, tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.federation import make_round
@@ -146,6 +147,20 @@ def assert_close(one, other, tolerance: float = 1e-5) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+def one_line(capsys, *arguments):
+    """The one line that the command prints before it exits with 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:  # of options that cannot be parsed
+        code = stop.code
+    message = capsys.readouterr().err
+    lines = message.splitlines()
+    assert code == 2 and "Traceback" not in message
+    assert sum(line.startswith("fedrouter: ") for line in lines) == 1  # beside progress bars
+    assert lines[-1].startswith("fedrouter: ") and len(lines[-1]) < 600
+    return lines[-1]
 
 
 def begun(strategy, **changes):

@@ -9,9 +9,11 @@ from types import ModuleType
 
 import jax
 import pytest
+from helpers import one_line
 
 from fedrouter_jax import __main__, cli, method, processes, runs, terminal
 from fedrouter_jax.cli import main
+from fedrouter_jax.errors import printable
 from fedrouter_jax.terminal import failed, in_a_line, parse
 
 ROWS = [{"instruction": f"q {i}?", "output": f"a {i}", "task": "ab"[i % 2]} for i in range(40)]
@@ -29,20 +31,6 @@ def data(tmp_path):
     write_rows(folder)
     write_rows(folder, ROWS[:8], "test.jsonl")
     return folder
-
-
-def one_line(capsys, *arguments):
-    """The one line that the command prints before it exits with 2."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as stop:  # of options that cannot be parsed
-        code = stop.code
-    message = capsys.readouterr().err
-    lines = message.splitlines()
-    assert code == 2 and "Traceback" not in message
-    assert sum(line.startswith("fedrouter: ") for line in lines) == 1  # beside progress bars
-    assert lines[-1].startswith("fedrouter: ") and len(lines[-1]) < 600
-    return lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -147,35 +135,6 @@ def test_an_interrupted_run_says_how_it_goes_on(data, tmp_path, capsys, monkeypa
     out = tmp_path / "run"
     assert main(["run", *SMALL, "--data", str(data), "--out", str(out)]) == 130
     assert f"interrupted; `fedrouter resume {out}` goes on from there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("fedrouter+", "; fedrouter+ is --strategy fedrouter --turns staggered; choose among fedrouter, fedit"),
-        ("oracle+", "; oracle+ is --strategy oracle --turns staggered; "),
-        ("fedit+", "; there is fedit; "),
-        ("FedIT", "; there is fedit; "),
-        ("FedRouter", "; there is fedrouter; "),
-        ("FFA-LoRA", "; there is ffalora; "),
-        ("FedSA-LoRA", "; there is fedsa; "),
-        ("FedDPA", "; there is feddpa-t and feddpa-f; "),
-        ("fedalign", "; there is fedalt"),
-        ("fedavg", "; fedavg is --strategy fedit; "),
-        ("FedProx", "; fedprox is --strategy fedit --proximal 0.1; "),
-        ("fedadam", "; fedadam is --strategy fedit --server adam --server-rate 0.01; "),
-        ("qqq", "; choose among fedrouter, fedit"),
-    ],
-)
-def test_strategies_of_a_like_name_are_told(name, said, capsys):
-    assert f"--strategy {name!r} is unknown{said.removeprefix(' is unknown')}" in one_line(
-        capsys, "run", "--strategy", name
-    )
-
-
-def test_commands_of_a_like_name_are_told(capsys):
-    assert "no command 'reprot'; there is report; choose among run, resume" in one_line(capsys, "reprot")
-    assert "'smok' is unknown; there is smoke; choose among smoke" in one_line(capsys, "run", "--preset", "smok")
 
 
 def test_unknown_commands_and_options_are_refused(capsys):
@@ -323,7 +282,9 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_the_work(data, tmp_pat
 
 
 def test_an_error_moves_no_cursor(capsys):
-    """Names of tensors and clients are others' texts."""
+    """Names of tensors and clients are others' texts, in any script."""
+    plain = "\u4f60\u597d\u3000\u4e16 caf\u00e9\u00a0\u2013 \u0646\u200c\u0645"
+    assert printable(plain) == plain
     assert failed(2, "a\x1b[2Jb\x9b\u202e") == 2
     assert capsys.readouterr().err == "fedrouter: a\\x1b[2Jb\\x9b\\u202e\n"
 

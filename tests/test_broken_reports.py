@@ -11,6 +11,7 @@ from written_runs import CLIENTS, ROWS, make_round, make_run, write_json
 from fedrouter_jax import report
 from fedrouter_jax.errors import UserError
 
+STRANGE = json.dumps(make_round(1, np.random.default_rng(0), 2)) + "\n"  # of a second cluster
 TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
 
 
@@ -28,6 +29,7 @@ TWICE = (json.dumps(make_round(1, np.random.default_rng(0))) + "\n") * 2
         ("timings.json", "[]", r"timings.json: not a JSON object.*, or delete it and resume the run"),
         ("embeddings.npy", "text", r"embeddings.npy: not a NumPy array"),
         ("predictions.jsonl", "{}\n", r"predictions.jsonl, line 1: part: Field required"),
+        ("rounds.jsonl", STRANGE, r"rounds.jsonl: a lane is of client 0 and cluster 1, which clusters.json does not"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, text, expected):

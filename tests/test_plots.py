@@ -55,8 +55,10 @@ def test_the_plot_of_losses_of_a_run_has_a_dot_for_each_that_trained_in_the_colo
     assert drawn == held and sum(map(len, held.values())) == 3 * CLIENTS - 1
     assert len({line.get_color() for line in lanes}) == len(held)
     assert ("in turn" in axes.get_title()) and axes.get_title().startswith("Training loss, mean over what a round")
-    all_at_once = make_run(tmp_path / "two", rounds=replace(CONFIG.rounds, clusters_per_round=0))
-    assert "in turn" not in plots.loss(trained([all_at_once])).axes[0].get_title()
+    for count in (0, 2):  # all, and as many as each client has
+        rounds = replace(CONFIG.rounds, clusters_per_round=count)
+        together = make_run(tmp_path / f"together {count}", rounds=rounds)
+        assert "in turn" not in plots.loss(trained([together])).axes[0].get_title()
 
 
 def test_a_change_of_clusters_on_the_way_changes_the_colour(tmp_path):

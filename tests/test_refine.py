@@ -66,7 +66,7 @@ def test_local_clusters_follow_the_centroids_and_strays_go_to_the_nearest_kept()
     assert table.tolist() == [[0, 1, 2], [1, -1, -1]]
 
 
-def test_who_joins_later_has_cluster_slots_of_the_others_only():
+def test_who_joins_later_has_slots_of_the_others_only():
     """Nobody else holds slot 2, which most rows of the newcomer are nearest to."""
     centroids = jnp.asarray([[0.0, 0], [10, 0], [0, 10]])
     first = [[1, 0], [0, 0], [11, 0], [10, 0]]

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-from written_runs import CLIENTS, CONFIG, TASKS, change_json, make_round, make_run, write_json
+from written_runs import CLIENTS, CONFIG, TASKS, change_json, make_round, make_run, scores_of, write_json
 
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import records, report
@@ -20,11 +19,6 @@ from fedrouter_jax.cli import main
 from fedrouter_jax.config import DataConfig
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
-
-
-def scores_of(path: Path) -> dict:
-    """What a run's scores.json holds."""
-    return json.loads((path / "scores.json").read_text(encoding="utf-8"))
 
 
 def table_of(paths: list[Path], title: str) -> dict[str, dict[str, str]]:
@@ -325,81 +319,3 @@ def test_a_run_that_was_refused_is_no_row(tmp_path, monkeypatch, capsys):
     assert "refused" not in Path("to/report.md").read_text() and "unfinished" not in found
     assert main(["report", "runs/refused"]) == 2
     assert capsys.readouterr().err.endswith("nothing to report yet; go on with it by: fedrouter resume runs/refused\n")
-
-
-def test_settings_are_told_once_and_what_differs_by_method(tmp_path):
-    paths = [make_run(tmp_path / s, strategy=s) for s in ("fedrouter", "fedit", "local")]
-    common, differs = report.setups(records.rows_of(records.read_all(paths)))
-    assert common.startswith("Common: model tiny (float32); synthetic data; 4 clients, dual")
-    assert "LoRA rank 8" in common and "weighted" not in common
-    assert differs.startswith("Differs: fedrouter: averages weighted by cluster; 3 clusters, recipe refined; ")
-    assert "global (generalisation). fedit: averages weighted by cluster. local: no weighted averages." in differs
-    assert "LoRA" not in differs
-    same = [
-        make_run(tmp_path / f"local-{rank}", strategy="local", lora=replace(CONFIG.lora, rank=rank)) for rank in (2, 4)
-    ]
-    _, differs = report.setups(records.rows_of(records.read_all(same)))
-    assert "local (rank 2): LoRA rank 2, alpha 16" in differs and "local (rank 4): LoRA rank 4" in differs
-
-
-def test_what_plus_and_minus_and_bold_mean_is_below_the_first_table(tmp_path):
-    paths = [
-        make_run(tmp_path / f"{s}{seed}", strategy=s, seed=seed) for s in ("fedrouter", "fedit") for seed in (0, 1)
-    ]
-    scores, _, _, costs, *others = report.tables(records.rows_of(records.read_all(paths)))
-    assert "standard deviation (n - 1)" in scores.note and "Bold: the best mean" in scores.note
-    assert costs.title == "Cost" and costs.note.startswith("Sent: all clients and rounds") and "means" in costs.note
-    console = Console(file=io.StringIO(), width=200)
-    report.show(paths, console)
-    shown = console.file.getvalue()
-    report.write(paths, tmp_path / "to")
-    written = (tmp_path / "to" / "report.md").read_text(encoding="utf-8")
-    for text in (shown, written):
-        assert text.index("standard deviation (n") < text.index("Leads") < text.index("Loss of the reference")
-    (alone, *_) = report.tables(records.rows_of(records.read_all(paths[:1])))
-    assert "±" not in alone.note
-
-
-def test_seconds_that_are_left_out_say_why(tmp_path):
-    paths = [make_run(tmp_path / s, strategy=s) for s in ("fedrouter", "fedit", "local")]
-    change_json(paths[0] / "timings.json", taken_over=["embeddings"])
-    timings = json.loads((paths[1] / "timings.json").read_text())
-    del timings["total"]
-    write_json(paths[1] / "timings.json", timings)
-    [costs] = [t for t in report.tables(records.rows_of(records.read_all(paths))) if t.title == "Cost"]
-    assert costs.note.endswith(
-        "Seconds total leave out runs that took embeddings or base answers over from another run (fedrouter). "
-        "Seconds total leave out runs that were resumed (fedit)."
-    )
-
-
-def test_seeds_in_a_row_are_a_range():
-    for seeds, said in (([3], "3"), ([0, 1], "0, 1"), ([0, 1, 2], "0-2"), ([0, 2, 3, 4, 5, 9], "0, 2-5, 9")):
-        assert records.ranges(seeds) == said
-
-
-@pytest.mark.parametrize("turns", ["own", "staggered"])
-def test_scores_of_five_seeds_are_not_wrapped_at_80_columns(turns, tmp_path):
-    rounds = replace(CONFIG.rounds, turns=turns)
-    paths = [make_run(tmp_path / f"fedit{seed}", strategy="fedit", seed=seed) for seed in range(5)]
-    paths += [make_run(tmp_path / f"ours{seed}", rounds=rounds, seed=seed) for seed in range(5)]
-    for path in paths:  # without newcomers
-        write_json(path / "scores.json", {k: v for k, v in scores_of(path).items() if "newcomers" not in k})
-    console = Console(file=io.StringIO(), width=80)
-    report.show(paths, console)
-    shown = console.file.getvalue().split("pers.: personalised")[0]
-    (table, *_) = report.tables(records.rows_of(records.read_all(paths)))
-    for cells in table.cells:
-        (line,) = [line for line in shown.splitlines() if cells[2] in line]
-        assert all(cell in line for cell in cells[1:]) and cells[1] == "0-4"
-        assert turns == "staggered" or line.startswith(cells[0])
-
-
-def test_terminal_shows_the_tables(tmp_path):
-    path = make_run(tmp_path / "one")
-    console = Console(file=io.StringIO(), width=80)
-    report.show([path], console)
-    text = console.file.getvalue()
-    assert "…" not in text and "generalisation" in text
-    assert f"{scores_of(path)['personalised']['rouge1']['mean']:.3f}" in text
-    assert "121.0 kB" in text and "sort|odd" in text and "synthetic data" in text

@@ -14,6 +14,7 @@ from scipy.stats import ttest_1samp
 from written_runs import CONFIG, make_run, write_json
 
 from experiments import summaries
+from experiments.methods import BOUNDS, METHODS
 from fedrouter_jax import leads, records, report
 
 SHIFTS = {"fedrouter": [0.05, 0.07, 0.03], "fedit": [0.0, 0.02, -0.05], "local": [0.01, 0.0, 0.0]}
@@ -82,6 +83,23 @@ def test_only_what_shares_two_seeds_in_one_setting_is_compared(paths, tmp_path):
     assert named == [f"fedrouter over {name}" for name in ("fedit", "local", "oracle")]
     (paths[5] / "scores.json").unlink()  # unfinished: it stands alone
     assert [cells[1] for cells in table_of(paths[:6]).cells] == ["0, 1"]
+
+
+def test_a_method_on_seeds_of_its_own_neither_leads_nor_hides_others(paths, tmp_path):
+    """However high it scores there: another with more seeds is the best of the seeds that both have."""
+    lucky = [scored(tmp_path / f"ditto{seed}", "ditto", seed, 0.9, 0.9) for seed in (10, 11)]
+    assert [cells[0] for cells in table_of(paths + lucky).cells] == ["fedrouter over fedit", "fedrouter over local"]
+    shared = [scored(tmp_path / f"scaffold{seed}", "scaffold", seed, own, 0.5) for seed, own in ((1, 0.55), (2, 0.51))]
+    low = scored(tmp_path / "low", "fedrouter", 3, 0.1, 0.1)  # without this seed it is the best still
+    assert [cells[0].split()[0] for cells in table_of([*paths, *shared, low]).cells] == ["fedrouter"] * 3
+
+
+def test_who_leads_nobody_is_who_is_told_more():
+    assert {METHODS[name][0] for name in BOUNDS} == {*leads.TOLD_MORE}
+
+
+def test_a_lead_of_nothing_has_no_sign_of_less():
+    assert leads.told([-1e-4, 0.0]).startswith("+0.000 ± ")
 
 
 def test_the_leads_of_the_demo_are_those_that_readme_tells():

@@ -55,11 +55,13 @@ def test_what_one_seed_is_said_to_differ_by_is_what_table_1s_seeds_do():
         found = [summaries.score(runs[f"dual-fedrouter-{seed}"], part) for seed in range(5)]
         assert round(np.std(found, ddof=1), 2) == spread
     figures = {
-        name: studies.figure(name, summaries.load(RESULTS / "studies" / name)) for name in ("rounds", "unseen", "model")
+        name: studies.figure(name, summaries.load(RESULTS / "studies" / name))
+        for name in ("rounds", "unseen", "model", "rate")
     }
     assert "by about ±.03 on own tasks and ±.05 on the mix" in figures["rounds"].get_suptitle()
     assert figures["unseen"].get_suptitle() == "one seed"  # of one task of the mix
     assert "±" not in figures["model"].get_suptitle()
+    assert figures["rate"].get_suptitle() == "one seed"  # of a larger model
     found = {"fedit-2-0": make_summary("fedit", 0, 0.5)}
     assert studies.figure("rounds", found).get_suptitle() == "one seed"  # of synthetic rows
 

@@ -54,7 +54,7 @@ def make_run(path: Path, config: Config = CONFIG, done: int = 3, taken_at: tuple
         np.save(path / "embeddings.npy", rng.normal(size=(CLIENTS * ROWS + 9, WIDTH)).astype(np.float32))
     with (path / "rounds.jsonl").open("w", encoding="utf-8") as file:
         for t in range(1, done + 1):
-            record = make_round(t, rng)
+            record = make_round(t, rng, 2 if clustered else 1)
             if t in taken_at:
                 record["scores"] = make_scores(rng, False, clustered)[0]
             file.write(json.dumps(record) + "\n")
@@ -66,10 +66,10 @@ def make_run(path: Path, config: Config = CONFIG, done: int = 3, taken_at: tuple
     return path
 
 
-def make_round(t: int, rng) -> dict:
-    """A line of rounds.jsonl."""
+def make_round(t: int, rng, held: int = 1) -> dict:
+    """A line of rounds.jsonl, of clients that train the clusters they have `held` in turn."""
     lanes = [
-        {"client": c, "cluster": t % 2, "weight": 6.0, "loss": rng.uniform(1, 2, 2).tolist()} for c in range(CLIENTS)
+        {"client": c, "cluster": t % held, "weight": 6.0, "loss": rng.uniform(1, 2, 2).tolist()} for c in range(CLIENTS)
     ]
     return {
         "round": t,
@@ -128,3 +128,8 @@ def make_summary(strategy: str, seed: int, score: float, scenario: str = "dual")
         "accuracy": {},
         "device": "cpu",
     }
+
+
+def scores_of(path: Path) -> dict:
+    """What a run's scores.json holds."""
+    return json.loads((path / "scores.json").read_text(encoding="utf-8"))

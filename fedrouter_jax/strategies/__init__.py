@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Callable
 
-from fedrouter_jax.errors import UserError
+from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.strategies.centralised import centralised
 from fedrouter_jax.strategies.clustered import clustered
 from fedrouter_jax.strategies.collaboration import (
@@ -127,4 +127,4 @@ def meant(name: str) -> str:
 def _told(error: BaseException) -> str:
     """An error and where it was raised, in a line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}, {place.filename}:{place.lineno}"
+    return f"{type(error).__name__}: {one_line(error)}, {place.filename}:{place.lineno}"
