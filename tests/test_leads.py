@@ -24,6 +24,7 @@ def runs():
         ("feddpa-t", 5),
         ("feddpa-f", 5),
         ("fedex", 5),
+        ("flexlora", 5),
         ("ifca", 5),
         ("flora", 5),
         ("ffalora", 10),
