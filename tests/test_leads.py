@@ -149,7 +149,7 @@ SHORT = {  # what README calls it: folder of runs, what a run is called before i
     "four clients with all four tasks each, one rate (10)": ("table1/runs", "all-{}", range(10), NAMES),
 }
 PERCENT = {
-    "four clients, each its rate (5)": "it is ahead of FedIT by {:.1f} % (four clients)",
+    "four clients, each its rate (5)": "`fedrouter+` is ahead of FedIT by {:.1f} % (four clients)",
     "eight clients, each its best rate (5)": "and {:.1f} % (eight) on own tasks",
 }
 
@@ -263,7 +263,7 @@ def test_what_is_said_of_rates_with_four_clients_is_what_their_runs_say(runs):
         for part in parts
     ]
     assert "the lead over FedIT is {} there and {} on the mix.".format(*map(told, words)) in SAID
-    assert f"Without QQP, each at its rate, {told(words[0])} is left" in README
+    assert f"Without QQP, each at its rate, that lead is {told(words[0])} with four clients" in " ".join(README.split())
     shared = [
         ours[part, "rouge1"] - [summaries.score(runs[f"dual-fedit-{seed}"], part) for seed in seeds] for part in parts
     ]
@@ -294,10 +294,10 @@ def test_what_is_said_of_an_oracle_of_the_same_turns_is_what_its_runs_say(runs):
 @pytest.mark.parametrize(
     ("ours", "theirs", "column", "without", "said"),
     [
-        ("fedlease", "fedrouter", "personalised", LABELS, "by {} (FedLEASE)"),
+        ("fedlease", "fedrouter", "personalised", LABELS, "it is behind by {} (FedLEASE)"),
         ("fedit", "fedrouter", "generalisation", LABELS, "{} (FedIT)"),
         ("fedrouter+", "fedrouter", "personalised", (), "Staggered turns bring {} and"),
-        ("fedrouter+", "fedrouter", "generalisation", (), "and {} there"),
+        ("fedrouter+", "fedrouter", "generalisation", (), "and {} with all four"),
     ],
 )
 def test_what_is_said_of_plain_fedrouter_with_all_tasks_is_what_its_runs_say(ours, theirs, column, without, said, runs):
