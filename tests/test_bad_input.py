@@ -226,6 +226,9 @@ def test_presets_without_rows_say_at_once_what_they_need(tmp_path, capsys, monke
         assert "flan5: no such file or directory here; " in message and "full id, OWNER/NAME" in message
         assert "preset" not in message
     assert not [*tmp_path.iterdir()]  # nothing is written
+    (tmp_path / "rows").mkdir()  # a slip behind a folder that is there is none of the hub's
+    message = one_line(capsys, "run", "--preset", "smoke", "--data", "rows/flan5")
+    assert "rows/flan5: no such file or directory in rows; " in message
 
 
 @pytest.mark.parametrize("imported", ["terminal", "cli, terminal"])

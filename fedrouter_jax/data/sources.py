@@ -75,10 +75,11 @@ def path_of(spec: str) -> Path | None:
             return path
     except (RuntimeError, OSError) as error:
         raise UserError(f"{spec[:100]}: no path that can be ({brief(error)}); give one that exists") from error
-    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", spec):
+    here = path.parent != Path() and path.parent.is_dir()  # a folder of that owner's name: a path with a slip in it
+    if here or path.suffix.lower() in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", spec):
         raise UserError(
-            f"{spec[:200]}: no such file or directory here; give a path that exists, 'synthetic', or a Hugging Face "
-            "data set by its full id, OWNER/NAME"
+            f"{spec[:200]}: no such file or directory {f'in {path.parent}' if here else 'here'}; give a path that "
+            "exists, 'synthetic', or a Hugging Face data set by its full id, OWNER/NAME, where no folder OWNER is"
         )
     return None
 
