@@ -11,7 +11,6 @@ from fedrouter_jax import config as config_lib
 from fedrouter_jax import files, formats, records
 from fedrouter_jax.config import Config
 from fedrouter_jax.errors import UserError
-from fedrouter_jax.leads import interval as interval  # for the tables, beside what else they make of summaries
 
 
 def of(folder: Path) -> dict:

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import summaries
 from experiments.methods import BOUNDS, OURS
 from experiments.table1_tables import COLUMNS, UNTRAINED, cells, comparable, paired, shown
+from fedrouter_jax.leads import interval, told
 
 COLOURS = {"fedrouter+": "#d55e00", "fedrouter": "#e69f00", UNTRAINED: "0.6"} | dict.fromkeys(BOUNDS, "0.8")
 PARTS = {"personalised": "own tasks", "generalisation": "the mix"}
@@ -54,10 +54,9 @@ def leads(found: dict[str, dict]) -> Figure:
     for column, axes in panels.items():
         methods = sorted(leading[column].items(), key=lambda pair: np.mean(pair[1]))  # the closest first
         for place, (_, values) in enumerate(methods):
-            mean, half = summaries.interval(values)
+            mean, half = interval(values)
             axes.errorbar(mean, place, xerr=half, fmt="o", color=COLOURS[OURS[0]], capsize=3, markersize=5)
-            text = f"{mean:+.3f} ± {half:.3f}"
-            axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize="small")
+            axes.text(1.02, place, told(values), transform=axes.get_yaxis_transform(), va="center", fontsize="small")
         names = [f"{method} ({len(values)})" if len(counts) > 1 else method for method, values in methods]
         axes.set(yticks=range(len(methods)), yticklabels=names, title=f"{PARTS[column[1]]}, {column[0]}")
         axes.set_xlabel(f"lead of {OURS[0]} in ROUGE-1")

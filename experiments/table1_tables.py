@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import summaries
 from experiments.methods import BOUNDS, FIRST, LABELS, METHODS, OURS, SCENARIOS, ordered, own
-from fedrouter_jax.leads import told
+from fedrouter_jax.leads import interval, told
 
 COLUMNS = tuple(
     (scenario, part) for part in ("personalised", "generalisation") for scenario in ("single", "dual", "all")
@@ -236,7 +236,7 @@ def gain(table: Cells, column: tuple[str, str], who: str, best_of: Callable) -> 
     if not theirs:
         return ""
     leads = lead(table, column, who, best)
-    mean, half = summaries.interval(leads)
+    mean, half = interval(leads)
     relative = round(100 * mean / theirs, 1) + 0.0  # no "-0.0"
     spread = f" ± {half:.3f}; {len(leads)} seeds" if len(leads) > 1 else ""
     return f"{relative:+.1f} % over {best} ({mean:+.3f}{spread})"
@@ -300,7 +300,7 @@ def _tasks(found: dict[str, dict]) -> list[str]:
 
 def text(values: list[float], best: bool) -> str:
     """A cell."""
-    mean, half = summaries.interval(values)
+    mean, half = interval(values)
     shown = f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
     return f"**{shown}**" if best else shown
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import summaries
+from fedrouter_jax.leads import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, BENCH = ROOT / "docs" / "results", ROOT / "docs" / "bench"
@@ -13,7 +13,7 @@ README, SAID, SAID_OF_SPEED = (
 
 def told(values) -> str:
     """A mean and half of its interval."""
-    return " ± ".join(f"{value:.3f}".replace("0.", ".") for value in summaries.interval(values))
+    return " ± ".join(f"{value:.3f}".replace("0.", ".") for value in interval(values))
 
 
 def first_table(path: Path) -> list[dict[str, str]]:

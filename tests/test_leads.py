@@ -8,6 +8,7 @@ from documents import README, RESULTS, SAID, told
 
 from experiments import learning_rates, studies, summaries, table1_tables
 from experiments.methods import LABELS
+from fedrouter_jax.leads import interval
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def leads_in(scenario: str, method: str, seeds: int, found: table1_tables.Cells)
         ours, theirs = (found[scenario, part, name] for name in ("fedrouter+", method))
         leads = [ours[seed] - theirs[seed] for seed in range(seeds)]
         scored, lead = (
-            " ± ".join(f"{value:.3f}"[1:] for value in summaries.interval(values))
+            " ± ".join(f"{value:.3f}"[1:] for value in interval(values))
             for values in ([theirs[seed] for seed in range(seeds)], leads)
         )
         percent = 100 * np.mean(leads) / np.mean([theirs[seed] for seed in range(seeds)])
@@ -343,5 +344,5 @@ def test_the_lead_over_fedlease_in_words_is_that_of_the_runs(runs):
         for name in ("fedrouter+", "fedlease")
     )
     in_words = ([np.mean([each[task] for task in each if task not in LABELS]) for each in same] for same in by_task)
-    mean, half = summaries.interval([mine - other for mine, other in zip(*in_words, strict=True)])
+    mean, half = interval([mine - other for mine, other in zip(*in_words, strict=True)])
     assert f"Without QQP it is {mean:.3f} ± {half:.3f} behind".replace("0.", ".") in SAID

@@ -18,6 +18,7 @@ from written_runs import CLIENTS, CONFIG, ROWS, TASKS, WIDTH, make_run
 from fedrouter_jax import cluster_plots, plots, records, report, routing
 from fedrouter_jax.config import EvaluationConfig
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.palette import PALETTE
 
 
 def check_picture(path: Path) -> None:
@@ -26,6 +27,20 @@ def check_picture(path: Path) -> None:
     pixels = image.imread(path)
     assert 300 < pixels.shape[0] < 4000 and 500 < pixels.shape[1] < 4000
     assert 0.01 < (pixels[..., :3].min(axis=2) < 0.9).mean() < 0.9
+
+
+def test_a_clusters_colour_is_that_of_its_task_in_all_pictures_of_a_run(tmp_path):
+    """Whatever its number: of the losses as of the embedded rows."""
+    path = make_run(tmp_path / "one", strategy="fedrouter")
+    found, moved = json.loads((path / "clusters.json").read_text(encoding="utf-8")), [2, 0, 1]
+    found["table"] = [[moved[slot] for slot in row] for row in found["table"]]
+    found["slot_tasks"] = [TASKS[moved.index(slot)] for slot in range(3)]
+    for client in found["clients"]:
+        client["global"] = [moved[slot] for slot in client["global"]]
+    (path / "clusters.json").write_text(json.dumps(found), encoding="utf-8")
+    *lanes, _ = plots.loss(trained([path])).axes[0].lines
+    colours = {line.get_label(): line.get_color() for line in lanes}
+    assert colours == {f"cluster {moved[n]} ({task})": PALETTE[n] for n, task in enumerate(TASKS)}
 
 
 def trained(paths: list[Path]) -> list[records.Row]:

@@ -13,7 +13,6 @@ from documents import README, RESULTS, told
 from scipy.stats import ttest_1samp
 from written_runs import CONFIG, make_run, write_json
 
-from experiments import summaries
 from experiments.methods import BOUNDS, METHODS
 from fedrouter_jax import leads, records, report
 
@@ -26,7 +25,6 @@ def test_an_interval_is_students():
     low, high = ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose([mean - half, mean + half], [low, high])
     assert leads.interval([0.2]) == (0.2, 0.0)
-    assert summaries.interval is leads.interval  # one arithmetic in reports and in tables
 
 
 def scored(path: Path, strategy: str, seed: int, own: float, mix: float, **changes) -> Path:

@@ -12,6 +12,7 @@ from written_runs import make_summary
 
 from experiments import summaries, table1, table1_figures
 from experiments.methods import BOUNDS
+from fedrouter_jax.leads import interval
 
 TABLES = ["table1", "table1-long", "table1-full", "table1-rates"]
 
@@ -87,10 +88,10 @@ def test_leads_are_those_of_the_seeds_that_both_have(name):
         assert sorted(methods) == sorted(leads)
         assert methods == sorted(methods, key=lambda m, leads=leads: np.mean(leads[m])) and axes.yaxis_inverted()
         for method, label, bar, text in zip(methods, axes.get_yticklabels(), axes.containers, axes.texts, strict=True):
-            mean, half = summaries.interval(leads[method])
+            mean, half = interval(leads[method])
             (((left, y), (right, _)),) = bar.lines[2][0].get_segments()
             assert (bar.lines[0].get_xdata()[0], left, right) == pytest.approx((mean, mean - half, mean + half))
-            assert text.get_text() == f"{mean:+.3f} ± {half:.3f}" and text.get_position()[1] == y
+            assert text.get_text() == f"{round(mean, 3) + 0.0:+.3f} ± {half:.3f}" and text.get_position()[1] == y
             if name == "table1":
                 assert label.get_text() == f"{method} ({len(leads[method])})"
         assert sum(list(line.get_xdata()) == [0, 0] for line in axes.lines) == 1  # where nobody leads
