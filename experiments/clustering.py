@@ -30,7 +30,7 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 from experiments.clustering_figures import FEW, draw, read
 from experiments.measurements import show_markdown
 from experiments.sweep import at_least_one
-from fedrouter_jax import cluster_plots, embed, evaluate, files, routing
+from fedrouter_jax import cluster_plots, clusters, embed, files, routing
 from fedrouter_jax.data import sources, synthetic, tokens
 from fedrouter_jax.data.rows import Dataset, Row, digest
 from fedrouter_jax.errors import UserError
@@ -212,14 +212,14 @@ def cluster(
     labels = [np.repeat(np.arange(tasks), [len(rows[c::clients]) for rows in dealt]) for c in range(clients)]
     key = jax.random.key(seed)
     given = routing.enroll(key, points, RECIPES[recipe], tasks, tasks)
-    local, total = accuracy(given, labels, tasks)
+    local, total = clusters.accuracy(given, labels, tasks)
     record = {"local": local, "global": total}
     if find:
         found = routing.enroll(key, points, RECIPES[recipe], None, None, MOST)
         record |= {
             "found_local": [int(row.max()) + 1 for row in found.labels],
             "found_global": found.clusters,
-            "found_accuracy": accuracy(found, labels, tasks)[1],
+            "found_accuracy": clusters.accuracy(found, labels, tasks)[1],
             "silhouettes": found.silhouettes,
             "others": other_scores(given.router, points, given.labels),
         }
@@ -249,19 +249,6 @@ def other_scores(router: routing.Router, points: list[np.ndarray], labels: np.nd
         scores = {"Calinski-Harabasz": calinski_harabasz_score, "Davies-Bouldin": davies_bouldin_score}
         found[part] = {name: {k: float(score(x, y)) for k, y in fits.items()} for name, score in scores.items()}
     return found
-
-
-def accuracy(enrolment: routing.Enrolment, tasks: list[np.ndarray], count: int) -> tuple[float, float]:
-    """The share of rows in the right local cluster, and in the right global one, under the best matching."""
-    table, rows = np.asarray(enrolment.table), sum(map(len, tasks))
-    slots, right = np.zeros((count, enrolment.clusters), int), 0.0
-    for client, true in enumerate(tasks):
-        labels = enrolment.labels[client][: len(true)]
-        own = np.zeros((count, table.shape[1]), int)
-        np.add.at(own, (true, labels), 1)
-        np.add.at(slots, (true, table[client, labels]), 1)
-        right += evaluate.clustering_accuracy(own) * len(true)
-    return right / rows, evaluate.clustering_accuracy(slots)
 
 
 if __name__ == "__main__":

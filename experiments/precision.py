@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments.measurements import keep
 from experiments.sweep import at_least_one
-from fedrouter_jax import evaluate, experiment, generate, likelihood
+from fedrouter_jax import experiment, generate, likelihood, rouge
 from fedrouter_jax.config import Config
 from fedrouter_jax.memory import nbytes
 from fedrouter_jax.models import load_model
@@ -79,12 +79,12 @@ def measure(config: Config) -> tuple[int, dict[str, float]]:
     )  # fmt: skip
     texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
     references = [prepared.dataset.test[i].output for i in chosen]
-    rouge = [evaluate.score(want, text.strip())["rouge1"] for want, text in zip(references, texts, strict=True)]
+    scores = [rouge.score(want, text.strip())["rouge1"] for want, text in zip(references, texts, strict=True)]
     return len(rows), {
         "bytes": nbytes(model.params),
         "block_bytes": nbytes(model.params["blocks"]),
         "loss": float(np.average(losses, weights=[len(row.response) for row in rows])),
-        "rouge1": float(np.mean(rouge)),
+        "rouge1": float(np.mean(scores)),
     }
 
 

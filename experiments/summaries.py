@@ -63,6 +63,7 @@ def load(folder: Path) -> dict[str, dict]:
     found = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
     firsts: dict[tuple, str] = {}
     for name, summary in found.items():
+        # `config.rows_key`, of configs that may have fields of older versions.
         data, seed = summary["config"]["data"], summary["config"]["seed"]
         if "data" in summary:
             first = firsts.setdefault(

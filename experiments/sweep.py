@@ -46,17 +46,12 @@ def rows_now(configs: Mapping[Name, Config]) -> dict[Name, str | None]:
 
     found: dict[tuple, str | None] = {}
     for config in configs.values():
-        if (key := _rows_key(config)) not in found:
+        if (key := config_lib.rows_key(config)) not in found:
             try:
                 found[key] = digest(rows_of(config))
             except UserError:
                 found[key] = None  # a run will say why
-    return {name: found[_rows_key(config)] for name, config in configs.items()}
-
-
-def _rows_key(config: Config) -> tuple:
-    """What the rows depend on: one file, and training rows for validation, are split by the seed (the last)."""
-    return config.data.data, config.data.columns, config.data.validation, config.seed
+    return {name: found[config_lib.rows_key(config)] for name, config in configs.items()}
 
 
 def summarised(configs: Mapping[str, Config], kept: Path) -> set[str]:
@@ -76,11 +71,11 @@ def check_rows(configs: Mapping[str, Config], kept: Path) -> None:
 
     Summaries of older versions do not say theirs.
     """
-    by_name = {_rows_key(summaries.portable(config))[:-1]: config for config in configs.values()}
+    by_name = {config_lib.rows_key(summaries.portable(config))[:-1]: config for config in configs.values()}
     found = {path: summaries.read(path) for path in sorted(kept.glob("*.json"))}
     asked = {}
     for path in (path for path in found if "data" in found[path]):
-        *name, seed = _rows_key(config_lib.of_json(found[path]["config"], path))
+        *name, seed = config_lib.rows_key(config_lib.of_json(found[path]["config"], path))
         if tuple(name) in by_name:
             asked[path] = replace(by_name[tuple(name)], seed=seed)
     for path, rows in rows_now(asked).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import evaluate, experiment, formats, routing
+from fedrouter_jax import experiment, formats, routing
 from fedrouter_jax.config import Config
 from fedrouter_jax.data import schedule
 from fedrouter_jax.data.rows import digest
@@ -24,13 +24,10 @@ from fedrouter_jax.weighted_rows import padded
 def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
     """What `clusters.json` holds: local and global cluster of every row, how well they match the tasks, bytes."""
     tasks, table = prepared.partition.tasks, np.asarray(enrolment.table)
-    clients, right, total, natural = [], 0.0, 0, prepared.config.data.scenario == "natural"
+    clients, natural = [], prepared.config.data.scenario == "natural"
     for number, held in enumerate(prepared.partition.clients):
         labels = enrolment.labels[number][: len(held.train)]
         names = [prepared.dataset.train[i].task for i in held.train]
-        counts = np.zeros((len(tasks), table.shape[1]), int)
-        np.add.at(counts, ([tasks.index(name) for name in names], labels), 1)
-        right, total = right + evaluate.clustering_accuracy(counts) * len(names), total + len(names)
         clients.append(
             {
                 "client": number,
@@ -42,24 +39,21 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
             }
         )
     sizes = np.array([[(row == k).sum() for k in range(table.shape[1])] for row in enrolment.labels])
-    training = len(clients) - prepared.config.data.newcomers
+    training = prepared.config.data.founders
     seen = {prepared.dataset.train[i].instruction for held in prepared.partition.clients[:training] for i in held.train}
-    counts = evaluate.slot_tasks(prepared, enrolment)
     clustered = prepared.strategy.enrolling == "clustering"
     up, down = traffic(prepared, enrolment) if clustered else (0, 0)
-    accuracy = (
-        {"local": right / total, "global": evaluate.clustering_accuracy(counts)}
-        if clustered and tasks != [""]
-        else None
-    )
+    true = [[tasks.index(name) for name in client["tasks"]] for client in clients]
+    right = accuracy(enrolment, true, len(tasks), training) if clustered and tasks != [""] else None
     return {
         "tasks": tasks,
         "clustered": clustered,
         "recipe": prepared.config.cluster.recipe if clustered else None,
         "clusters": enrolment.clusters,
         "table": table.tolist(),
-        "slot_tasks": evaluate.slot_names(prepared, counts),
-        "accuracy": accuracy,  # None: nothing is clustered, or there are no labels to compare with
+        "slot_tasks": slot_names(prepared, slot_tasks(prepared, enrolment)),
+        # None: nothing is clustered, or there are no labels to compare with
+        "accuracy": right and dict(zip(("local", "global"), right, strict=True)),
         "never_trained": []
         if prepared.strategy.pooled
         else schedule.never_trained(sizes[:training], prepared.config.rounds, prepared.config.seed),
@@ -74,6 +68,48 @@ def describe(prepared: Prepared, enrolment: Enrolment) -> dict:
         "test_rows": len(prepared.test),
         "clients": clients,
     }
+
+
+def slot_tasks(prepared: Prepared, enrolment: Enrolment) -> np.ndarray:
+    """Rows of each task that each slot is trained on, int [task, slot]: newcomers' are not."""
+    tasks, clients = prepared.partition.tasks, prepared.partition.clients
+    counts, table = np.zeros((len(tasks), enrolment.clusters), int), np.asarray(enrolment.table)
+    for number, held in enumerate(clients[: prepared.config.data.founders]):
+        for i, label in zip(held.train, enrolment.labels[number], strict=False):
+            counts[tasks.index(prepared.dataset.train[i].task), table[number, label]] += 1
+    return counts
+
+
+def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
+    """The task with most of each slot's rows [task, slot]; "" for a slot that has none."""
+    return [prepared.partition.tasks[rows.argmax()] if rows.any() else "" for rows in counts.T]
+
+
+def accuracy(
+    enrolment: Enrolment, labels: Sequence[np.ndarray], count: int, founders: int | None = None
+) -> tuple[float, float]:
+    """The share of rows in the right local cluster of their client, and of founders' rows in the right slot.
+
+    `labels` [client][row], numbers below `count`, say where rows belong; the first `founders` clients (None: all) are
+    not newcomers.
+    """
+    table, slots, right = np.asarray(enrolment.table), np.zeros((count, enrolment.clusters), int), 0.0
+    for client, true in enumerate(labels):
+        found = enrolment.labels[client][: len(true)]
+        local = np.zeros((count, table.shape[1]), int)
+        np.add.at(local, (true, found), 1)
+        right += clustering_accuracy(local) * len(true)
+        if founders is None or client < founders:
+            np.add.at(slots, (true, table[client, found]), 1)
+    return right / sum(map(len, labels)), clustering_accuracy(slots)
+
+
+def clustering_accuracy(counts: np.ndarray) -> float:
+    """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
+    from scipy.optimize import linear_sum_assignment  # here, for it takes a third of a second
+
+    rows, cols = linear_sum_assignment(counts, maximize=True)
+    return float(counts[rows, cols].sum() / counts.sum())
 
 
 def origin(prepared: Prepared) -> dict[str, str]:
@@ -102,7 +138,7 @@ def traffic(prepared: Prepared, enrolment: Enrolment) -> tuple[int, int]:
     Statistics are taken about the mean of one client, which goes up and comes down to all that train.
     """
     data, width, size = prepared.config.data, prepared.model.config.width, 4
-    training = data.clients - data.newcomers  # newcomers only receive
+    training = data.founders  # newcomers only receive
     recipe = routing.RECIPES[prepared.config.cluster.recipe]
     scored = sum(map(int, enrolment.silhouettes.get("global", []))) if recipe.lloyd else 0
     # Centroids down, counts, sums and sums of squares up, for every slot tried, in every Lloyd step ...
@@ -118,7 +154,7 @@ def traffic(prepared: Prepared, enrolment: Enrolment) -> tuple[int, int]:
 def _centres_sent(prepared: Prepared, enrolment: Enrolment) -> int:
     """How many local centres the server was sent; with `refined`, clients keep other clusters than those."""
     data, silhouettes = prepared.config.data, enrolment.silhouettes
-    training = range(data.clients - data.newcomers)
+    training = range(data.founders)
     if "local 0" in silhouettes:
         return sum(int(max(scores := silhouettes[f"local {client}"], key=scores.get)) for client in training)
     if routing.RECIPES[prepared.config.cluster.recipe].lloyd:

@@ -226,6 +226,12 @@ def load(path: Path) -> Config:
     return of_json(raw, path)
 
 
+def rows_key(config: Config) -> tuple:
+    """What rows depend on, their name first, the seed last: by it one file, and training rows for validation, are
+    split, and synthetic rows are made."""
+    return config.data.data, config.data.columns, config.data.validation, config.seed
+
+
 def choices(config: Config) -> dict[str, Any]:
     """All choices that change results, as JSON has them; rows and weights have digests, wherever they lie."""
     found = json.loads(json.dumps(asdict(config)))

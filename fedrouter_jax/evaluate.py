@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
-from fedrouter_jax import answers, processes, routing
+from fedrouter_jax import answers, clusters, processes, rouge, routing
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.experiment import Prepared, test_rows
@@ -20,7 +17,6 @@ from fedrouter_jax.sharing import Track, silent
 from fedrouter_jax.types import Array, FederationState, View
 
 METRICS = ("rouge1", "rouge2", "rougeL", "exact", "loss")
-_UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # Thai to Chinese
 
 
 class Question(NamedTuple):
@@ -37,43 +33,6 @@ class Evaluation(NamedTuple):
 
     scores: dict[str, dict]
     answers: list[dict]  # one record per question
-
-
-def score(reference: str, answer: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) without stemming, and exact match but for case (0 or 1).
-
-    Words are those of the rouge-score package, a to z and digits, but for references that are mostly in another script
-    than Latin, or have none of these: there they are runs of letters and digits, and single characters where no spaces
-    are written. A reference of signs alone is right or wrong.
-    """
-    exact = float(answer.strip().casefold() == reference.strip().casefold())
-    letters = [sign for sign in reference if sign.isalpha() or (sign.isdecimal() and not sign.isascii())]
-    others = sum("LATIN" not in unicodedata.name(letter, "") for letter in letters)
-    plain = 2 * others <= len(letters) and re.search(r"[a-z0-9]", reference.lower())
-    names = ["rouge1", "rouge2", "rougeL"]
-    if not plain and not _Words().tokenize(reference):
-        return dict.fromkeys([*names, "exact"], exact)
-    found = RougeScorer(names, tokenizer=None if plain else _Words()).score(reference, answer)
-    return {metric: value.fmeasure for metric, value in found.items()} | {"exact": exact}
-
-
-class _Words:
-    """A tokenizer as RougeScorer takes it."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Words in small letters, signs above and below letters with them."""
-
-        words, single = [""], False  # single: the last word is a letter of a script without spaces, and complete
-        for sign in unicodedata.normalize("NFC", text).casefold():
-            if unicodedata.category(sign).startswith("M"):
-                words[-1] += sign
-                continue
-            unspaced = sign.isalnum() and re.match(_UNSPACED, sign) is not None
-            if single or unspaced or not sign.isalnum():
-                words.append("")
-            words[-1] += sign if sign.isalnum() else ""
-            single = unspaced
-        return [word for word in words if word]
 
 
 def distinct(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[float, ...]]], list[int]]:
@@ -109,29 +68,6 @@ def summary(questions: Sequence[Question], tasks: Sequence[str], scores: Sequenc
     return parts
 
 
-def slot_tasks(prepared: Prepared, enrolment: routing.Enrolment) -> np.ndarray:
-    """Rows of each task that each slot is trained on, int [task, slot]: newcomers' are not."""
-    tasks, clients = prepared.partition.tasks, prepared.partition.clients
-    counts, table = np.zeros((len(tasks), enrolment.clusters), int), np.asarray(enrolment.table)
-    for number, held in enumerate(clients[: len(clients) - prepared.config.data.newcomers]):
-        for i, label in zip(held.train, enrolment.labels[number], strict=False):
-            counts[tasks.index(prepared.dataset.train[i].task), table[number, label]] += 1
-    return counts
-
-
-def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
-    """The task with most of each slot's rows [task, slot]; "" for a slot that has none."""
-    return [prepared.partition.tasks[rows.argmax()] if rows.any() else "" for rows in counts.T]
-
-
-def clustering_accuracy(counts: np.ndarray) -> float:
-    """Clustering accuracy: the share of rows on the best one-to-one matching of rows' labels [label, cluster]."""
-    from scipy.optimize import linear_sum_assignment  # here, for it takes a third of a second
-
-    rows, cols = linear_sum_assignment(counts, maximize=True)
-    return float(counts[rows, cols].sum() / counts.sum())
-
-
 def questions(
     prepared: Prepared,
     state: FederationState,
@@ -146,7 +82,7 @@ def questions(
     config, split = prepared.config, prepared.partition
     asked = {row: place for place, row in enumerate(test_rows(split))}
     where = None if embeddings is None else embeddings[-len(asked) :]
-    counts = slot_tasks(prepared, enrolment)
+    counts = clusters.slot_tasks(prepared, enrolment)
     task_slot = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)  # nobody may hold rows of a task
 
     def routed(part: str, pairs: list[tuple[int, int]], mode: routing.Mode) -> list[Question]:
@@ -160,7 +96,7 @@ def questions(
         return [Question(part, c, row, tuple(weight)) for (c, row), weight in zip(pairs, weights.tolist(), strict=True)]
 
     own = [(c, row) for c, held in enumerate(split.clients) for row in held.test]
-    trained = len(split.clients) - config.data.newcomers
+    trained = config.data.founders
     mix = [(c, row) for c in range(trained) for row in split.mix]
     asked_of = {
         "personalised": ([pair for pair in own if pair[0] < trained], config.evaluation.personalised_routing),
@@ -223,15 +159,28 @@ def view(
     return View(embeddings, task_slots, lambda weights: states(prompts, weights), references)
 
 
+def leading(prepared: Prepared, state: FederationState, weights: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Of each row of `weights` [row, slot] the slot with most, int [row]; and whether slots are those of clusters.
+
+    Then the weights of all adapters of a cluster are added up, and others do not count.
+    """
+    strategy = prepared.strategy
+    of_clusters = bank_lib.of_clusters(strategy.owners, state.bank)
+    routed = strategy.has_local_clusters and len(of_clusters) > 0
+    slots = of_clusters if routed else np.arange(weights.shape[1])[None]
+    return weights[:, slots].sum(axis=1).argmax(axis=1), routed
+
+
 def routed_right(
-    prepared: Prepared, enrolment: routing.Enrolment, asked: Sequence[Question], most: Callable[[Question], int]
+    prepared: Prepared, enrolment: routing.Enrolment, asked: Sequence[Question], slots: Sequence[int]
 ) -> dict[str, float]:
     """The share of a part's questions, by part, that went to a slot of their task; of tasks that somebody trains."""
-    counts, rows, found = slot_tasks(prepared, enrolment), prepared.dataset.test, {}
-    names = slot_names(prepared, counts)
+    counts, rows, found = clusters.slot_tasks(prepared, enrolment), prepared.dataset.test, {}
+    names = clusters.slot_names(prepared, counts)
     held = [task for task, of_slots in zip(prepared.partition.tasks, counts, strict=True) if task and of_slots.any()]
     for part in ("personalised", "generalisation", "newcomers"):
-        right = [names[most(q)] == rows[q.row].task for q in asked if q.part == part and rows[q.row].task in held]
+        here = [(rows[q.row].task, names[slot]) for q, slot in zip(asked, slots, strict=True) if q.part == part]
+        right = [named == task for task, named in here if task in held]
         if right:
             found[part] = float(np.mean(right))
     return found
@@ -261,20 +210,14 @@ def evaluate_state(
     found = {pair: (text, round(float(loss), 6)) for pair, text, loss in zip(new, texts, losses, strict=True)}
     said = [found[pair] if pair in found else known[pair[0]] for pair in pairs]
     per_pair = [
-        score(rows[row].output, text) | {"loss": loss} for (row, _), (text, loss) in zip(pairs, said, strict=True)
+        rouge.score(rows[row].output, text) | {"loss": loss} for (row, _), (text, loss) in zip(pairs, said, strict=True)
     ]
     scored = [per_pair[place] for place in places]
     scores = summary(asked, [rows[q.row].task for q in asked], scored)
 
-    clusters = bank_lib.of_clusters(prepared.strategy.owners, state.bank)
-    routed = prepared.strategy.enrolling in ("clustering", "tasks") and len(clusters) > 0
-    slots = clusters if routed else np.arange(len(asked[0].weights))[None]
-
-    def most(q: Question) -> int:
-        """The slot that has most weight, where several adapters are the clusters' that of their sum."""
-        return int(np.array(q.weights)[slots].sum(axis=0).argmax())
-
-    for part, share in (routed_right(prepared, enrolment, asked, most) if routed else {}).items():
+    most, routed = leading(prepared, state, np.array([q.weights for q in asked]))
+    slots = most.tolist()
+    for part, share in (routed_right(prepared, enrolment, asked, slots) if routed else {}).items():
         scores[part]["routing_accuracy"] = share
     records = [
         {
@@ -282,12 +225,12 @@ def evaluate_state(
             "client": q.client,
             "row": q.row,
             "task": rows[q.row].task,
-            "slot": most(q) if any(q.weights) else None,
+            "slot": slot if any(q.weights) else None,
             "instruction": rows[q.row].instruction,
             "reference": rows[q.row].output,
             "answer": said[place][0],
             **{metric: round(value, 6) if np.isfinite(value) else None for metric, value in score.items()},
         }
-        for q, place, score in zip(asked, places, scored, strict=True)
+        for q, place, slot, score in zip(asked, places, slots, scored, strict=True)
     ]
     return Evaluation(scores, records)

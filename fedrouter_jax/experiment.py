@@ -186,7 +186,7 @@ def enroll(prepared: Prepared, embeddings: np.ndarray | None) -> routing.Enrolme
     config = prepared.config
     local, total = cluster_counts(config, prepared.partition)
     key = jax.random.fold_in(key_of(config.seed), 1)
-    if prepared.strategy.enrolling in ("nothing", "random"):
+    if not prepared.strategy.has_local_clusters:
         dealt = key if prepared.strategy.enrolling == "random" else None
         return routing.one_cluster_each(rows, total or 1, dealt, config.data.newcomers)
     if prepared.strategy.enrolling == "tasks":
@@ -249,7 +249,7 @@ def members(prepared: Prepared, enrolment: routing.Enrolment) -> list[list[list[
 
     Newcomers are not there yet.
     """
-    training = prepared.train[: len(prepared.train) - prepared.config.data.newcomers]
+    training = prepared.train[: prepared.config.data.founders]
     if prepared.strategy.pooled:
         return [[[row for held in training for row in held]]]
     clusters = range(enrolment.table.shape[1])
@@ -266,9 +266,8 @@ def settle(prepared: Prepared, state: FederationState) -> FederationState:
     They look at as many of their rows as a round has, all of them as one cluster.
     """
     config, choose = prepared.config, prepared.strategy.choose
-    clients, founders = config.data.clients, config.data.clients - config.data.newcomers
-    asked = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed)
-    who = np.setdiff1d(np.arange(clients, dtype=np.int32), asked)
+    asked = schedule.drawn(config.data.founders, int(state.round), config.rounds.participation, config.seed)
+    who = np.setdiff1d(np.arange(config.data.clients, dtype=np.int32), asked)
     if choose is None or not len(who):
         return state
     work = Work(who, np.zeros(len(who), np.int32), np.ones(len(who), np.float32))

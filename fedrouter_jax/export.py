@@ -39,8 +39,8 @@ def _adapters(folder: Path, prepared: Prepared, state: FederationState) -> None:
         table, clusters = np.asarray(state.table), bank_lib.of_clusters(strategy.owners, state.bank)
         known = range(len(table))
         if strategy.choose is not None:  # those whom the last round did not draw choose by their rows when they answer
-            founders = config.data.clients - config.data.newcomers
-            known = schedule.drawn(founders, int(state.round), config.rounds.participation, config.seed).tolist()
+            drawn = schedule.drawn(config.data.founders, int(state.round), config.rounds.participation, config.seed)
+            known = drawn.tolist()
         whose = {str(client): _joined(names, clusters[:, table[client, 0]]) for client in known}
         peft_io.write_json(folder / "clients.json", whose)
     if strategy.base is not None:

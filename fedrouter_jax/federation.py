@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +127,9 @@ def make_round(
                 return map_losses(loss, base, adapters, work, batches, groups_at_once, mesh)
 
             state = strategy.choose(state, work, losses)
-        here, keys = fill(work, keys, jax.tree.leaves(batches)[0].shape[0])
+        filled, keys = fill(work, keys, jax.tree.leaves(batches)[0].shape[0])
         # On a mesh what a client owns lies with its lanes; elsewhere a chunk asks for its own.
-        lanes = (here, keys, None if mesh is None else strategy.ask(state, here))
+        lanes = Lanes(filled, keys, None if mesh is None else strategy.ask(state, filled))
         train = partial(train_lanes, strategy, update, groups_at_once, mesh)
         by_row = over_clients(mesh, train, (P(), P(mesh_lib.CLIENTS)))
         sums, reports = by_row((state, base, work, rate, phases), lanes, batches)
@@ -152,34 +152,41 @@ def lane_keys(key: Array, round: Array, work: Work) -> Array:
     return fold(fold(of_round, work.client), work.cluster)
 
 
+class Lanes(NamedTuple):
+    """Some lanes of a round: leaves `[lane, ...]`."""
+
+    work: Work
+    keys: Array
+    asked: Adapters | None  # None: they are yet to be asked for
+
+
 def train_lanes(
     strategy: Strategy,
     update: ClientUpdate,
     at_once: int | None,
     mesh: Mesh | None,
     given: tuple,
-    lanes: tuple,
+    lanes: Lanes,
     batches: Any,
 ) -> tuple[PyTree, tuple[Array, Array]]:
     """The sums of all lanes, and of those here the losses [lane, step] and rejections [lane].
 
-    `given` are the state, the base, the round's work, its learning rate and phases; `lanes` are work, keys and, where
-    they have been asked for already, adapters.
+    `given` are the state, the base, the round's work, its learning rate and phases.
     """
     state, base, work, rate, phases = given
     nothing, add = strategy.collect(state, work)
 
-    def group(given, lanes, batch):
-        base, rate, phases = given
-        return update(base, lanes[0], batch, rate, lanes[1], phases)
+    def group(given, asked_with_keys, batch):
+        (base, rate, phases), (asked, keys) = given, asked_with_keys
+        return update(base, asked, batch, rate, keys, phases)
 
-    def chunk(sums, lanes, batch):
-        here, keys, asked = lanes
-        asked = strategy.ask(state, here) if asked is None else asked
-        adapters, losses = all_groups(group, (base, rate, phases), (asked, keys), batch)
+    def chunk(sums, lanes, batches):
+        asked = strategy.ask(state, lanes.work) if lanes.asked is None else lanes.asked
+        adapters, losses = all_groups(group, (base, rate, phases), (asked, lanes.keys), batches)
         finite = finite_lanes(adapters)
         adapters = jax.tree.map(lambda leaf: jnp.where(bank_lib.expand(finite, leaf), leaf, 0), adapters)
-        return add(sums, here._replace(weight=here.weight * finite), adapters), (losses, ~finite)
+        back = lanes.work._replace(weight=lanes.work.weight * finite)
+        return add(sums, back, adapters), (losses, ~finite)
 
     sums, reports = fold_groups(chunk, nothing, lanes, batches, at_once)
     if mesh is not None and mesh.shape[mesh_lib.CLIENTS] > 1:  # XLA does not compile a sum over one row of GPUs

@@ -155,34 +155,33 @@ def read_json(path: Path, form: Any = dict[str, Any], remedy: str = "delete it a
 def read_clusters(path: Path) -> Clusters | None:
     """`clusters.json`, whose lists fit each other; None where there is none yet. Raises `UserError` otherwise."""
     found = read_json(path, Clusters, "start a new run")
-    if found is None:
-        return None
-    slots, table = range(found["clusters"]), found["table"]
-    odd = None
-    if len(found["slot_tasks"]) != len(slots):
-        odd = f"{len(found['slot_tasks'])} slot_tasks for {len(slots)} clusters"
-    elif len(table) != len(found["clients"]) or not table:
-        odd = f"a table of {len(table)} rows for {len(found['clients'])} clients"
-    elif [client["client"] for client in found["clients"]] != [*range(len(table))]:
-        odd = "the clients are not numbered from 0"
-    elif any(slot not in slots and slot != -1 for row in table for slot in row):
-        odd = f"the table has slots beyond {len(slots)}"
-    else:
-        for number, (row, client) in enumerate(zip(table, found["clients"], strict=True)):
-            rows, tasks, local, own = (client[name] for name in ("rows", "tasks", "local", "global"))
-            if not len(rows) == len(tasks) == len(local) == len(own):
-                odd = f"client {number} has lists of unequal lengths"
-            elif not {*tasks} <= {*found["tasks"]}:
-                odd = f"client {number} has rows of unknown tasks"
-            elif not all(k in range(len(row)) and row[k] == slot >= 0 for k, slot in zip(local, own, strict=True)):
-                odd = f"the clusters of client {number} are not those of the table"
-            if odd:
-                break
-    if not odd and not {*found["slot_tasks"]} <= {"", *found["tasks"]}:
-        odd = "slot_tasks names unknown tasks"
-    if odd:
+    if found is not None and (odd := _odd(found)):
         raise UserError(f"{path}: {odd}; restore the file, or start a new run")
     return found
+
+
+def _odd(found: Clusters) -> str | None:
+    """What does not fit, in words; None: all does."""
+    slots, table = range(found["clusters"]), found["table"]
+    if len(found["slot_tasks"]) != len(slots):
+        return f"{len(found['slot_tasks'])} slot_tasks for {len(slots)} clusters"
+    if len(table) != len(found["clients"]) or not table:
+        return f"a table of {len(table)} rows for {len(found['clients'])} clients"
+    if [client["client"] for client in found["clients"]] != [*range(len(table))]:
+        return "the clients are not numbered from 0"
+    if any(slot not in slots and slot != -1 for row in table for slot in row):
+        return f"the table has slots beyond {len(slots)}"
+    for number, (row, client) in enumerate(zip(table, found["clients"], strict=True)):
+        rows, tasks, local, own = (client[name] for name in ("rows", "tasks", "local", "global"))
+        if not len(rows) == len(tasks) == len(local) == len(own):
+            return f"client {number} has lists of unequal lengths"
+        if not {*tasks} <= {*found["tasks"]}:
+            return f"client {number} has rows of unknown tasks"
+        if not all(k in range(len(row)) and row[k] == slot >= 0 for k, slot in zip(local, own, strict=True)):
+            return f"the clusters of client {number} are not those of the table"
+    if not {*found["slot_tasks"]} <= {"", *found["tasks"]}:
+        return "slot_tasks names unknown tasks"
+    return None
 
 
 def read_lines(path: Path, form: Any, remedy: str = "start a new run") -> Iterator[Any]:

@@ -26,7 +26,7 @@ from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Advance, Array, LoRA, PyTree, unseen
 
 _BLOCK = 128  # scores; a divisor of the vocabularies of the models we know
-_FEWEST = 16  # rows; a program of its own for fewer takes longer to compile than it saves
+_FEWEST = 16  # rows in a batch that has shrunk
 
 
 class Answering(NamedTuple):
@@ -179,7 +179,7 @@ def generate(
             state = prefill(config, base, *turn, (owner, start), state, lora, _of(gates, held), stop=stop)
 
         live = np.flatnonzero(held >= 0)
-        half = not waiting and _FEWEST <= rows // 2 >= len(live)
+        half = not waiting and len(live) <= _half(rows)
         enough = _pages(needs[held[live]].sum(), 32)
         if shrinks and (half or enough <= len(owner) // 2):
             kept = np.argsort(held < 0, kind="stable")[: rows // 2 if half else rows]
@@ -192,7 +192,7 @@ def generate(
         if waiting:
             few = rows - min(max(1, rows // 4), len(waiting))
         else:
-            few = rows // 2 if shrinks and rows // 2 >= _FEWEST else 0
+            few = _half(rows) if shrinks else 0
         state = decode(config, base, np.int32(few), state, lora, _of(gates, held), stop=stop)
         latest, written = np.asarray(state.latest), np.asarray(state.answer).tolist()
         done = np.flatnonzero((held >= 0) & (latest == stop))
@@ -201,6 +201,11 @@ def generate(
         held[done] = -1
         advance(len(done))
     return answers
+
+
+def _half(rows: int) -> int:
+    """Half the rows of a batch; 0 where a program for so few would take longer to compile than it saves."""
+    return rows // 2 if rows // 2 >= _FEWEST else 0
 
 
 def _pages(count: int, step: int) -> int:

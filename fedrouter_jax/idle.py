@@ -11,7 +11,7 @@ def options(config: Config) -> list[str]:
     """The options that were set to something and change nothing in this run."""
     default, method, name = Config(), method_lib.strategy(config, None), config.strategy
     clusters = method.enrolling == "clustering"
-    lanes = method.enrolling in ("clustering", "tasks")  # of several local clusters
+    lanes = method.has_local_clusters
     slots = method_lib.has_cluster_slots(method) and method.enrolling != "tasks"
 
     def changed(section: str, field: str) -> bool:

@@ -13,7 +13,9 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.data.schedule import taking_part
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.strategies import feddpa
-from fedrouter_jax.types import OWNERSHIP, LoRA, Owner, PyTree, Strategy
+from fedrouter_jax.types import OWNERSHIP, LoRA, Owner, Phase, PyTree, Strategy
+
+_LOOKED_AT = 100  # rounds whose phases are looked at, where there are more
 
 
 def strategy(config: Config, clusters: int | None) -> Strategy:
@@ -24,12 +26,18 @@ def strategy(config: Config, clusters: int | None) -> Strategy:
         "feddpa-f": {"together": feddpa.shared_rounds(config.rounds.rounds), **weight_on},
         "fedex": {"scale": config.lora.scale},
         "flora": {"scale": config.lora.scale, "seed": config.seed},
-        "scaffold": {"clients": config.data.clients - config.data.newcomers},
+        "scaffold": {"clients": config.data.founders},
         "fedlease": {"experts": clusters or config.cluster.max_clusters},
         "fedrouter-warm": {"together": config.rounds.rounds // 3},
     }
     told = {} if config.strategy in strategies.STRATEGIES else {"config": config}
     return strategies.find(config.strategy)(**options.get(config.strategy, told))
+
+
+def phases_by_round(strategy: Strategy, rounds: int) -> list[tuple[Phase, ...]]:
+    """The phases of a run's rounds, in order; of very many rounds some, the first two and the last among them."""
+    some = np.linspace(1, rounds, min(rounds, _LOOKED_AT)).round().astype(int).tolist()
+    return [strategy.phases(t, rounds) for t in sorted({*some, min(2, rounds)})]
 
 
 def check(config: Config, strategy: Strategy) -> None:
@@ -62,8 +70,7 @@ def check(config: Config, strategy: Strategy) -> None:
             f"--global-clusters is 0, chosen by silhouette, but {strategy.name} clusters no rows; give the number of "
             "its slots"
         )
-    rounds = config.rounds.rounds
-    by_round = [strategy.phases(t, rounds) for t in (1, min(2, rounds), rounds)]
+    by_round = phases_by_round(strategy, config.rounds.rounds)
     for train, weights in itertools.chain(*by_round):
         told = set(train) if isinstance(train, dict) else names
         if strategy.optimiser is not None:  # what it is given beside adapters has no owner
@@ -129,7 +136,7 @@ def has_cluster_slots(strategy: Strategy) -> bool:
 
 def needs_cluster_count(strategy: Strategy) -> bool:
     """Whether a method must be told how many clusters there are: it has slots for them, and no rows that say."""
-    return has_cluster_slots(strategy) and strategy.enrolling in ("nothing", "random") and not strategy.finds_slots
+    return has_cluster_slots(strategy) and not strategy.has_local_clusters and not strategy.finds_slots
 
 
 def steps_of_a_lane(config: Config, strategy: Strategy) -> int:
@@ -139,9 +146,9 @@ def steps_of_a_lane(config: Config, strategy: Strategy) -> int:
 
 def lanes_of_a_round(config: Config, strategy: Strategy, held: int) -> int:
     """Lanes of a round where clients hold so many clusters; one where their rows are pooled."""
-    each = min(config.rounds.clusters_per_round or held, held) if strategy.enrolling in ("clustering", "tasks") else 1
+    each = min(config.rounds.clusters_per_round or held, held) if strategy.has_local_clusters else 1
     return 1 if strategy.pooled else _taking_part(config) * each
 
 
 def _taking_part(config: Config) -> int:
-    return taking_part(config.data.clients - config.data.newcomers, config.rounds.participation)
+    return taking_part(config.data.founders, config.rounds.participation)

@@ -118,8 +118,7 @@ def plan(
     blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
     tokens = lanes * method_lib.steps_of_a_lane(config, strategy) * config.local.batch * row_tokens
     head = decoder.vocab_size * decoder.width * response_tokens / row_tokens
-    rounds = config.rounds.rounds
-    phases = [strategy.phases(t, rounds) for t in (1, min(2, rounds), rounds)]
+    phases = method_lib.phases_by_round(strategy, config.rounds.rounds)
     largest = max(bank.wire_bytes(strategy.owners, start.state.bank, of_round) for of_round in phases)
     size = 0 if strategy.pooled else largest
     # Of the last round, when as many clusters of clients are found as there may be.

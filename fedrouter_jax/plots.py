@@ -95,14 +95,16 @@ def lanes(axes: Axes, run: Run) -> None:
 
     No lines: a local cluster is not trained in every round.
     """
-    found = run.clusters or {"table": [], "clusters": 1, "clustered": False}
+    found = run.clusters or {"table": [], "clusters": 0, "clustered": False}
     table, points = found["table"], {}
     for record in run.rounds:
         table = record.get("table", table)
         for lane in record["lanes"]:
-            slot = table[lane["client"]][lane["cluster"]] if found["clusters"] > 1 else None
+            slot = table[lane["client"]][lane["cluster"]] if table else None
             mean = np.mean(np.array(lane["loss"], float))  # of None, which was not finite, no dot
             points.setdefault(slot, []).append((record["round"], mean))
+    if len(points) == 1:  # nobody is told apart; where slots are not clusters', `clusters` is the number of tasks
+        points = {None: next(iter(points.values()))}
     kinds = {slot: (slot, str(slot)) for slot in range(found["clusters"])}
     if found["clustered"]:  # in the colours of the pictures of clusters
         kinds |= cluster_plots.by_task(*reversed(cluster_plots.of_rows(found)), found["tasks"])

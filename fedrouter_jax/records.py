@@ -109,20 +109,19 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 def _check_origins(runs: Sequence[Run]) -> None:
     """Raise `UserError` for runs whose rows or weights have one name and were others."""
+    kinds = {"data": "rows", "model": "weights", "described": "configuration or tokenizer"}
     known: dict[tuple, Run] = {}
     for run in runs:
-        found = run.clusters or {}
-        model = run.config.model
-        for key, named in (("data", run.config.data.data), ("model", model), ("described", model)):
-            # One file is split by the seed, and synthetic rows are made by it.
-            data = run.config.data
-            of = (key, named, *((data.columns, data.validation, run.config.seed) if key == "data" else ()))
-            other = known.setdefault(of, run) if key in found else run
-            if other is not run and other.clusters[key] != found[key]:
-                kind = {"data": "rows", "model": "weights", "described": "configuration or tokenizer"}[key]
+        found, model = run.clusters or {}, (run.config.model,)
+        names = {"data": config_lib.rows_key(run.config), "model": model, "described": model}
+        for key, named in names.items():
+            if key not in found:  # runs of before do not tell
+                continue
+            other = known.setdefault((key, *named), run)
+            if other.clusters[key] != found[key]:
                 raise UserError(
-                    f"{other.path} and {run.path} name the same {kind}, {named}, but these were others then, so their "
-                    "scores do not compare; report them apart"
+                    f"{other.path} and {run.path} name the same {kinds[key]}, {named[0]}, but these were others then, "
+                    "so their scores do not compare; report them apart"
                 )
 
 
@@ -204,11 +203,10 @@ def notes(run: Run) -> list[str]:
             f"{nobody} of {total} global clusters hold no rows of any client, and no text is routed there; give fewer "
             "--global-clusters, or more --local-clusters"
         )
-    founders = config.data.clients - config.data.newcomers
-    if method_lib.needs_cluster_count(method_lib.strategy(config, total)) and total >= founders > 1:
+    if method_lib.needs_cluster_count(method_lib.strategy(config, total)) and total >= config.data.founders > 1:
         found.append(
-            f"{total} groups for {founders} clients: hardly two of them share one, so little is averaged; give fewer "
-            "--global-clusters, or more --clients"
+            f"{total} groups for {config.data.founders} clients: hardly two of them share one, so little is averaged; "
+            "give fewer --global-clusters, or more --clients"
         )
     if config.model == "tiny":
         found.append("the model is random, so the scores mean nothing; this run shows that all works")

@@ -94,22 +94,24 @@ def follow(
     and two rows. Its other rows go to the nearest slot kept. Clients from number `founders` on (None: none) join later,
     and have slots of the others only: nobody trains an adapter of theirs alone.
     """
-    slots = len(centroids)
+    slots, first = len(centroids), len(points) if founders is None else founders
     distances = np.array(jax.vmap(lambda rows: kmeans.nearest(rows, centroids)[1])(points))
     held = np.asarray(present)
-    kept: list[np.ndarray] = []
-    for client, (away, here) in enumerate(zip(distances, held, strict=True)):
-        if client == founders:
-            trained = np.isin(np.arange(slots), np.concatenate(kept))
-            distances[client:] = np.where(trained, distances[client:], np.inf)
+
+    def most_held(away: np.ndarray, here: np.ndarray) -> np.ndarray:
+        """The slots that a client keeps, by its rows' distances [row, slot]."""
         counts = np.bincount(away[here].argmin(axis=1), minlength=slots)
         order = np.argsort(-counts, kind="stable")
         enough = int(np.sum(counts >= max(2, _LEAST_SHARE * here.sum() / slots))) if local is None else local
-        kept.append(np.sort(order[: max(1, min(enough, np.count_nonzero(counts)))]))
+        return np.sort(order[: max(1, min(enough, np.count_nonzero(counts)))])
+
+    kept = [*map(most_held, distances[:first], held[:first])]
+    trained = np.isin(np.arange(slots), np.concatenate(kept))
+    distances[first:] = np.where(trained, distances[first:], np.inf)
+    kept += map(most_held, distances[first:], held[first:])
     labels = np.full(held.shape, -1, np.int32)
-    for client, slots_kept in enumerate(kept):
-        nearest = distances[client][:, slots_kept].argmin(axis=1)
-        labels[client] = np.where(held[client], nearest, -1)
+    for client, own in enumerate(kept):
+        labels[client] = np.where(held[client], distances[client][:, own].argmin(axis=1), -1)
     return padded(kept), labels
 
 

@@ -294,28 +294,38 @@ def _of_base(shared: Shared, prepared: Prepared) -> dict[int, tuple[str, float]]
 
 
 def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, timings: dict) -> np.ndarray | None:
-    """Embeddings of the run's rows, computed once."""
+    """Embeddings of the run's rows, made once or taken over; None for a method that clusters no rows."""
     if prepared.strategy.enrolling != "clustering":
         return None
     path = out / "embeddings.npy"
-    found = (other / path.name for other in alike(shared, prepared, recipe=True))
-    taken = None if path.exists() else next((other for other in found if other.exists()), None)
+    there = path.exists()
+    others = (other / path.name for other in alike(shared, prepared, recipe=True))
+    taken = None if there else next((other for other in others if other.exists()), None)
     processes.meet("all know whether embeddings are there")  # before the first writes them
     if taken is not None:
         timings["taken_over"].append("embeddings")
         if processes.first():
             with files.replaced(path) as beside:
                 shutil.copyfile(taken, beside)
-        processes.meet("embeddings are taken over")
-    elif not path.exists():
-        with track("embedding", len(experiment.embedded_rows(prepared))) as advance:
-            found = experiment.embed_rows(prepared, advance)
-        if processes.first():
-            with files.replaced(path) as beside, beside.open("wb") as file:
-                np.save(file, found, allow_pickle=False)
-                # What they were made from is a second array, which who loads one does not see.
-                np.save(file, np.array(json.dumps({**clusters.origin(prepared), "crc32": zlib.crc32(found.tobytes())})))
-        processes.meet("embeddings are written")
+    elif not there:
+        _embed(path, prepared, track)
+    processes.meet("embeddings are there")
+    return _read_embeddings(path, prepared)
+
+
+def _embed(path: Path, prepared: Prepared, track: Track) -> None:
+    """Embed the rows, and write behind the embeddings what they were made from."""
+    with track("embedding", len(experiment.embedded_rows(prepared))) as advance:
+        found = experiment.embed_rows(prepared, advance)
+    if processes.first():
+        origin = {**clusters.origin(prepared), "crc32": zlib.crc32(found.tobytes())}
+        with files.replaced(path) as beside, beside.open("wb") as file:
+            np.save(file, found, allow_pickle=False)
+            np.save(file, np.array(json.dumps(origin)))  # a second array, which who loads one does not see
+
+
+def _read_embeddings(path: Path, prepared: Prepared) -> np.ndarray:
+    """The embeddings in a file; raises `UserError` for those of other rows or weights, and damaged ones."""
     expected = (len(experiment.embedded_rows(prepared)), prepared.model.config.width)
     try:
         with path.open("rb") as file:

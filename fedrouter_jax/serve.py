@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrouter_jax import answers, clusters, evaluate, experiment, routing, runs
+from fedrouter_jax import answers, clusters, evaluate, experiment, rouge, routing, runs
 from fedrouter_jax import bank as bank_lib
 from fedrouter_jax.data import sources, tokens
 from fedrouter_jax.data.rows import Row
@@ -43,7 +43,7 @@ def route(
     `client` routes among that client's own clusters (or to its own adapter), by its number or the name it came with;
     None among all. `adapter` names all that count, with a weight where that is not 1; `slot` is the first of most
     weight. `distances` are to all centroids, empty for strategies without a router. `references` are the right answers,
-    where they are known ("" for one that is not): to those texts `{"reference"}` and the scores of `evaluate.score` are
+    where they are known ("" for one that is not): to those texts `{"reference"}` and the scores of `rouge.score` are
     added.
     """
     if not texts:
@@ -82,11 +82,8 @@ def route(
     weights = evaluate.routing_weights(prepared, state, clients, view, mode)
     with track("answering", len(texts)) as advance:
         said = answers.answer(prepared, state, prompts, weights, advance)
-    owners, routed = prepared.strategy.owners, prepared.strategy.enrolling == "clustering"
-    clusters = bank_lib.of_clusters(owners, state.bank)
-    routed = routed and len(clusters) > 0
-    shown = clusters if routed else np.arange(weights.shape[1])[None]
-    names = bank_lib.serving_names(owners, state.bank)
+    most, routed = evaluate.leading(prepared, state, weights)
+    names = bank_lib.serving_names(prepared.strategy.owners, state.bank)
     return [
         {
             "text": text,
@@ -99,14 +96,13 @@ def route(
             "round": int(state.round),
             **scored(references[i] if references else "", said[i]),
         }
-        for i, (text, opened) in enumerate(zip(texts, weights, strict=True))
-        for slot in [int(opened[shown].sum(axis=0).argmax())]
+        for i, (text, opened, slot) in enumerate(zip(texts, weights, most.tolist(), strict=True))
     ]
 
 
 def scored(reference: str, answer: str) -> dict:
     """A right answer and how near an answer comes to it; nothing where it is not known."""
-    return {"reference": reference, **evaluate.score(reference, answer)} if reference.strip() else {}
+    return {"reference": reference, **rouge.score(reference, answer)} if reference.strip() else {}
 
 
 def questions_of(path: Path, run: Path) -> tuple[Row, ...]:

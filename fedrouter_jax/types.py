@@ -150,3 +150,8 @@ class Strategy(NamedTuple):
     optimiser: Callable[[Any, Array, Any], Any] | None = None
     finds_slots: bool = False  # it finds by itself how many clusters of clients there are
     of_products: bool = False  # `tell` averages A B: the server's optimiser, whose steps are of A and B, is not for it
+
+    @property
+    def has_local_clusters(self) -> bool:
+        """Whether a client's rows are in local clusters, by likeness or by task, each of which trains by itself."""
+        return self.enrolling in ("clustering", "tasks")

@@ -21,7 +21,7 @@ from fedrouter_jax.config import EvaluationConfig
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import tiny
 from fedrouter_jax.presets import smoke
-from fedrouter_jax.strategies import fedit
+from fedrouter_jax.strategies import fedit, ffalora
 from fedrouter_jax.types import LoRA, Phase
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
@@ -176,6 +176,15 @@ def test_the_command_line_runs_it_from_a_file(tmp_path, monkeypatch, capsys, una
         assert main(["run", "--preset", "smoke", "--strategy", name, *small[:-1], str(tmp_path / "other")]) == 2
         *_, line = capsys.readouterr().err.splitlines()  # behind a line for each part of a run
         assert message in line
+
+
+def test_what_moves_for_nothing_in_some_round_between_is_refused():
+    def phases(round, rounds):
+        return (Phase(train={"main": LoRA(a=round == 4, b=True)}, weights={"main": 1.0}),)
+
+    config = replace(smoke(), rounds=replace(smoke().rounds, rounds=6))
+    with pytest.raises(UserError, match="a phase moves a of 'main', whose owner is fixed"):
+        method.check(config, ffalora()._replace(phases=phases))
 
 
 @pytest.mark.parametrize("name", ["pair", "turns", "told"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import clustering, clustering_figures
-from fedrouter_jax import routing
+from fedrouter_jax import clusters, routing
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.errors import UserError
 
@@ -61,7 +61,7 @@ def test_a_client_has_so_many_rows_of_each_task(states, monkeypatch):
     held = []
     enrolment = routing.Enrolment(np.array([[0, 1, 2]] * 2), 3, (), np.zeros((2, 30), int), {})
     monkeypatch.setattr(routing, "enroll", lambda key, points, *_: held.append(points) or enrolment)
-    monkeypatch.setattr(clustering, "accuracy", lambda enrolment, labels, tasks: (0.25, 0.75))
+    monkeypatch.setattr(clusters, "accuracy", lambda enrolment, labels, tasks: (0.25, 0.75))
     monkeypatch.setattr(clustering, "other_scores", lambda *_: {})
     assert clustering.cluster(states, 1, "paper", 2, 4) == {"local": 0.25, "global": 0.75}
     for points in held[0]:
@@ -137,4 +137,4 @@ def test_clustering_accuracy_matches_clusters_to_tasks(wrong, expected):
     labels = np.stack([1 - tasks[0], tasks[1]]).astype(np.int32)  # the numbers of clusters mean nothing
     labels[0, :wrong] = 0
     found = routing.Enrolment(np.array([[1, 0], [0, 1]]), 2, (), labels, {})
-    assert clustering.accuracy(found, tasks, 2) == (expected, expected)
+    assert clusters.accuracy(found, tasks, 2) == (expected, expected)

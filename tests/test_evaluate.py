@@ -18,7 +18,7 @@ def test_newcomers_rows_do_not_name_a_slot_and_are_not_missed_in_training():
     """Four clusters a client, and three rounds: one of each is never trained."""
     prepared, enrolment, _, _ = begun("fedrouter", data={"scenario": "all", "clients": 5, "newcomers": 2})
     rows = sum(len(held.train) for held in prepared.partition.clients[:3])
-    assert evaluate.slot_tasks(prepared, enrolment).sum() == rows
+    assert clusters.slot_tasks(prepared, enrolment).sum() == rows
     assert [client for client, _ in clusters.describe(prepared, enrolment)["never_trained"]] == [0, 1, 2]
 
 

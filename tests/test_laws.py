@@ -1,5 +1,6 @@
 """Laws that every strategy obeys, whatever it computes. One test a law, over all strategies."""
 
+import dataclasses
 import typing
 
 import jax
@@ -30,7 +31,23 @@ from fedrouter_jax.config import Config
 from fedrouter_jax.federation import make_round
 from fedrouter_jax.models import Blocks
 from fedrouter_jax.strategies import STRATEGIES, feddpa_f
-from fedrouter_jax.types import LoRA, Phase, View
+from fedrouter_jax.types import LoRA, Phase, View, one_phase
+
+
+@pytest.mark.parametrize("strategy", [s for s in OTHERS if s.phases is not one_phase], ids=lambda s: s.name)
+def test_what_no_phase_moves_comes_back_as_it_went(federation, strategy):
+    """Weight decay and a pull towards what was received do not move it; what some phase moves is moved."""
+    local = dataclasses.replace(LOCAL, weight_decay=0.5, proximal=0.1)
+    update = client.make_client_update(federation.model.config, LORA, local, optimiser=strategy.optimiser)
+    work, batch = inputs(federation, 1)
+    asked = jax.tree.map(lambda leaf: leaf[:1], strategy.ask(begin(federation, strategy), work))
+    rows, phases = jax.tree.map(lambda leaf: leaf[0], batch), strategy.phases(1, 5)
+    found, _ = update(federation.model.params, asked, rows, rate(1), jax.random.split(KEY, 1), phases)
+    moves = zip(*(jax.tree.leaves(bank.spread(phase.train, asked)) for phase in phases), strict=True)
+    for of_phases, new, old in zip(moves, *map(jax.tree.leaves, (found, asked)), strict=True):
+        moved = np.any([np.broadcast_to(move, old.shape) for move in of_phases], axis=0)
+        assert (np.asarray(new != old) & moved).any() == moved.any()
+        np.testing.assert_array_equal(np.asarray(new)[~moved], np.asarray(old)[~moved])
 
 
 @every_strategy

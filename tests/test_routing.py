@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrouter_jax import embed, evaluate, experiment, routing
+from fedrouter_jax import clusters, embed, experiment, routing
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import first_blocks, hidden_states
@@ -271,7 +271,7 @@ def test_a_slot_that_holds_nobodys_rows_gets_no_text():
     own = routing.candidates(table, jnp.asarray([0, 1]), 4, "local")
     np.testing.assert_array_equal(own, [[True, False, True, False], [False, False, True, False]])
     prepared = SimpleNamespace(partition=SimpleNamespace(tasks=["a", "b"]))
-    assert evaluate.slot_names(prepared, np.array([[3, 0, 1], [1, 0, 2]])) == ["a", "", "b"]
+    assert clusters.slot_names(prepared, np.array([[3, 0, 1], [1, 0, 2]])) == ["a", "", "b"]
 
 
 def test_points_of_a_router_are_standardised_and_of_unit_length_where_it_says_so():

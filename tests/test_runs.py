@@ -21,12 +21,13 @@ from safetensors.numpy import load_file
 
 from experiments import summaries
 from experiments.sweep import sweep
-from fedrouter_jax import checkpoint, evaluate, experiment, files, report, runs, sharing, terminal
+from fedrouter_jax import checkpoint, clusters, evaluate, experiment, files, report, runs, sharing, terminal
 from fedrouter_jax import config as config_lib
 from fedrouter_jax.cli import finish, main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import load_model
 from fedrouter_jax.presets import smoke
+from fedrouter_jax.rouge import score
 from fedrouter_jax.terminal import progress
 
 FINAL = ("scores.json", "predictions.jsonl", "clusters.json", "router/router.safetensors", "router/router.json")
@@ -65,7 +66,7 @@ def test_a_run_directory_holds_what_it_promises(finished):
     said = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
     for part, found in scores.items():
         answers = [answer for answer in said if answer["part"] == part]
-        rouge = [evaluate.score(answer["reference"], answer["answer"])["rouge1"] for answer in answers]
+        rouge = [score(answer["reference"], answer["answer"])["rouge1"] for answer in answers]
         assert [answer["rouge1"] for answer in answers] == pytest.approx(rouge, abs=1e-6)
         clients = {answer["client"] for answer in answers}
         own = [[r for r, answer in zip(rouge, answers, strict=True) if answer["client"] == c] for c in clients]
@@ -265,7 +266,7 @@ def test_oracle_routing_sends_every_row_to_the_slot_of_its_task(finished):
     told = dataclasses.replace(prepared.config.evaluation, personalised_routing="oracle")
     prepared = prepared._replace(config=dataclasses.replace(prepared.config, evaluation=told))
     asked = evaluate.questions(prepared, loaded.state, enrolment, loaded.embeddings, False)
-    held = evaluate.slot_tasks(prepared, enrolment)
+    held = clusters.slot_tasks(prepared, enrolment)
     own = [question for question in asked if question.part == "personalised"]
     assert len(own) == 32
     for question in own:

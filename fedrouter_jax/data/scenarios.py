@@ -58,6 +58,11 @@ class DataConfig:
     max_response: int = 128
     """Longest response in tokens, EOS included; also the longest generated answer."""
 
+    @property
+    def founders(self) -> int:
+        """How many clients train: the first ones, all but the newcomers."""
+        return self.clients - self.newcomers
+
 
 LABELS = 8  # a task with no more different answers than this is answered by labels
 
@@ -157,7 +162,24 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     evaluation). Tasks keep the order of their first appearance. Raises `UserError` when rows carry no task but the
     scenario needs them, or a client would be left without rows.
     """
-    found, clients = list(dict.fromkeys(row.task for row in dataset.train)), config.clients
+    found = list(dict.fromkeys(row.task for row in dataset.train))
+    tasks = [task for task in found if task not in config.unseen]
+    _check(dataset, config, found, tasks)
+    rng = np.random.default_rng([seed, 0x5CE7])
+    train, test = _dealt(dataset, config, tasks, seed, rng)
+    mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
+    if config.shift:
+        test = _shifted(config, tasks, test)
+    founding, held = (
+        {dataset.train[i].task for hand in hands for i in hand} for hands in (train[: config.founders], train)
+    )
+    clients = [Client(own, asked) for own, asked in zip(train, test, strict=True)]
+    return Partition(clients, mix, [task for task in tasks if task in held], len(founding))
+
+
+def _check(dataset: Dataset, config: DataConfig, found: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raise `UserError` for rows that no scenario can deal; `tasks` are those `found` that clients may hold."""
+    clients = config.clients
     unknown = sorted(set(config.unseen) - set(found))
     if unknown:
         raise UserError(f"--unseen names {unknown[0]!r}, which is no task of {dataset.name}; its tasks: {found}")
@@ -169,7 +191,6 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
     for split, rows in (("training", dataset.train), ("test", dataset.test)):
         if clients > len(rows):
             raise UserError(f"--clients is {clients}, but {dataset.name} has {len(rows)} {split} rows; lower it")
-    tasks = [task for task in found if task not in config.unseen]
     if not tasks:
         raise UserError(f"--unseen names all tasks of {dataset.name}; leave at least one to train")
     if config.scenario in ("single", "dual") and len(tasks) < 2 <= len(found):
@@ -192,7 +213,11 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         raise UserError(
             f"--mix-rows is {config.mix_rows}, but the mix is of {len(found)} tasks; give one row of each at least"
         )
-    rng, founders = np.random.default_rng([seed, 0x5CE7]), clients - config.newcomers
+
+
+def _dealt(dataset: Dataset, config: DataConfig, tasks: Sequence[str], seed: int, rng) -> tuple[list, list]:
+    """The training and test rows of each client; raises `UserError` where one would be left without."""
+    clients, names = config.clients, None
     if config.scenario == "dirichlet":
         shares = np.random.default_rng([seed, 0xD1]).dirichlet([config.mixture_alpha] * len(tasks), clients)
         train = deal_shares(dataset.train, tasks, shares, config.train_rows, rng)
@@ -202,25 +227,12 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
         train = own_rows(dataset.train, names, tasks, config.train_rows, rng)
         test = own_rows(dataset.test, names, tasks, config.test_rows, rng)
     else:
-        held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
-        for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
-            if cap < len(held[0]):
-                raise UserError(
-                    f"{flag} is {cap}, but a client holds {len(held[0])} tasks; give one row of each at least"
-                )
-        holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
-        orphan = next((task for task, of in holders.items() if not any(client < founders for client in of)), None)
-        if orphan is not None:
-            enough = len(tasks) + 1 - len(held[0]) + config.newcomers
-            raise UserError(
-                f"{founders} clients that train leave task {orphan!r} without one in scenario {config.scenario!r}; "
-                f"raise --clients to at least {enough}"
-            )
+        holders = _holders(config, tasks)
         train = deal(dataset.train, holders, config.train_rows, clients, rng)
         test = deal(dataset.test, holders, config.test_rows, clients, rng, config.balanced)
     for split, hands in (("training", train), ("test", test)):
         empty = next((client for client, hand in enumerate(hands) if not hand), None)
-        if empty is not None and config.scenario == "natural":
+        if empty is not None and names is not None:
             raise UserError(
                 f"client {names[empty]!r} has no {split} row in {dataset.name}; give it some, or leave its rows out"
             )
@@ -229,17 +241,35 @@ def partition(dataset: Dataset, config: DataConfig, seed: int) -> Partition:
                 f"client {empty} gets no {split} row: {dataset.name} has too few rows for {clients} clients; "
                 f"lower --clients or bring more rows{' (of each label, or leave out --balanced)' * config.balanced}"
             )
-    mix = deal(dataset.test, {task: [0] for task in found}, config.mix_rows, 1, rng, config.balanced)[0]
-    turn = [(client + config.shift) % clients for client in range(clients)]
-    dealt = config.scenario in ("single", "dual", "all")
-    if config.shift and dealt and all(set(held[c]) == set(held[other]) for c, other in enumerate(turn)):
+    return train, test
+
+
+def _holders(config: DataConfig, tasks: Sequence[str]) -> dict[str, list[int]]:
+    """The clients that hold each task; raises `UserError` for too low caps, or a task that nobody trains."""
+    clients, founders = config.clients, config.founders
+    held = [tasks_of(client, tasks, config.scenario) for client in range(clients)]
+    for flag, cap in (("--train-rows", config.train_rows), ("--test-rows", config.test_rows)):
+        if cap < len(held[0]):
+            raise UserError(f"{flag} is {cap}, but a client holds {len(held[0])} tasks; give one row of each at least")
+    holders = {task: [c for c in range(clients) if task in held[c]] for task in tasks}
+    orphan = next((task for task, of in holders.items() if not any(client < founders for client in of)), None)
+    if orphan is not None:
+        enough = len(tasks) + 1 - len(held[0]) + config.newcomers
         raise UserError(
-            f"--shift is {config.shift}, but in scenario {config.scenario!r} with {clients} clients that tests all of "
-            "them on the tasks they hold themselves; choose another"
+            f"{founders} clients that train leave task {orphan!r} without one in scenario {config.scenario!r}; "
+            f"raise --clients to at least {enough}"
         )
-    test = [test[other] for other in turn]
-    first, later = (
-        {dataset.train[i].task for hand in hands for i in hand} for hands in (train[:founders], train[founders:])
-    )
-    tasks = [task for task in tasks if task in first | later]
-    return Partition([Client(a, b) for a, b in zip(train, test, strict=True)], mix, tasks, len(first))
+    return holders
+
+
+def _shifted(config: DataConfig, tasks: Sequence[str], test: list[list[int]]) -> list[list[int]]:
+    """The test rows of clients further on; raises `UserError` where all hold just the tasks they are then asked."""
+    turn = [(client + config.shift) % config.clients for client in range(config.clients)]
+    held = [set(tasks_of(client, tasks, config.scenario)) for client in range(config.clients)]
+    dealt = config.scenario in ("single", "dual", "all")
+    if dealt and all(held[client] == held[other] for client, other in enumerate(turn)):
+        raise UserError(
+            f"--shift is {config.shift}, but in scenario {config.scenario!r} with {config.clients} clients that tests "
+            "all of them on the tasks they hold themselves; choose another"
+        )
+    return [test[other] for other in turn]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import SHARED
 
-from fedrouter_jax import evaluate, experiment, generate, models
+from fedrouter_jax import clusters, evaluate, experiment, generate, models
 from fedrouter_jax.data import tokens
 from fedrouter_jax.data.rows import Row
 from fedrouter_jax.models import load
@@ -168,8 +168,8 @@ def test_four_real_tasks_are_found_and_test_rows_reach_them(smollm2):
     prepared = experiment.prepare(replace(config, data=data), smollm2)
     embeddings = experiment.embed_rows(prepared)
     enrolment = experiment.enroll(prepared, embeddings)
-    held = evaluate.slot_tasks(prepared, enrolment)
-    assert held.shape == (4, 4) and evaluate.clustering_accuracy(held) >= 0.95
+    held = clusters.slot_tasks(prepared, enrolment)
+    assert held.shape == (4, 4) and clusters.clustering_accuracy(held) >= 0.95
     state = experiment.start(prepared, enrolment)
     asked = evaluate.questions(prepared, state, enrolment, embeddings, False)
     tasks = [prepared.partition.tasks.index(prepared.dataset.test[question.row].task) for question in asked]
