@@ -44,7 +44,7 @@ def test_the_leads_in_dual_are_those_of_the_runs(method, seeds, runs):
     assert leads_in("dual", method, seeds, table1_tables.cells(runs)) in SAID
 
 
-@pytest.mark.parametrize("method", ["fedlease", "ffalora", "fedex", "flexlora", "feddpa-f"])
+@pytest.mark.parametrize("method", ["fedlease", "ffalora", "fedex", "flexlora", "feddpa-f", "fedalt"])
 def test_the_leads_in_all_are_those_of_the_runs(method, runs):
     assert leads_in("all", method, 5, table1_tables.cells(runs)) in SAID
 
@@ -54,11 +54,11 @@ def test_what_is_said_of_all_without_qqp_is_what_the_runs_say(runs):
     own = interval(table1_tables.lead(cells, ("all", "personalised"), "fedrouter+", "flexlora"))
     assert "(without QQP {:.3f} ± {:.3f}, in five of five)".format(*own).replace("0.", ".") in SAID
     beyond = {}
-    for method in ("fedlease", "ffalora", "fedex", "flexlora", "feddpa-f"):
+    for method in ("fedlease", "ffalora", "fedex", "flexlora", "feddpa-f", "fedalt"):
         mean, half = interval(table1_tables.lead(cells, ("all", "generalisation"), "fedrouter+", method))
         beyond[method] = mean > half
-    assert [method for method in beyond if beyond[method]] == ["fedlease", "ffalora", "feddpa-f"]
-    assert "(without QQP beyond it over FedLEASE, FFA-LoRA and FedDPA-F)" in SAID
+    assert [method for method in beyond if beyond[method]] == ["fedlease", "ffalora", "feddpa-f", "fedalt"]
+    assert "(without QQP beyond it over FedLEASE, FFA-LoRA, FedDPA-F and FedALT)" in SAID
 
 
 @pytest.mark.parametrize("method", ["ffalora", "fedex"])
