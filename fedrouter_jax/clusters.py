@@ -86,7 +86,7 @@ def slot_names(prepared: Prepared, counts: np.ndarray) -> list[str]:
 
 
 def accuracy(
-    enrolment: Enrolment, labels: Sequence[np.ndarray], count: int, founders: int | None = None
+    enrolment: Enrolment, labels: Sequence[Sequence[int]], count: int, founders: int | None = None
 ) -> tuple[float, float]:
     """The share of rows in the right local cluster of their client, and of founders' rows in the right slot.
 
@@ -173,7 +173,7 @@ def read(path: Path) -> formats.Clusters:
 def partition(found: formats.Clusters, config: Config) -> Partition:
     """Who holds which training rows, by a run's clusters; test rows are not said there."""
     clients = found["clients"]
-    founders = clients[: len(clients) - config.data.newcomers]
+    founders = clients[: config.data.founders]
     founding = {task for client in founders for task in client["tasks"]}
     return Partition([Client(client["rows"], []) for client in clients], [], found["tasks"], len(founding))
 

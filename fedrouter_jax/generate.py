@@ -26,7 +26,7 @@ from fedrouter_jax.models import DecoderConfig
 from fedrouter_jax.types import Advance, Array, LoRA, PyTree, unseen
 
 _BLOCK = 128  # scores; a divisor of the vocabularies of the models we know
-_FEWEST = 16  # rows in a batch that has shrunk
+_FEWEST = 16  # the fewest rows of a batch that has shrunk
 
 
 class Answering(NamedTuple):

@@ -103,9 +103,9 @@ def lanes(axes: Axes, run: Run) -> None:
             slot = table[lane["client"]][lane["cluster"]] if table else None
             mean = np.mean(np.array(lane["loss"], float))  # of None, which was not finite, no dot
             points.setdefault(slot, []).append((record["round"], mean))
-    if len(points) == 1:  # nobody is told apart; where slots are not clusters', `clusters` is the number of tasks
+    if len(points) == 1 and not found["clustered"]:  # nobody is told apart
         points = {None: next(iter(points.values()))}
-    kinds = {slot: (slot, str(slot)) for slot in range(found["clusters"])}
+    kinds = {slot: (slot, str(slot)) for slot in points if slot is not None}
     if found["clustered"]:  # in the colours of the pictures of clusters
         kinds |= cluster_plots.by_task(*reversed(cluster_plots.of_rows(found)), found["tasks"])
     for slot in sorted(points, key=lambda slot: -1 if slot is None else slot):

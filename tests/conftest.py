@@ -46,6 +46,7 @@ def programs():
     """A file's programs are dropped after its tests: Linux limits the mappings of a process, and so its programs."""
     yield
     jax.clear_caches()
+    gc.collect()  # programs in cycles
 
 
 @pytest.fixture(scope="session")

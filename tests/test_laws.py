@@ -35,13 +35,14 @@ from fedrouter_jax.types import LoRA, Phase, View, one_phase
 
 
 @pytest.mark.parametrize("strategy", [s for s in OTHERS if s.phases is not one_phase], ids=lambda s: s.name)
-def test_what_no_phase_moves_comes_back_as_it_went(federation, strategy):
+@pytest.mark.parametrize("number", [1, 5])
+def test_what_no_phase_moves_comes_back_as_it_went(federation, strategy, number):
     """Weight decay and a pull towards what was received do not move it; what some phase moves is moved."""
     local = dataclasses.replace(LOCAL, weight_decay=0.5, proximal=0.1)
     update = client.make_client_update(federation.model.config, LORA, local, optimiser=strategy.optimiser)
     work, batch = inputs(federation, 1)
     asked = jax.tree.map(lambda leaf: leaf[:1], strategy.ask(begin(federation, strategy), work))
-    rows, phases = jax.tree.map(lambda leaf: leaf[0], batch), strategy.phases(1, 5)
+    rows, phases = jax.tree.map(lambda leaf: leaf[0], batch), strategy.phases(number, 5)
     found, _ = update(federation.model.params, asked, rows, rate(1), jax.random.split(KEY, 1), phases)
     moves = zip(*(jax.tree.leaves(bank.spread(phase.train, asked)) for phase in phases), strict=True)
     for of_phases, new, old in zip(moves, *map(jax.tree.leaves, (found, asked)), strict=True):
