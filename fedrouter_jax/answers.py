@@ -105,11 +105,10 @@ def _under_adapters(
     weights, shift = np.asarray(weights), prepared.strategy.base
     plain = ~weights.any(axis=1) & (shift is not None)
 
-    def some(params, places, advance):
+    def some(params, state, places, advance):
         found = np.zeros((len(places), *empty.shape), empty.dtype)
-        here = mesh.beside(params, state._replace(server=()))
-        bank = bank_lib.serving(here.bank)
-        for base, chosen in ((shift(here, params) if shift else params, ~plain[places]), (params, plain[places])):
+        bank = bank_lib.serving(state.bank)
+        for base, chosen in ((shift(state, params) if shift else params, ~plain[places]), (params, plain[places])):
             for rows, slots in together(weights[places], np.flatnonzero(chosen), SLOTS):
                 adapters = lora.concatenate(jax.tree.map(lambda leaf, slots=slots: leaf[np.maximum(slots, 0)], bank))
                 open_ones = np.where(slots >= 0, weights[places[rows]][:, slots], 0)
@@ -117,7 +116,7 @@ def _under_adapters(
                 found[rows] = work(base, adapters, places[rows], gates, advance)
         return found
 
-    return divided(prepared.model.params, len(weights), some, advance)
+    return divided(prepared.model.params, len(weights), some, advance, state._replace(server=()))
 
 
 def together(weights: np.ndarray, rows: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -168,7 +168,7 @@ def embed_texts(prepared: Prepared, texts: Sequence[str], advance: Advance = uns
     ids = tokens.encode_texts(model.tokenizer, texts, config.data.max_length)
     recipe = routing.RECIPES[config.cluster.recipe]
 
-    def some(params, places, advance):
+    def some(params, _, places, advance):
         here = [ids[place] for place in places]
         packs = at_once.packs(config)
         return embed.embed(model.config, params, here, recipe.depth, packs, advance, skip=recipe.skip)

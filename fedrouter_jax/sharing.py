@@ -25,14 +25,19 @@ def silent(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]
 def divided(
     params: PyTree,
     count: int,
-    work: Callable[[PyTree, np.ndarray, Advance], np.ndarray],
+    work: Callable[[PyTree, PyTree, np.ndarray, Advance], np.ndarray],
     advance: Advance = unseen,
+    tree: PyTree = (),
 ) -> np.ndarray:
-    """`work(params, places, advance)` [place, ...] for the places 0 .. count-1, all of them on every process.
+    """`work(params, tree, places, advance)` [place, ...] for the places 0 .. count-1, all of them on every process.
 
-    Every row of devices holds a whole base, and does a share of the places (an array of int), all at the same time.
+    Every row of devices holds a whole base, and `tree` (arrays) whole, and does a share of the places (an array of
+    int), all at the same time.
     """
     bases, lock, stopped = mesh.copies(processes.own(params)), Lock(), Event()
+    # Placed here, by one thread: JAX (0.10) lists the parts of an array when it is first asked for them, and a second
+    # thread that asks meanwhile is given the beginning of that list.
+    trees = [mesh.beside(base, tree) for base in bases]
     mine = np.arange(count)[processes.share()]
     shares = [mine[row :: len(bases)] for row in range(len(bases))]
 
@@ -42,14 +47,15 @@ def divided(
         with lock:
             advance(rows)
 
-    def run(base: PyTree, places: np.ndarray) -> np.ndarray:
+    def run(base: PyTree, tree: PyTree, places: np.ndarray) -> np.ndarray:
         with mesh.known(base):
-            return work(base, places, counted)
+            return work(base, tree, places, counted)
 
     with ThreadPoolExecutor(len(bases)) as pool:
-        others = [pool.submit(run, *share) for share in zip(bases[1:], shares[1:], strict=True)]
+        first, *rest = zip(bases, trees, shares, strict=True)
+        others = [pool.submit(run, *row) for row in rest]
         try:
-            found = [run(bases[0], shares[0]), *(other.result() for other in others)]
+            found = [run(*first), *(other.result() for other in others)]
         except BaseException:  # an interrupt reaches this thread alone
             stopped.set()
             raise

@@ -8,13 +8,15 @@ A case may say `quantise`, `at_once`, the rounds to play (`first` to `last`), fo
 for each case: the largest difference from one device that plays all rounds, the number of compiled programs, the bytes
 of the bank, and where it is wanted what the devices of a program send each other, bytes by operation. A case with
 `answer` embeds and answers so many texts instead, and prints the largest difference of embeddings, the share of equal
-answers, the devices of caches, and whether attention would be cuDNN's on a GPU.
+answers, the devices of caches, the threads that place what rows of devices share, and whether attention would be
+cuDNN's on a GPU.
 """
 
 import dataclasses
 import functools
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,14 +106,19 @@ def respond(strategy, shape, answer):
     on = mesh.make(shape[1], jax.devices()[: shape[0] * shape[1]])
     model = prepared.model._replace(params=mesh.place_base(on, prepared.model.params))
     spread, placed = prepared._replace(model=model, mesh=on), mesh.place_state(on, prepared.strategy, state)
-    said, numbers, caches = [], [], []
+    said, numbers, caches, placing, mesh_beside = [], [], [], set(), mesh.beside
 
     def empty_cache(*given):
         made = models.empty_cache(*given)
         caches.append({device.id for leaf in jax.tree.leaves(made) for device in leaf.devices()})
         return made
 
+    def beside(*given):
+        placing.add(threading.current_thread().name)
+        return mesh_beside(*given)
+
     generate.models = SimpleNamespace(**vars(models) | {"empty_cache": empty_cache})
+    mesh.beside = beside
     for of, here in ((prepared, state), (spread, placed)):
         said.append(answers.answer(of, here, [row.prompt for row in encoded], weights))
         numbers.append((experiment.embed_texts(of, texts), answers.losses(of, here, encoded, weights)))
@@ -119,14 +126,15 @@ def respond(strategy, shape, answer):
     gap = max(float(np.abs(alone - spread).max()) for alone, spread in zip(*numbers, strict=True))
     bases = len(mesh.copies(model.params))
     found = {"gap": gap, "same": float(same), "different": len(set(said[0])), "bases": bases}
-    found["kernel"] = kernel(model.params)
+    found |= {"kernel": kernel(model.params), "placing": sorted(placing)}
+    mesh.beside = mesh_beside
     return found | {"caches": sorted(map(sorted, caches[1:]))}  # the first was that of one device
 
 
 def kernel(params):
     """Whether rows of devices would take cuDNN's attention to embed and answer, if they had it."""
     known, attention.compute_capability = attention.compute_capability, lambda: "9.0"
-    found = sharing.divided(params, 4, lambda base, places, advance: np.full(len(places), attention.by_cudnn()))
+    found = sharing.divided(params, 4, lambda base, tree, places, advance: np.full(len(places), attention.by_cudnn()))
     attention.compute_capability = known
     return found.all().item() if found.all() == found.any() else None
 

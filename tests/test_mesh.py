@@ -128,6 +128,7 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device(eight):
         assert case["gap"] < 1e-4 and case["same"] == 1, case
     assert [case["bases"] for case in found] == [4, 3]  # each works with its own
     assert found[0]["different"] > 3
+    assert [case["placing"] for case in found] == [["MainThread"]] * 2  # two at once may find half of an array's parts
     assert [case["kernel"] for case in found] == [False, True]  # which no partitioner divides
     # Keys and values, too, or the first device would hold those of all.
     assert [case["caches"] for case in found] == [[[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [1]]]
@@ -136,10 +137,11 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device(eight):
 def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
     """It reaches the first row's thread alone; the others must not answer on to their end."""
     monkeypatch.setattr(mesh, "copies", lambda params: ["first", "second"])
+    monkeypatch.setattr(mesh, "beside", lambda params, tree: tree)
     monkeypatch.setattr(mesh, "known", lambda params: nullcontext())
     begun, done = Event(), []
 
-    def work(base, places, advance):
+    def work(base, tree, places, advance):
         if base == "first":
             begun.wait()
             raise KeyboardInterrupt
