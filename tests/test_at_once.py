@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from fedrouter_jax import at_once, experiment
+from fedrouter_jax import at_once, experiment, memory
 from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import ComputeConfig
 from fedrouter_jax.data import packing
@@ -55,3 +55,21 @@ def test_on_an_accelerator_as_much_goes_together_as_fits(monkeypatch, limit, pac
     asked = dataclasses.replace(config, compute=ComputeConfig(packs_at_once=3, groups_at_once=2, rows_at_once=7))
     assert at_once.training(asked, *args) == (3, 2)
     assert at_once.rows(asked, *read) == 7
+
+
+def test_some_memory_is_left_for_what_nobody_plans(monkeypatch):
+    """All eight groups are planned to fit to the byte; and the keys and values of 256 rows are a quarter of it."""
+    config, prepared = smoke(), experiment.prepare(smoke())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    federation = memory.federation(prepared.model.config, config, prepared.strategy, 4)
+    prompt = [0] * 100
+    shape = memory.Pack(*prepared.pack, rows=4 * config.local.batch, lanes=4, at_once=1)
+    all_of_them = memory.needed(federation, shape, 8, 8).total
+    for limit, fitting in ((all_of_them, range(1, 8)), (all_of_them / 0.84, [8])):
+        monkeypatch.setattr(at_once, "memory_limit", lambda limit=limit: limit)
+        found = at_once.training(config, prepared.model.config, prepared.strategy, 4, (8, 4), prepared.pack, [1])
+        assert found[0] == 1 and found[1] in fitting
+    decoder = prepared.model.config
+    row = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4 * (len(prompt) + config.data.max_response)
+    monkeypatch.setattr(at_once, "memory_limit", lambda: 4 * 256 * row)
+    assert at_once.rows(config, prepared.model, [prompt] * 600) == 256

@@ -16,7 +16,9 @@ from fedrouter_jax.presets import smoke
 from fedrouter_jax.routing import ClusterConfig
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"data": {"train_rows": 23}}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"dtype": "bfloat16"}, {"quantise": "nf4"}, {"data": {"train_rows": 23}}]
+)
 def test_a_run_of_other_rows_or_another_model_has_nothing_to_give(finished, change):
     prepared = experiment.prepare(smoke())
     config = prepared.config

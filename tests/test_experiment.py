@@ -11,9 +11,9 @@ from helpers import assert_close, begun, read_adapter
 from jax.sharding import AbstractMesh, PartitionSpec
 from safetensors.numpy import load_file
 
-from fedrouter_jax import clusters, embed, experiment, export, mesh, plan, routing
+from fedrouter_jax import clusters, experiment, export, mesh, plan
 from fedrouter_jax.config import ComputeConfig
-from fedrouter_jax.data import synthetic, tokens
+from fedrouter_jax.data import synthetic
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.models import model_config
 from fedrouter_jax.models.decoder import Blocks
@@ -52,15 +52,6 @@ def test_a_run_does_not_depend_on_the_kind_of_keys_that_jax_is_told():
         assert jax.tree.all(jax.tree.map(jnp.array_equal, other.bank, state.bank))
         assert experiment.train_round(prepared, other, *inputs)[1]["loss"] > 0
         assert plan.plan(prepared.config, 60, 12).memory.total > 0
-
-
-def test_texts_are_embedded_by_the_recipe_of_the_config():
-    prepared = experiment.prepare(smoke())
-    texts, model = ["one two three", "four"], prepared.model
-    ids = tokens.encode_texts(model.tokenizer, texts, 320)
-    expected = embed.embed(model.config, model.params, ids, 1 / 6, skip=1)
-    np.testing.assert_allclose(experiment.embed_texts(prepared, texts), expected, rtol=1e-4, atol=1e-5)
-    assert embed.blocks(model.config, 1 / 6) == 1  # of two blocks, never none
 
 
 def test_rows_in_memory_are_dealt_as_those_of_files(tmp_path):
@@ -107,19 +98,10 @@ def test_what_is_configured_reaches_the_round(monkeypatch):
     _, lora, *given = made["update"]
     assert (lora, given[:2], given[3]) == (config.lora, [local, Blocks(remat=True)], strategy.optimiser)
     assert ComputeConfig(unroll=True).blocks == Blocks(unroll=True)
-    server = made["round"][5]
+    _, _, rate, _, _, server, *_ = made["round"]
+    assert rate(1) > rate(rounds.rounds) == pytest.approx(local.min_learning_rate)
     step, _ = server.update(jnp.ones(2), server.init(jnp.zeros(2)))
     np.testing.assert_allclose(step, -0.3, rtol=1e-6)
-
-
-def test_no_more_clusters_are_looked_for_than_asked(monkeypatch):
-    prepared = experiment.prepare(
-        dataclasses.replace(smoke(), cluster=dataclasses.replace(smoke().cluster, max_clusters=3))
-    )
-    asked = []
-    monkeypatch.setattr(routing, "enroll", lambda *given: asked.append(given[5]) or routing.one_cluster_each([1], 1))
-    experiment.enroll(prepared, np.zeros((len(experiment.embedded_rows(prepared)), 64), np.float32))
-    assert asked == [3]
 
 
 def test_clients_are_regrouped_after_a_round_and_the_record_says_how():

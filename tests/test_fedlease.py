@@ -84,6 +84,15 @@ def test_every_cluster_has_a_copy_of_the_other_expert_and_never_sends_it(grouped
     assert bank.wire_bytes(strategy.owners, state.bank, [Phase(True, {})]) == sent
 
 
+def test_experts_are_made_once_and_only_then_compete(grouped):
+    strategy, state, *_ = grouped
+    later = state._replace(round=jnp.asarray(2))
+    assert strategy.regroup(later) is later
+    first, then = (strategy.phases(t, 5)[0].weights for t in (1, 2))
+    assert {name: float(weight) for name, weight in first.items()} == {"own": 1, "other_1": 0, "other_2": 0}
+    assert {float(weight) for weight in then.values()} == {1}
+
+
 def test_later_rounds_train_ones_own_expert_and_all_scores(federation, grouped):
     strategy, state, *_ = grouped
     work, batch = inputs(federation, 2)

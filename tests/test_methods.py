@@ -202,6 +202,16 @@ def test_ifca_with_one_cluster_is_fedit_and_with_more_takes_the_slot_of_least_lo
     assert table[3, work.cluster[3]] == state.table[3, work.cluster[3]]  # it did not take part
 
 
+def test_clients_of_ifca_choose_their_slots_in_a_round(federation):
+    """Before they train, by the loss of all three slots; two of them fit nobody."""
+    state = begin(federation, ifca())
+    far = jax.tree.map(lambda leaf: leaf + bank.expand(jnp.array([90.0, 50.0, 0.0]), leaf), state.bank)
+    work, batch = inputs(federation, 2)
+    given = state._replace(bank=far, round=jnp.ones((), jnp.int32))
+    after, _ = round_of(ifca(), nudge, None)(given, federation.model.params, work, batch, KEY)
+    assert after.table[work.client, work.cluster].tolist() == [2] * CLIENTS
+
+
 def test_the_loss_of_a_round_is_what_training_at_rate_zero_reports(federation):
     """No dropout, and half of the second step's labels: the mean over the response tokens of both."""
     decoder, params = federation.model.config, federation.model.params

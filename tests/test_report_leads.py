@@ -76,6 +76,9 @@ def test_only_what_shares_two_seeds_in_one_setting_is_compared(paths, tmp_path):
     single += [scored(tmp_path / f"single-local{seed}", "local", seed, 0.95, 0.9, data=other) for seed in range(3)]
     table = table_of(paths + single)
     assert [cells[1] for cells in table.cells] == ["dual", "dual", "single"] and table.header[1] == "scenario"
+    for change in ({"model": "other"}, {"dtype": "bfloat16"}, {"quantise": "nf4"}):
+        apart = [scored(tmp_path / f"{change}{seed}", "fedit", seed, 0.9, 0.9, **change) for seed in range(3)]
+        assert len(table_of(paths + apart).cells) == 2  # nor over those of other frozen weights
     best = [scored(tmp_path / f"oracle{seed}", "oracle", seed, 0.99, 0.99) for seed in range(3)]
     named = [cells[0] for cells in table_of(paths + best).cells]  # a reference leads nobody
     assert named == [f"fedrouter over {name}" for name in ("fedit", "local", "oracle")]

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import begun
 
 from fedrouter_jax import config as config_lib
-from fedrouter_jax import experiment, files, serve
+from fedrouter_jax import experiment, files, runs, serve
 from fedrouter_jax.cli import main
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
@@ -89,6 +91,27 @@ def test_files_that_cannot_be_routed(rows, beside, expected, finished, tmp_path,
 def test_texts_that_cannot_be_routed(texts, expected, finished):
     with pytest.raises(UserError, match=expected):
         serve.route(finished, texts)
+
+
+def test_a_long_text_leaves_room_for_its_answer(finished, monkeypatch):
+    asked = []
+    monkeypatch.setattr(serve.answers, "answer", lambda p, s, prompts, *_: asked.extend(prompts) or [""])
+    serve.route(finished, [999 * "long "])
+    assert [len(prompt) for prompt in asked] == [smoke().data.max_length - smoke().data.max_response]
+
+
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [
+        *((name, "say whose with --client") for name in ("clustered", "fedlease", "ifca", "local", "ditto")),
+        ("oracle", "routes no new text; use a fedrouter run"),
+    ],
+)
+def test_who_asks_must_be_known_to_methods_with_a_cluster_or_an_adapter_a_client(strategy, expected, monkeypatch):
+    prepared, enrolment, state, _ = begun(strategy)
+    monkeypatch.setattr(serve.runs, "read", lambda run: runs.Loaded(prepared, enrolment, [], state, None))
+    with pytest.raises(UserError, match=expected):
+        serve.route(Path("run"), ["a text"])
 
 
 def test_answers_that_are_interrupted_are_not_said_to_be_kept(finished, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What single strategies do that no law over all of them asks for."""
 
+import inspect
 from dataclasses import replace
 
 import jax
@@ -135,6 +136,42 @@ def test_soft_gates_are_a_softmax_of_distances(federation):
     away = np.asarray(routing.nearest(state.memory, view.embeddings)[1], np.float64)
     expected = np.exp((away.min(axis=1, keepdims=True) - away) / 0.3)
     np.testing.assert_allclose(soft, expected / expected.sum(axis=1, keepdims=True), rtol=1e-3, atol=1e-6)
+
+
+def test_the_numbers_of_methods_are_those_of_their_papers_and_of_committed_runs():
+    """No config holds these, so that nobody could tell by a run that they had changed."""
+    made = {name: inspect.signature(STRATEGIES[name]).parameters for name in STRATEGIES}
+    found = {
+        name: {key: parameter.default for key, parameter in made[name].items()}
+        for name in ("ditto", "fedrouter-soft", "feddpa-t", "feddpa-f")
+    }
+    assert found == {
+        "ditto": {"pull": 0.1},
+        "fedrouter-soft": {"nearest": 2, "temperature": 0.1},
+        "feddpa-t": {"mix": 0.5, "scale": 0.5, "weight_on": "local"},
+        "feddpa-f": {"together": 20, "scale": 0.5, "weight_on": "local"},
+    }
+
+
+def test_methods_are_given_what_they_route_by():
+    """FedDPA's S of its paper; the centroids of clustered rows; slots dealt at random."""
+    of = {name: make() for name, make in STRATEGIES.items()}
+    assert {name: method.references for name, method in of.items() if method.references} == {
+        "feddpa-t": 5, "feddpa-f": 5
+    }  # fmt: skip
+    by_kind = {
+        kind: {name for name, method in of.items() if method.enrolling == kind}
+        for kind in ("clustering", "random", "tasks")
+    }
+    assert by_kind["random"] == {"ifca"} and by_kind["tasks"] == {"oracle"}
+    assert by_kind["clustering"] == {name for name in of if name.startswith("fedrouter")}
+
+
+def test_soft_gates_leave_a_row_whose_task_is_told_to_one_adapter(federation):
+    state = begin(federation, fedrouter_soft())
+    view = View(jax.random.normal(KEY, (2, federation.model.config.width)), jnp.array([2, 0]))
+    weights = fedrouter_soft().route(state, jnp.array([0, 1]), view, "oracle")
+    np.testing.assert_array_equal(weights, np.eye(SLOTS)[[2, 0]])
 
 
 def test_what_comes_down_is_counted(federation):
