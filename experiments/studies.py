@@ -236,6 +236,7 @@ def markdown(name: str, found: dict[str, dict]) -> str:
     tasks = sorted({task for same in table.values() for s in same for part in parts for task in by_task(s, part)})
     columns = [name, "method", "seeds", *parts, *tasks, "rows clustered right", "own texts routed right"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = len(lines)
     for (method, value), same in table.items():
         scores = [[summaries.score(s, part) for s in same if part in s["scores"]] for part in parts]
         row = [table1_tables.text(values, False) if values else "" for values in scores]
@@ -244,11 +245,17 @@ def markdown(name: str, found: dict[str, dict]) -> str:
         shares = [values if values and None not in values else None for values in (clustered, routed)]
         for task in tasks:
             values = [[by_task(s, part)[task] for s in same if task in by_task(s, part)] for part in parts]
-            row.append(" / ".join(f"{np.mean(scores):.3f}" if scores else "-" for scores in values))
+            row.append(" / ".join(mean_of(scores, len(same)) for scores in values))
         row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
         lines.append(f"| {label(value)} | {method} | {len(same)} | {' | '.join(row)} |")
-    lines += ["", f"In a task's column: {' / '.join(parts)}."]
+    fewer = "; in brackets of how many seeds, where not of all" if any(" (" in line for line in lines[rows:]) else ""
+    lines += ["", f"In a task's column: {' / '.join(parts)}{fewer}."]
     return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
+
+
+def mean_of(scores: list[float], count: int) -> str:
+    """The mean, and of how many seeds it is where that is not `count`."""
+    return f"{np.mean(scores):.3f}" + f" ({len(scores)})" * (len(scores) < count) if scores else "-"
 
 
 def by_task(summary: dict, part: str) -> dict[str, float]:

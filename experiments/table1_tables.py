@@ -127,7 +127,8 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
     for ours in (*OURS, *filter(own, methods)):
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
             gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
-            lines.append(f"| **{ours}, gain over the best baseline** | {gains} |")
+            title = "gain over the best baseline" if best_of is max else "more than the best baseline: less is better"
+            lines.append(f"| **{ours}, {title}** | {gains} |")
     return lines
 
 

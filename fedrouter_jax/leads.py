@@ -1,14 +1,14 @@
-"""How far one method is ahead of another on the seeds that both have, from what their runs say."""
+"""Which method is best, and how far ahead of another on the seeds that both have, from what their runs say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
-from fedrouter_jax.records import Row, by_seed, setting
+from fedrouter_jax.records import Row, budget, by_seed, setting
 
 METRIC = "rouge1", "mean"
 OWN, MIX = 0, 1  # places in `records.PARTS`
@@ -16,7 +16,7 @@ TOLD_MORE = ("oracle", "centralised")  # than any method is: nobody wants their 
 
 
 class Lead(NamedTuple):
-    """One row of runs over another of the same setting."""
+    """One row of runs over another of the same setting and budget."""
 
     ours: Row
     theirs: Row
@@ -40,7 +40,7 @@ def told(values: Sequence[float]) -> str:
 
 
 def leads(rows: Sequence[Row]) -> list[Lead]:
-    """Of each setting the method that is best on own tasks over every other that shares two seeds with it.
+    """Of each setting and budget the method that is best on own tasks over every other that shares two seeds with it.
 
     The best, not the first: `runs/*` names them by the alphabet; over the seeds that all that may lead have, or where
     there are none over its own. References are led over, and lead nobody.
@@ -48,7 +48,7 @@ def leads(rows: Sequence[Row]) -> list[Lead]:
     settings: dict[tuple, list[Row]] = {}
     for row in rows:
         if not row.base and len(by_seed(row, OWN, *METRIC)) > 1:
-            settings.setdefault(setting(row.runs[0]), []).append(row)
+            settings.setdefault((setting(row.runs[0]), budget(row.runs[0])), []).append(row)
     found = []
     for rivals in settings.values():
         pairs = [_lead(ours, theirs) for ours in rivals for theirs in rivals if ours is not theirs]
@@ -56,6 +56,34 @@ def leads(rows: Sequence[Row]) -> list[Lead]:
         if best := _best([lead.ours for lead in pairs]):
             found += [lead for lead in pairs if lead.ours is best]
     return found
+
+
+def best_rows(
+    rows: Sequence[Row], values: Sequence[Sequence[float]], best: Callable, form: Callable[[float], str]
+) -> list[int]:
+    """The places of the rows whose means are best, as shown, of those that compare; `values` are a score's by row.
+
+    Rows compare that are finished and have the score for all their runs; of the same setting and budget (the base model
+    takes no steps), and over the same seeds. Where those of rivals differ, or all are alike, none is the best.
+    """
+    means = {
+        i: float(np.mean(found))
+        for i, (row, found) in enumerate(zip(rows, values, strict=True))
+        if len(found) == len(row.runs) and all(run.scores is not None for run in row.runs)
+    }
+    found = []
+    for i in means:
+        rivals = [k for k in means if _compare(rows[i], rows[k])]
+        seeds = {tuple(run.config.seed for run in rows[k].runs) for k in rivals}
+        shown = {form(means[k]) for k in rivals}
+        if len(seeds) == 1 < len(shown) and form(means[i]) == form(best(means[k] for k in rivals)):
+            found.append(i)
+    return found
+
+
+def _compare(one: Row, other: Row) -> bool:
+    first, second = one.runs[0], other.runs[0]
+    return setting(first) == setting(second) and (one.base or other.base or budget(first) == budget(second))
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

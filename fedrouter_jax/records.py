@@ -12,7 +12,7 @@ import numpy as np
 from fedrouter_jax import config as config_lib
 from fedrouter_jax import formats, idle
 from fedrouter_jax import method as method_lib
-from fedrouter_jax.config import Config, DataConfig
+from fedrouter_jax.config import ComputeConfig, Config, DataConfig
 from fedrouter_jax.errors import UserError
 
 PARTS = ("personalised", "generalisation", "newcomers")  # the last only where clients joined after training
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of the tables: runs that differ in their seed alone, or the base model under them."""
+    """One row of the tables: runs whose results differ by their seed alone, or the base model under them."""
 
     label: str
     runs: list[Run]
@@ -72,9 +72,16 @@ def read(path: Path) -> Run:
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """Base models first, one for each model and data; then the runs, those that differ in their seed alone together."""
+    """Base models first, one for each model and data; then the runs, those whose seeds alone set them apart together.
+
+    What changes only speed and memory does not, unless runs are there that differ in nothing else.
+    """
     _check_origins(runs)
-    varying = {name for run in runs for name, value in _choices(run).items() if value != _choices(runs[0])[name]}
+    configs = {run.path: replace(run.config, compute=ComputeConfig()) for run in runs}
+    if len({*configs.values()}) < len(runs):
+        configs = {run.path: run.config for run in runs}
+    choices = [_choices(config) for config in configs.values()]
+    varying = {name for found in choices for name, value in found.items() if value != choices[0][name]}
     of_base = {"model", "dtype", "quantise", *(field.name for field in fields(DataConfig))}
     bases: dict[Any, dict[int, Run]] = {}
     groups: dict[Any, list[Run]] = {}
@@ -82,11 +89,11 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         if run.scores and BASE_PARTS[0] in run.scores:
             bases.setdefault(setting(run), {}).setdefault(run.config.seed, run)  # all runs of a seed have the same one
         # An unfinished run stands alone: its scores are of an earlier round.
-        groups.setdefault((replace(run.config, seed=0), run.scores is None and run.path), []).append(run)
+        groups.setdefault((replace(configs[run.path], seed=0), run.scores is None and run.path), []).append(run)
     rows = []
     for of in bases.values():
         chosen = [of[seed] for seed in sorted(of)]
-        rows.append(Row(_label("base model", chosen[0], varying & of_base), chosen, BASE_PARTS))
+        rows.append(Row(_label("base model", chosen[0].path, configs, varying & of_base), chosen, BASE_PARTS))
     for same in groups.values():
         seeds: dict[int, Run] = {}
         for run in same:
@@ -96,7 +103,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
                     f"{other.path} and {run.path} are one run twice (equal configs, seed {run.config.seed}), which "
                     "tells nothing of the spread; name one of them"
                 )
-        label, first = _label(same[0].config.strategy, same[0], varying), same[0]
+        first = same[0]
+        label = _label(first.config.strategy, first.path, configs, varying)
         if first.scores is None:
             label += f" (unfinished: {len(first.rounds)} of {first.config.rounds.rounds} rounds)"
         rows.append(Row(label, sorted(same, key=lambda run: run.config.seed), PARTS))
@@ -130,24 +138,29 @@ def setting(run: Run) -> tuple:
     return run.config.model, run.config.dtype, run.config.quantise, run.config.data
 
 
-def _choices(run: Run) -> dict[str, Any]:
+def budget(run: Run) -> int:
+    """How many rows a client's steps take in all rounds: methods are compared at equal ones."""
+    return run.config.rounds.rounds * run.config.local.steps * run.config.local.batch
+
+
+def _choices(config: Config) -> dict[str, Any]:
     """Every choice by its name, without those that have a column of their own."""
     flat: dict[str, Any] = {}
-    for name, value in asdict(run.config).items():
+    for name, value in asdict(config).items():
         flat.update(value if isinstance(value, dict) else {name: value})
     return {name: value for name, value in flat.items() if name not in ("strategy", "seed", "scenario")}
 
 
-def _label(name: str, run: Run, varying: set[str]) -> str:
+def _label(name: str, path: Path, configs: dict[Path, Config], varying: set[str]) -> str:
     """A name and what sets it apart: model and data, then one or two choices, or the directory where they are more.
 
     Turns are told of where the server orders them: most methods have none.
     """
-    choices = _choices(run)
+    choices = _choices(configs[path])
     others = [key for key in choices if key in varying - {"model", "data"}]
     told = [key for key in others if key != "turns" or choices[key] != "own"]
     shown = [key for key in ("model", "data") if key in varying] + (told if len(others) <= 2 else [])
-    apart = [f"{key} {brief(choices[key])}" for key in shown] + ([run.path.resolve().name] if len(others) > 2 else [])
+    apart = [f"{key} {brief(choices[key])}" for key in shown] + ([path.resolve().name] if len(others) > 2 else [])
     return f"{name} ({', '.join(apart)})" if apart else name
 
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from fedrouter_jax import files, formats
 from fedrouter_jax.errors import printable
-from fedrouter_jax.leads import leads, told
+from fedrouter_jax.leads import best_rows, leads, told
 from fedrouter_jax.records import (
     PARTS,
     Row,
@@ -38,7 +38,6 @@ from fedrouter_jax.records import (
     read_all,
     rows_of,
     scores,
-    setting,
     several_scenarios,
     tasks_of,
 )
@@ -53,11 +52,12 @@ NOTE = (
 )
 NEW = " new.: clients that joined after training, their own tasks."
 SEEDS = " ±, but of leads: standard deviation (n - 1) over the seeds, beside their mean."
-BOLD = " Bold: the best mean of a setting."
+BOLD = " Bold: the best mean of finished runs on the same rows, with as many steps, where all have the same seeds."
+FEWER = " In brackets: how many seeds have it, where not all."
 LEADS = (
-    "The method that is best on own tasks (no reference) over each other of its setting, on the seeds that both have, "
-    "two or more: mean of the differences by seed ± half of its 95 % interval (Student's t), and in how many seeds it "
-    "is ahead. It was chosen by these scores, which flatters it."
+    "The method that is best on own tasks (no reference) over each other on the same rows with as many steps, on the "
+    "seeds that both have, two or more: mean of the differences by seed ± half of its 95 % interval (Student's t), and "
+    "in how many seeds it is ahead. It was chosen by these scores, which flatters it."
 )
 SENT = "Sent: all clients and rounds, enrolment included."
 
@@ -151,7 +151,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     trained = [row for row in rows if not row.base]
     clustered = [row for row in trained if any(map(accuracy, row.runs))]
     found = [tabulate("Scores", rows, quality, seeds_apart=True)]
-    found[0] = found[0]._replace(note=note(rows) + (BOLD if found[0].bold else ""))
+    found[0] = found[0]._replace(note=note(rows) + BOLD * bool(found[0].bold) + FEWER * bool(found[0].note))
     found += tabulate_leads(rows)
     if any(column.of(row) for column in losses for row in rows):
         found.append(tabulate("Loss of the reference answers, nats a token", rows, losses))
@@ -175,27 +175,31 @@ def tabulate(title: str, rows: Sequence[Row], columns: Sequence[Column], seeds_a
         of = [[row.label, row.runs[0].config.data.scenario, ranges([r.config.seed for r in row.runs])] for row in rows]
         starts = [[name, *[scenario] * (len(header) > 2), seeds] for name, scenario, seeds in of]
     cells = [
-        start + [spread(found, column) for found, column in zip(line, columns, strict=True)]
-        for start, line in zip(starts, numbers, strict=True)
+        start + [spread(found, column, len(row.runs)) for found, column in zip(line, columns, strict=True)]
+        for row, start, line in zip(rows, starts, numbers, strict=True)
     ]
-    bold = set()
-    for j, column in enumerate(columns):
-        shown = [column.form(np.mean(line[j])) if line[j] and column.best else "" for line in numbers]
-        for i, row in enumerate(rows):
-            rivals = [k for k, other in enumerate(rows) if shown[k] and setting(other.runs[0]) == setting(row.runs[0])]
-            best = column.best(rivals, key=lambda k, j=j: np.mean(numbers[k][j])) if rivals else i
-            if len({shown[k] for k in rivals}) > 1 and shown[i] == shown[best]:
-                bold.add((i, j + len(header)))
+    by_column = [[line[j] for line in numbers] for j in range(len(columns))]
+    bold = {
+        (i, j + len(header))
+        for j, (column, found) in enumerate(zip(columns, by_column, strict=True))
+        if column.best
+        for i in best_rows(rows, found, column.best, column.form)
+    }
     sides = ["left"] * len(header) + ["right"] * len(columns)
-    return Table(title, [*header, *(column.header for column in columns)], sides, cells, bold)
+    several = zip(columns, by_column, strict=True)
+    fewer = any(c.best and 0 < len(v) < len(r.runs) for c, found in several for r, v in zip(rows, found, strict=True))
+    return Table(title, [*header, *(c.header for c in columns)], sides, cells, bold, FEWER.strip() * fewer)
 
 
-def spread(found: Sequence[float], column: Column) -> str:
-    """The number; of several the mean, and ± their standard deviation (n - 1) where they are scores."""
+def spread(found: Sequence[float], column: Column, count: int) -> str:
+    """The number, or the mean; of scores ± their standard deviation (n - 1), and of how many, where not of `count`."""
     if not found:
         return "-"
-    deviation = f" ± {column.form(float(np.std(found, ddof=1)))}" if column.best and len(found) > 1 else ""
-    return column.form(float(np.mean(found))) + deviation
+    mean = column.form(float(np.mean(found)))
+    if column.best is None:
+        return mean
+    deviation = f" ± {column.form(float(np.std(found, ddof=1)))}" if len(found) > 1 else ""
+    return mean + deviation + f" ({len(found)})" * (len(found) < count)
 
 
 def note(rows: Sequence[Row]) -> str:

@@ -15,6 +15,7 @@ from written_runs import CONFIG, make_run, write_json
 
 from experiments.methods import BOUNDS, METHODS
 from fedrouter_jax import leads, records, report
+from fedrouter_jax.config import ComputeConfig
 
 SHIFTS = {"fedrouter": [0.05, 0.07, 0.03], "fedit": [0.0, 0.02, -0.05], "local": [0.01, 0.0, 0.0]}
 
@@ -93,6 +94,55 @@ def test_a_method_on_seeds_of_its_own_neither_leads_nor_hides_others(paths, tmp_
     shared = [scored(tmp_path / f"scaffold{seed}", "scaffold", seed, own, 0.5) for seed, own in ((1, 0.55), (2, 0.51))]
     low = scored(tmp_path / "low", "fedrouter", 3, 0.1, 0.1)  # without this seed it is the best still
     assert [cells[0].split()[0] for cells in table_of([*paths, *shared, low]).cells] == ["fedrouter"] * 3
+
+
+def bold_of(paths, column="pers. ROUGE-1"):
+    """The methods that are bold in a column of the scores."""
+    table = report.tables(records.rows_of(records.read_all(paths)))[0]
+    return [table.cells[i][0] for i, j in sorted(table.bold) if table.header[j] == column]
+
+
+def test_what_changes_only_speed_sets_no_seeds_apart(paths, tmp_path):
+    unrolled = ComputeConfig(unroll=True)
+    more = [scored(tmp_path / f"u{seed}", "fedrouter", seed, 0.6, 0.4, compute=unrolled) for seed in (3, 4)]
+    rows = [row for row in records.rows_of(records.read_all(paths + more)) if not row.base]
+    assert [(row.label, len(row.runs)) for row in rows] == [("fedit", 3), ("fedrouter", 5), ("local", 2)]
+    again = [scored(tmp_path / "again", "fedrouter", 0, 0.6, 0.4, compute=unrolled)]  # whose seconds are compared
+    rows = [row for row in records.rows_of(records.read_all(paths[3:4] + again)) if not row.base]
+    assert [row.label for row in rows] == ["fedrouter (unroll False)", "fedrouter (unroll True)"]
+
+
+def test_bold_is_the_best_of_finished_runs_over_the_same_seeds(paths, tmp_path):
+    """Of fedrouter and fedit the first is; not beside one of fewer seeds, and not for an unfinished run."""
+    assert bold_of(paths[:6]) == ["fedrouter"]
+    assert bold_of(paths) == []  # local has two seeds of three, and so the highest mean may be its seeds'
+    unfinished = scored(tmp_path / "local7", "local", 7, 0.99, 0.99)
+    (unfinished / "scores.json").unlink()
+    assert bold_of([*paths[:6], unfinished]) == ["fedrouter"]
+
+
+def test_methods_after_other_numbers_of_steps_are_not_compared(paths, tmp_path):
+    long = replace(CONFIG.local, steps=2 * CONFIG.local.steps)
+    more = [scored(tmp_path / f"long{seed}", "ditto", seed, 0.9, 0.9, local=long) for seed in range(3)]
+    table = table_of(paths + more)
+    assert [cells[0].split(" (")[0] for cells in table.cells] == ["fedrouter"] * 2
+    assert [name.split(" (")[0] for name in bold_of(paths[:6] + more)] == ["fedrouter", "ditto"]  # over the base, each
+
+
+def test_a_cell_of_fewer_seeds_says_of_how_many(paths):
+    """Of three seeds two hold a task; and a method without a loss in one is not the best by the others."""
+    for path in (paths[0], paths[3]):
+        scores = json.loads((path / "scores.json").read_text())
+        del scores["personalised"]["rouge1"]["per_task"]["count"]
+        if path == paths[0]:
+            del scores["personalised"]["loss"]
+        write_json(path / "scores.json", scores)
+    found = {table.title: table for table in report.tables(records.rows_of(records.read_all(paths[:6])))}
+    tasks, losses = found["ROUGE-1 of each task, personalised"], found["Loss of the reference answers, nats a token"]
+    for table, cell in ((tasks, (1, 1)), (tasks, (2, 1)), (losses, (1, 1))):
+        assert re.fullmatch(r"0\.\d{3} ± 0\.\d{3} \(2\)", table.cells[cell[0]][cell[1]])
+        assert table.note == report.FEWER.strip() and not {(1, 1), (2, 1)} & tasks.bold
+    assert (1, 1) not in losses.bold and report.FEWER not in found["Scores"].note
 
 
 def test_who_leads_nobody_is_who_is_told_more():
