@@ -50,6 +50,15 @@ def test_codes_stand_for_what_qwix_dequantises(how, rule, inputs, bits):
     assert 8 * sum(leaf.nbytes for leaf in stored.values()) / w.size == pytest.approx(bits)
 
 
+def test_a_base_in_bfloat16_is_quantised_as_exactly_as_its_numbers_in_float32():
+    w = (jax.random.normal(jax.random.key(0), (1, 192, 24)) * 0.1).astype(jnp.bfloat16)
+    for how in WAYS:
+        found, expected = (
+            quantise({"blocks": {"q_proj": {"kernel": kernel}}}, how) for kernel in (w, w.astype(jnp.float32))
+        )
+        assert_close(found, expected, 0)
+
+
 def test_levels_of_nf4_are_quantiles_of_a_normal_distribution():
     """QLoRA's construction: evenly spaced quantiles of either side, eight levels above zero and seven below."""
     from scipy.stats import norm

@@ -1,7 +1,10 @@
 """From rows to tokens: templates, exact spans of prompt and response, and what is cut."""
 
+import string
+
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from fedrouter_jax.data import templates, tokens
 from fedrouter_jax.data.rows import Row
@@ -86,6 +89,32 @@ def test_a_template_of_ones_own_has_special_tokens_where_it_spells_them_and_rows
     assert row.prompt.count(number) == 2 and row.prompt[0] == number
     assert TOKENIZER.decode(row.prompt) == f"{end}Q: a{end}b{end}A:\n"
     assert TOKENIZER.decode(row.response) == f"c{end}"  # a line begins without a space
+
+
+def spaced_tokenizer():
+    """A token a character; every text begins with a space, as Llama 2's do."""
+    letters = {symbol: number for number, symbol in enumerate("▁" + string.printable)}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text():
+    """Part by part such a tokenizer would begin the instruction, and what is behind it, with a space of its own."""
+    tokenizer = spaced_tokenizer()
+    assert tokenizer.tokenize("a b") == [*"▁a▁b"]
+    tokenizer.chat_template = "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]"
+    text, plain = "Say yes.", {"add_special_tokens": False}
+    (own,) = tokens.encode(tokenizer, [Row(text, "yes", "")], "Q: {instruction}\nA:", 64, 8)
+    assert own.prompt == tokenizer(f"Q: {text}\nA:", **plain)["input_ids"]
+    (chat,) = tokens.encode(tokenizer, [Row(text, "yes", "")], "chat", 64, 8)
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    assert chat.prompt == tokenizer(expected, **plain)["input_ids"]
+    (cut,) = tokens.encode(tokenizer, [Row("x" * 99, "yes", "")], "chat", 40, 8)
+    assert cut.length == 40 and tokenizer.convert_ids_to_tokens(cut.prompt)[-8:] == [*"▁[/INST]"]
+    (spelt,) = tokens.encode(tokenizer, [Row("a</s>", "yes", "")], "chat", 64, 8)
+    assert tokenizer.eos_token_id not in spelt.prompt
 
 
 def test_a_template_that_ends_with_the_instruction_gives_up_its_end():

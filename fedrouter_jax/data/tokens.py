@@ -46,32 +46,35 @@ def encode(
     `max_response` tokens, however long the answer is that they are compared with.
     """
     before, behind = templates.around(tokenizer, template)
-    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
-    if template != templates.CHAT:  # which says itself what a text starts with
-        head = _started(tokenizer, [""])[0] + head
-    head_tokens, tail_tokens = len(head), len(tail)
-    if max_length < head_tokens + tail_tokens + max_response + 1:
+    head, tail = _bare(tokenizer, [before, behind])
+    start = [] if template == templates.CHAT else _started(tokenizer, [""])[0]  # a chat says itself what it starts with
+    taken = len(start + head + tail)
+    if max_length < taken + max_response + 1:
         raise UserError(
-            f"max_length {max_length} leaves no room for the instruction: the {template!r} template takes "
-            f"{head_tokens + tail_tokens} tokens and max_response {max_response}; raise --max-length to at least "
-            f"{head_tokens + tail_tokens + max_response + 1}"
+            f"max_length {max_length} leaves no room for the instruction: the {template!r} template takes {taken} "
+            f"tokens and max_response {max_response}; raise --max-length to at least {taken + max_response + 1}"
         )
+    texts = [row.instruction for row in rows]
+    wholes = [before + text + behind for text in texts]
     if template in templates.TEMPLATES:
-        prompts = _started(tokenizer, [before + row.instruction + behind for row in rows])
+        prompts = _started(tokenizer, wholes)
     else:  # special tokens that a template spells out are meant, those of a row are text
-        texts = [row.instruction for row in rows]
-        bodies = tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
-        prompts = [head + body + tail for body in bodies]
+        bodies, spelled = (_bare(tokenizer, texts, split_special_tokens=split) for split in (True, False))
+        # In one piece where a row spells none: a tokenizer may begin every text with a space, or merge across its ends.
+        prompts = [
+            start + (whole if body == meant else head + body + tail)
+            for whole, body, meant in zip(_bare(tokenizer, wholes), bodies, spelled, strict=True)
+        ]
     space = "" if behind[-1:].isspace() else " "
     answers = [space + row.output.strip() for row in rows]
-    responses = tokenizer(answers, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    responses = _bare(tokenizer, answers, split_special_tokens=True)
     encoded = []
     for prompt, response in zip(prompts, responses, strict=True):
         answer = [*response, tokenizer.eos_token_id][:max_response]
         room = max_length - (max_response if to_answer else len(answer))
         truncated = len(prompt) > room or len(answer) <= len(response)
         if len(prompt) > room:
-            prompt = prompt[: room - tail_tokens] + prompt[len(prompt) - tail_tokens :]
+            prompt = prompt[: room - len(tail)] + prompt[len(prompt) - len(tail) :]
         encoded.append(Tokens(prompt, answer, truncated))
     return encoded
 
@@ -88,6 +91,11 @@ def check(rows: Iterable[Tokens], vocabulary: int, model: str) -> None:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of bare texts (BOS if the tokenizer adds one), cut at `max_length`: what is embedded for routing."""
     return [ids[:max_length] for ids in _started(tokenizer, list(texts))]
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase, texts: list[str], **how: bool) -> list[list[int]]:
+    """Token ids of texts without what the tokenizer begins or ends one with. Not verbose: what is too long is cut."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **how)["input_ids"] if texts else []
 
 
 def _started(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

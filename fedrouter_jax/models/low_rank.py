@@ -58,7 +58,7 @@ def _dropout(seeds: Array, rate: float, x: Array) -> Array:
     bits = (seeds[..., :1] + element) ^ seeds[..., 1:]
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    threshold = jnp.uint32(round(rate * 2**32))
+    threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     kept = bits ^ (bits >> 16) >= threshold
     return jnp.where(kept.reshape(x.shape), x / (1 - rate), 0).astype(x.dtype)
 

@@ -54,7 +54,7 @@ def _quantised(params: PyTree, how: Quantise, keep: Callable[[PyTree], PyTree], 
 def _int8(kernel: Array) -> dict[str, Array]:
     import qwix  # here, since it takes seconds to import
 
-    found = qwix.quantize(kernel, jnp.int8, channelwise_axes=(1,))
+    found = qwix.quantize(kernel.astype(jnp.float32), jnp.int8, channelwise_axes=(1,))
     return {"codes": found.qvalue, "scales": found.scale.astype(jnp.float32)}
 
 
