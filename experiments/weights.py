@@ -64,7 +64,8 @@ def main(options: Weights) -> None:
         raise UserError(f"no model here is called {unknown[0]!r}; choose among {', '.join(MODELS)}")
     for name in options.models:
         if not path(name).exists():
-            fetch(MODELS[name], path(name))
+            with files.reserved(FOLDER):
+                fetch(MODELS[name], path(name))
         Console().print(f"fedrouter run --model {path(name)}")
 
 

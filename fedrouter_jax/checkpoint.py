@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from fedrouter_jax import files
 from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.types import Array, PyTree
 
@@ -42,10 +43,26 @@ def save(folder: Path, step: int, state: PyTree) -> None:
 
 def latest(folder: Path) -> int | None:
     """Rounds done at the latest complete checkpoint, None when there is none."""
-    if not folder.exists():
+    if not files.there(folder):
         return None
-    with _open(folder) as checkpoints:
-        return None if checkpoints.latest is None else checkpoints.latest.step
+    for again in (True, False):
+        try:
+            with _open(folder) as checkpoints:
+                return None if checkpoints.latest is None else checkpoints.latest.step
+        except FileNotFoundError:  # another process, which trains on, has just removed one
+            if not again:
+                raise
+
+
+def load_latest(folder: Path, like: PyTree) -> PyTree:
+    """The state at the latest checkpoint, as `load` reads it; a process that trains on may remove it meanwhile."""
+    while True:
+        step = latest(folder)
+        try:
+            return load(folder, step, like)
+        except UserError:
+            if latest(folder) == step:
+                raise
 
 
 def _as_made(leaf: Array) -> Array:

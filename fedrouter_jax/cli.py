@@ -149,10 +149,13 @@ def finish(out: Path) -> None:
 
 def report(arguments: list[str]) -> None:
     """`fedrouter report`."""
+    import jax
+
     from fedrouter_jax import files, records
     from fedrouter_jax import report as report_lib
 
     parsed = parse(Report, args=arguments, **commands.about("report", Report))
+    jax.config.update("jax_platforms", "cpu")  # a run may be training on the accelerator, which one process can have
     # `runs/*` names what else lies there: reports of several runs, folders of sweeps, runs that were refused.
     named = [path for path in parsed.runs if (path / "config.json").exists() or not path.exists()]
     others = [path for path in parsed.runs if path not in named]

@@ -28,6 +28,18 @@ def check_name(path: Path, option: str) -> None:
         raise UserError(f"{option} {str(path)!r} is, or lies in, a folder whose name is not UTF-8; choose another")
 
 
+def there(path: Path) -> bool:
+    """Whether a file or folder is there, by what its folder holds.
+
+    An NFS client that is asked for a path itself may remember for half a minute that it was not there, while another
+    host makes it.
+    """
+    try:
+        return path.name in os.listdir(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def append(path: Path, line: str) -> None:
     """Add a line to a log."""
     if processes.first():

@@ -37,6 +37,8 @@ def join(coordinator: str | None, count: int | None, number: int | None) -> None
         raise UserError(
             f"--coordinator {coordinator} needs --num-processes N and --process-id 0 to N-1, found {count} and {number}"
         )
+    # Its handler of SIGTERM only notes that a cluster wants the machine back: `kill` would end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, count, number)
     except (RuntimeError, ValueError) as error:

@@ -63,8 +63,8 @@ def check_free(out: Path, config: Config) -> None:
     path = out / "config.json"
     own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
     # In this order: another process of the same run may be making the folder.
-    others = out.exists() and (not out.is_dir() or any(entry.name not in own for entry in out.iterdir()))
-    if path.exists() and others:
+    others = files.there(out) and (not out.is_dir() or any(entry.name not in own for entry in out.iterdir()))
+    if others and files.there(path):
         if config_lib.load(path) != config:
             raise UserError(
                 f"{out} holds a run of another config; choose another --out, or resume it: fedrouter resume {out}"
@@ -108,7 +108,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
 
 def _proceed(out: Path, track: Track, shared: Shared) -> dict:
     timings: dict[str, Any] = {"taken_over": []}
-    resumed = any((out / name).exists() for name in ("embeddings.npy", "checkpoints"))
+    resumed = any(files.there(out / name) for name in ("embeddings.npy", "checkpoints"))
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
@@ -163,7 +163,7 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
             "or remove rounds.jsonl, scores.json and timings.json to train anew"
         )
     processes.meet("nothing is saved since")
-    embedded = (out / "embeddings.npy").exists()
+    embedded = files.there(out / "embeddings.npy")
     begun = None if done is None else _restored(out, prepared)  # first, for it refuses other rows and weights
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
@@ -222,8 +222,7 @@ def _restored(out: Path, prepared: Prepared) -> Loaded:
     found = clusters.read(path)
     enrolment = clusters.enrolment(path, found, prepared)
     like = experiment.start(prepared, enrolment)
-    state = checkpoint.load(out / "checkpoints", checkpoint.latest(out / "checkpoints"), like)
-    return Loaded(prepared, enrolment, found["slot_tasks"], state, None)
+    return Loaded(prepared, enrolment, found["slot_tasks"], checkpoint.load_latest(out / "checkpoints", like), None)
 
 
 def train(out: Path, loaded: Loaded, track: Track) -> FederationState:
@@ -298,7 +297,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     if prepared.strategy.enrolling != "clustering":
         return None
     path = out / "embeddings.npy"
-    there = path.exists()
+    there = files.there(path)
     others = (other / path.name for other in alike(shared, prepared, recipe=True))
     taken = None if there else next((other for other in others if other.exists()), None)
     processes.meet("all know whether embeddings are there")  # before the first writes them

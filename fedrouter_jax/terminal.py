@@ -23,6 +23,13 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from fedrouter_jax.errors import UserError, one_line, printable
 
 T = TypeVar("T")
+# XLA ends a process whose devices come to a sum more than a minute apart, for it takes them to be stuck. They are not:
+# between two sums each row of devices trains lanes of its own, and one may have less to do than another.
+WAITS = (
+    "--xla_cpu_collective_call_terminate_timeout_seconds",
+    "--xla_gpu_first_collective_call_terminate_timeout_seconds",
+)
+DAY = 24 * 60 * 60
 
 
 def guarded(action: Callable[[], None], again: str = "the same command goes on from there") -> int:
@@ -37,6 +44,7 @@ def guarded(action: Callable[[], None], again: str = "the same command goes on f
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a locale without some letter must not cost the answers
+    wait_for_devices()
     try:
         keep_programs()
         action()
@@ -93,6 +101,12 @@ def failed(code: int, why: str) -> int:
 
     processes.leave(code)
     return code
+
+
+def wait_for_devices() -> None:
+    """Let the devices of a process wait a day for each other, unless XLA is told how long. Before JAX looks for any."""
+    told = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([told, *(f"{flag}={DAY}" for flag in WAITS if flag not in told)]).strip()
 
 
 def keep_programs() -> None:

@@ -17,6 +17,9 @@ flags = [
     *["--xla_cpu_use_fusion_emitters=false"] * older,
 ]
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+from fedrouter_jax.terminal import wait_for_devices
+
+wait_for_devices()  # as the command does: the flags are part of what programs are kept by
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and hardly any garbage: a twentieth of the suite's time

@@ -1,5 +1,7 @@
 """Files and checkpoints: whole or as they were."""
 
+import shutil
+
 import jax.numpy as jnp
 import pytest
 
@@ -44,6 +46,30 @@ def test_numbers_that_changed_in_a_checkpoint_are_noticed(tmp_path, monkeypatch)
         checkpoint.load(tmp_path, 0, state)
     monkeypatch.setattr(checkpoint, "_crc32", lambda state: None)  # of a process that holds only a part
     assert checkpoint.load(tmp_path, 0, state)["y"].tolist() == [1, 1, 1]
+
+
+def test_what_is_there_is_what_its_folder_holds(tmp_path):
+    (tmp_path / "file").touch()
+    assert files.there(tmp_path / "file") and files.there(tmp_path)
+    assert not files.there(tmp_path / "other") and not files.there(tmp_path / "no folder" / "file")
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    """As of a run that trains on."""
+    load = checkpoint.load
+    for step in (0, 1):
+        checkpoint.save(tmp_path, step, {"x": jnp.full(2, step)})
+
+    def late(folder, step, like):
+        if step == 1:
+            checkpoint.save(tmp_path, 2, {"x": jnp.full(2, 2)})
+            shutil.rmtree(tmp_path / "1")
+        return load(folder, step, like)
+
+    monkeypatch.setattr(checkpoint, "load", late)
+    assert checkpoint.load_latest(tmp_path, {"x": jnp.zeros(2, jnp.int32)})["x"].tolist() == [2, 2]
+    with pytest.raises(UserError, match="round 2 could not be read"):  # what stays damaged is told
+        checkpoint.load_latest(tmp_path, {"x": jnp.zeros(3, jnp.int32)})
 
 
 def test_asking_for_checkpoints_makes_no_folder(tmp_path):

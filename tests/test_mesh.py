@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
@@ -21,7 +22,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from fedrouter_jax import files, mesh, plan, processes, sharing
+from fedrouter_jax import files, mesh, plan, processes, sharing, terminal
 from fedrouter_jax.cli import main
 from fedrouter_jax.data import schedule
 from fedrouter_jax.errors import UserError
@@ -29,7 +30,6 @@ from fedrouter_jax.federation import make_round
 from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.models.quantise import stored_shapes
 from fedrouter_jax.strategies import fedrouter, fedsa
-from fedrouter_jax.terminal import guarded
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 
@@ -51,9 +51,15 @@ def work_on(devices: int, *asked: dict) -> list[dict]:
         )
         for each in asked
     ]  # fmt: skip
-    outputs = [worker.communicate() for worker in workers]
+    outputs = spoken(workers)
     assert not any(worker.returncode for worker in workers), [error[-2000:] for _, error in outputs]
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+
+
+def spoken(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """What processes that wait for each other print, each read as it comes, or one might stop at a full pipe."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(subprocess.Popen.communicate, processes))
 
 
 def free_port() -> int:
@@ -228,16 +234,30 @@ def test_a_fault_in_one_of_several_processes_ends_it_at_once(monkeypatch, capsys
     monkeypatch.setattr(processes, "joined", lambda: True)
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(f"left with {code}"))
     with pytest.raises(SystemExit, match="left with 1"):
-        guarded(lambda: {}["missing"])
+        terminal.guarded(lambda: {}["missing"])
     assert "KeyError: 'missing'" in capsys.readouterr().err
     monkeypatch.setattr(processes, "joined", lambda: False)
     with pytest.raises(KeyError):
-        guarded(lambda: {}["missing"])
+        terminal.guarded(lambda: {}["missing"])
+
+
+def test_devices_of_a_process_are_waited_for(monkeypatch):
+    cpu, gpu = terminal.WAITS
+    for told, expected in (("", f"{cpu}=86400 {gpu}=86400"), (f"--a {cpu}=7", f"--a {cpu}=7 {gpu}=86400")):
+        monkeypatch.setenv("XLA_FLAGS", told)
+        terminal.wait_for_devices()
+        terminal.wait_for_devices()
+        assert os.environ["XLA_FLAGS"] == expected
 
 
 def test_processes_join_as_they_are_told(monkeypatch):
     asked = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: asked.append(given))
+
+    def initialize(*given):
+        assert not jax.config.jax_enable_preemption_service  # or SIGTERM would end nothing
+        asked.append(given)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     for given in ((None, None, None), ("auto", None, None), ("10.0.0.1:1234", 2, 1)):
         processes.join(*given)
     assert asked == [(None, None, None), ("10.0.0.1:1234", 2, 1)]  # the first alone is one process
@@ -277,7 +297,7 @@ def command(devices: int, count: int, *arguments: str) -> None:
         )
         for join in joining
     ]  # fmt: skip
-    outputs = [process.communicate() for process in started]
+    outputs = spoken(started)
     assert not any(process.returncode for process in started), [error[-2000:] for _, error in outputs]
     others = [line for said, _ in outputs[1:] for line in said.splitlines() if "[Gloo]" not in line]
     assert not others, "the first process alone talks to the user"

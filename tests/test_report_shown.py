@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -109,3 +112,11 @@ def test_terminal_shows_the_tables(tmp_path):
     assert "…" not in text and "generalisation" in text
     assert f"{scores_of(path)['personalised']['rouge1']['mean']:.3f}" in text
     assert "121.0 kB" in text and "sort|odd" in text and "synthetic data" in text
+
+
+def test_a_report_asks_for_no_accelerator(finished, tmp_path):
+    """Which a run may hold, and one process alone can."""
+    command = [sys.executable, "-m", "fedrouter_jax", "report", str(finished), "--to", str(tmp_path / "report")]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "plots" / "embedding.png").exists()

@@ -95,7 +95,8 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
     def read() -> PreTrainedTokenizerFast:
         return _with_pad(PreTrainedTokenizerFast.from_pretrained(kept, local_files_only=True))
 
-    if (kept / "tokenizer.json").exists():
+    there = (kept / "tokenizer.json").exists()
+    if there:
         with suppress(Exception):  # what a power cut has left of one
             return read()
     tokenizer = gguf.load_tokenizer(path)
@@ -104,7 +105,8 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
         with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:  # gone whatever happens
             tokenizer.save_pretrained(fresh)
             os.chmod(fresh, 0o755)  # others may share the cache
-            shutil.rmtree(kept, ignore_errors=True)
+            if there:  # and cannot be read; otherwise another process may just have put it there, and be reading it
+                shutil.rmtree(kept, ignore_errors=True)
             os.replace(fresh, kept)
         return read()
     return _with_pad(tokenizer)
