@@ -34,8 +34,9 @@ def there(path: Path) -> bool:
     An NFS client that is asked for a path itself may remember for half a minute that it was not there, while another
     host makes it.
     """
+    folder, name = os.path.split(os.path.abspath(path))
     try:
-        return path.name in os.listdir(path.parent)
+        return not name or name in os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
 

@@ -1,6 +1,7 @@
 """Files and checkpoints: whole or as they were."""
 
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -51,6 +52,7 @@ def test_numbers_that_changed_in_a_checkpoint_are_noticed(tmp_path, monkeypatch)
 def test_what_is_there_is_what_its_folder_holds(tmp_path):
     (tmp_path / "file").touch()
     assert files.there(tmp_path / "file") and files.there(tmp_path)
+    assert all(files.there(Path(name)) for name in (".", "..", "/"))
     assert not files.there(tmp_path / "other") and not files.there(tmp_path / "no folder" / "file")
 
 
