@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from threading import Event, Lock
 from typing import Any
 
@@ -20,6 +21,10 @@ Track = Callable[..., Any]  # (what, rows in all, rows done before) -> context m
 def silent(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """The `Track` that shows nothing."""
     yield unseen
+
+
+class _Stopped(Exception):
+    """Another row of devices has failed, or the user has interrupted."""
 
 
 def divided(
@@ -43,22 +48,31 @@ def divided(
 
     def counted(rows: int) -> None:
         if stopped.is_set():
-            raise KeyboardInterrupt
+            raise _Stopped
         with lock:
             advance(rows)
 
     def run(base: PyTree, tree: PyTree, places: np.ndarray) -> np.ndarray:
-        with mesh.known(base):
-            return work(base, tree, places, counted)
+        try:
+            with mesh.known(base):
+                return work(base, tree, places, counted)
+        except BaseException:
+            stopped.set()
+            raise
 
     with ThreadPoolExecutor(len(bases)) as pool:
         first, *rest = zip(bases, trees, shares, strict=True)
         others = [pool.submit(run, *row) for row in rest]
-        try:
-            found = [run(*first), *(other.result() for other in others)]
-        except BaseException:  # an interrupt reaches this thread alone
-            stopped.set()
-            raise
+        found, wrong = [], []
+        for part in (partial(run, *first), *(other.result for other in others)):
+            try:
+                found.append(part())
+            except BaseException as error:  # an interrupt reaches this thread alone
+                stopped.set()
+                wrong.append(error)
+    for error in wrong:
+        if not isinstance(error, _Stopped):
+            raise error
     whole = np.zeros((len(mine), *found[0].shape[1:]), found[0].dtype)
     for row, part in enumerate(found):
         whole[row :: len(bases)] = part

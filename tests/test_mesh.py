@@ -140,24 +140,25 @@ def test_rows_of_devices_share_texts_and_answer_as_one_device(eight):
     assert [case["caches"] for case in found] == [[[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [1]]]
 
 
-def test_an_interrupt_stops_all_rows_of_devices(monkeypatch):
-    """It reaches the first row's thread alone; the others must not answer on to their end."""
-    monkeypatch.setattr(mesh, "copies", lambda params: ["first", "second"])
+@pytest.mark.parametrize("fails, error", [("first", KeyboardInterrupt), ("second", MemoryError)])
+def test_what_ends_one_row_of_devices_stops_all(fails, error, monkeypatch):
+    """An interrupt reaches the first row's thread alone; the others must not answer on to their end."""
+    monkeypatch.setattr(mesh, "copies", lambda params: ["first", "second", "third"])
     monkeypatch.setattr(mesh, "beside", lambda params, tree: tree)
     monkeypatch.setattr(mesh, "known", lambda params: nullcontext())
     begun, done = Event(), []
 
     def work(base, tree, places, advance):
-        if base == "first":
+        if base == fails:
             begun.wait()
-            raise KeyboardInterrupt
+            raise error
         begun.set()
         for _ in range(10**7):
             advance(0)
         done.append(base)
 
-    with pytest.raises(KeyboardInterrupt):
-        sharing.divided(jnp.zeros(1), 2, work)
+    with pytest.raises(error):
+        sharing.divided(jnp.zeros(1), 3, work)
     assert not done
 
 

@@ -90,7 +90,10 @@ def test_the_least_loss_is_the_best_and_runs_without_one_are_left_out():
     lines = table1_tables.markdown(found).split("## Loss of the reference answers")[1].split("\n## ")[0].splitlines()
     row = {line.split("|")[1].strip(): line for line in lines if line[:2] == "| "}
     assert "**1.510 ± 0.127**" in row["fedrouter+"] and "**" not in row["fedit"] and not {"local", "ifca"} & {*row}
-    assert "-24.9 % over fedit (-0.500 ± 0.000; 2 seeds)" in row["**fedrouter+, more than the best baseline: less is better**"]
+    assert (
+        "-24.9 % over fedit (-0.500 ± 0.000; 2 seeds)"
+        in row["**fedrouter+, more than the best baseline: less is better**"]
+    )
 
 
 @pytest.mark.parametrize(
