@@ -245,17 +245,12 @@ def markdown(name: str, found: dict[str, dict]) -> str:
         shares = [values if values and None not in values else None for values in (clustered, routed)]
         for task in tasks:
             values = [[by_task(s, part)[task] for s in same if task in by_task(s, part)] for part in parts]
-            row.append(" / ".join(mean_of(scores, len(same)) for scores in values))
+            row.append(" / ".join(table1_tables.mean_of(scores, len(same)) for scores in values))
         row += ["" if values is None else f"{100 * np.mean(values):.1f} %" for values in shares]
         lines.append(f"| {label(value)} | {method} | {len(same)} | {' | '.join(row)} |")
     fewer = "; in brackets of how many seeds, where not of all" if any(" (" in line for line in lines[rows:]) else ""
     lines += ["", f"In a task's column: {' / '.join(parts)}{fewer}."]
     return "\n".join([*lines, "", f"![{name}]({name}.png)", ""])
-
-
-def mean_of(scores: list[float], count: int) -> str:
-    """The mean, and of how many seeds it is where that is not `count`."""
-    return f"{np.mean(scores):.3f}" + f" ({len(scores)})" * (len(scores) < count) if scores else "-"
 
 
 def by_task(summary: dict, part: str) -> dict[str, float]:

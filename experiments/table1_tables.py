@@ -127,8 +127,8 @@ def scores(table: Cells, shown: tuple[str, ...], title: str = "ROUGE-1", best_of
     for ours in (*OURS, *filter(own, methods)):
         if ours in methods and any(len(table.get((*column, ours), {})) > 1 for column in columns):
             gains = " | ".join(gain(table, column, ours, best_of) for column in columns)
-            title = "gain over the best baseline" if best_of is max else "more than the best baseline: less is better"
-            lines.append(f"| **{ours}, {title}** | {gains} |")
+            what = "gain over the best baseline" if best_of is max else "more than the best baseline: less is better"
+            lines.append(f"| **{ours}, {what}** | {gains} |")
     return lines
 
 
@@ -185,12 +185,17 @@ def by_task(found: dict[str, dict]) -> list[str]:
         cells = []
         for task in tasks:
             both = [
-                [s["scores"][part]["rouge1"]["per_task"].get(task, np.nan) for s in same]
+                [per_task[task] for s in same if task in (per_task := s["scores"][part]["rouge1"]["per_task"])]
                 for part in ("personalised", "generalisation")
             ]
-            cells.append(" / ".join(f"{np.mean(values):.3f}" for values in both))
+            cells.append(" / ".join(mean_of(values, len(same)) for values in both))
         lines.append(f"| {scenario} | {method} | {len(same)} | {' | '.join(cells)} |")
     return lines
+
+
+def mean_of(scores: list[float], count: int) -> str:
+    """The mean, and of how many seeds it is where that is not `count`."""
+    return f"{np.mean(scores):.3f}" + f" ({len(scores)})" * (len(scores) < count) if scores else "-"
 
 
 def costs(found: dict[str, dict]) -> list[str]:

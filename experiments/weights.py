@@ -64,7 +64,7 @@ def main(options: Weights) -> None:
         raise UserError(f"no model here is called {unknown[0]!r}; choose among {', '.join(MODELS)}")
     for name in options.models:
         if not path(name).exists():
-            with files.reserved(FOLDER):
+            with files.reserved(FOLDER):  # of two at once one would cut the other's file short
                 fetch(MODELS[name], path(name))
         Console().print(f"fedrouter run --model {path(name)}")
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from fedrouter_jax import files
+from fedrouter_jax import files, processes
 from fedrouter_jax.errors import UserError, one_line
 from fedrouter_jax.types import Array, PyTree
 
@@ -32,6 +32,10 @@ def save(folder: Path, step: int, state: PyTree) -> None:
     Raises `UserError` where that fails, which leaves the earlier ones alone.
     """
     try:
+        if processes.first():
+            folder.mkdir(parents=True, exist_ok=True)
+        processes.meet("there is a folder for checkpoints")
+        files.appear(folder)
         with _open(folder) as checkpoints:
             checkpoints.save(step, state, overwrite=True, custom_metadata={"crc32": _crc32(state)})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a failed write
@@ -43,7 +47,7 @@ def save(folder: Path, step: int, state: PyTree) -> None:
 
 def latest(folder: Path) -> int | None:
     """Rounds done at the latest complete checkpoint, None when there is none."""
-    if not files.there(folder):
+    if not folder.exists():
         return None
     for again in (True, False):
         try:
@@ -56,12 +60,14 @@ def latest(folder: Path) -> int | None:
 
 def load_latest(folder: Path, like: PyTree) -> PyTree:
     """The state at the latest checkpoint, as `load` reads it; a process that trains on may remove it meanwhile."""
-    while True:
+    for again in (True, True, False):
         step = latest(folder)
+        if step is None:
+            raise UserError(f"{folder} holds no checkpoint any more; train the run first: fedrouter resume")
         try:
             return load(folder, step, like)
         except UserError:
-            if latest(folder) == step:
+            if latest(folder) == step or not again:
                 raise
 
 

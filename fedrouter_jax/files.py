@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time as clock
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,17 +29,16 @@ def check_name(path: Path, option: str) -> None:
         raise UserError(f"{option} {str(path)!r} is, or lies in, a folder whose name is not UTF-8; choose another")
 
 
-def there(path: Path) -> bool:
-    """Whether a file or folder is there, by what its folder holds.
+def appear(path: Path, seconds: int = 90) -> None:
+    """Wait until this process sees what another has written, of several that have met since.
 
-    An NFS client that is asked for a path itself may remember for half a minute that it was not there, while another
-    host makes it.
+    On NFS a host that has looked for it before may remember for a minute that it was not there. What does not appear is
+    missed where it is read.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    try:
-        return not name or name in os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    for _ in range(seconds):
+        if path.exists():
+            return
+        clock.sleep(1)
 
 
 def append(path: Path, line: str) -> None:

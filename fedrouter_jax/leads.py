@@ -63,27 +63,31 @@ def best_rows(
 ) -> list[int]:
     """The places of the rows whose means are best, as shown, of those that compare; `values` are a score's by row.
 
-    Rows compare that are finished and have the score for all their runs; of the same setting and budget (the base model
-    takes no steps), and over the same seeds. Where those of rivals differ, or all are alike, none is the best.
+    Finished runs compare that are of the same setting and budget; the base model, which takes no steps, does with those
+    of its seeds; references are left out. Where rivals have other seeds, or not all have the score for all their runs,
+    or all are alike, none is the best.
     """
-    means = {
-        i: float(np.mean(found))
-        for i, (row, found) in enumerate(zip(rows, values, strict=True))
-        if len(found) == len(row.runs) and all(run.scores is not None for run in row.runs)
-    }
-    found = []
+    means, seeds = {}, {}
+    for i, (row, found) in enumerate(zip(rows, values, strict=True)):
+        told_more = not row.base and row.runs[0].config.strategy in TOLD_MORE
+        if found and not told_more and all(run.scores is not None for run in row.runs):
+            means[i] = float(np.mean(found))
+            seeds[i] = (*(run.config.seed for run in row.runs), len(found) == len(row.runs))
+
+    def rivals(i: int, k: int) -> bool:
+        one, other = rows[i].runs[0], rows[k].runs[0]
+        if rows[k].base and not rows[i].base and seeds[k] != seeds[i]:
+            return False
+        return setting(one) == setting(other) and (rows[i].base or rows[k].base or budget(one) == budget(other))
+
+    chosen = []
     for i in means:
-        rivals = [k for k in means if _compare(rows[i], rows[k])]
-        seeds = {tuple(run.config.seed for run in rows[k].runs) for k in rivals}
-        shown = {form(means[k]) for k in rivals}
-        if len(seeds) == 1 < len(shown) and form(means[i]) == form(best(means[k] for k in rivals)):
-            found.append(i)
-    return found
-
-
-def _compare(one: Row, other: Row) -> bool:
-    first, second = one.runs[0], other.runs[0]
-    return setting(first) == setting(second) and (one.base or other.base or budget(first) == budget(second))
+        others = [k for k in means if rivals(i, k)]
+        comparable = seeds[i][-1] and {seeds[k] for k in others} == {seeds[i]}
+        shown = {form(means[k]) for k in others}
+        if comparable and len(shown) > 1 and form(means[i]) == form(best(means[k] for k in others)):
+            chosen.append(i)
+    return chosen
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedrouter_jax import formats, idle
 from fedrouter_jax import method as method_lib
 from fedrouter_jax.config import ComputeConfig, Config, DataConfig
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.strategies import STRATEGIES
 
 PARTS = ("personalised", "generalisation", "newcomers")  # the last only where clients joined after training
 BASE_PARTS = ("base", "base_generalisation", "base_newcomers")
@@ -74,12 +76,13 @@ def read(path: Path) -> Run:
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Base models first, one for each model and data; then the runs, those whose seeds alone set them apart together.
 
-    What changes only speed and memory does not, unless runs are there that differ in nothing else.
+    What changes only speed and memory does not, unless finished runs are there that differ in nothing else.
     """
     _check_origins(runs)
-    configs = {run.path: replace(run.config, compute=ComputeConfig()) for run in runs}
-    if len({*configs.values()}) < len(runs):
-        configs = {run.path: run.config for run in runs}
+    alike = {run.path: replace(run.config, compute=ComputeConfig()) for run in runs}
+    times = Counter(alike[run.path] for run in runs if run.scores is not None)
+    twice = {replace(config, seed=0) for config, count in times.items() if count > 1}
+    configs = {run.path: run.config if replace(alike[run.path], seed=0) in twice else alike[run.path] for run in runs}
     choices = [_choices(config) for config in configs.values()]
     varying = {name for found in choices for name, value in found.items() if value != choices[0][name]}
     of_base = {"model", "dtype", "quantise", *(field.name for field in fields(DataConfig))}
@@ -138,9 +141,13 @@ def setting(run: Run) -> tuple:
     return run.config.model, run.config.dtype, run.config.quantise, run.config.data
 
 
-def budget(run: Run) -> int:
-    """How many rows a client's steps take in all rounds: methods are compared at equal ones."""
-    return run.config.rounds.rounds * run.config.local.steps * run.config.local.batch
+def budget(run: Run) -> tuple[int, int, int, int]:
+    """Rounds, steps, rows of a step, and how many clusters of a client train in a round (0: all that it holds)."""
+    config = run.config
+    # Somebody's own method need not be here.
+    several = config.strategy in STRATEGIES and method_lib.strategy(config, None).has_local_clusters
+    each = config.rounds.clusters_per_round if several else 1
+    return config.rounds.rounds, config.local.steps, config.local.batch, each
 
 
 def _choices(config: Config) -> dict[str, Any]:

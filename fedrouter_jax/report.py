@@ -1,6 +1,6 @@
 """Tables of runs (terminal, Markdown, CSV), from run directories alone: no model, no data set.
 
-Runs that share everything but the seed are one row: the mean over seeds and their standard deviation.
+Runs whose results differ by the seed alone are one row: the mean over seeds and their standard deviation.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ NOTE = (
 )
 NEW = " new.: clients that joined after training, their own tasks."
 SEEDS = " ±, but of leads: standard deviation (n - 1) over the seeds, beside their mean."
-BOLD = " Bold: the best mean of finished runs on the same rows, with as many steps, where all have the same seeds."
+BOLD = (
+    " Bold: the best mean of finished runs on the same rows, in as many rounds, steps and rows a step, where all have "
+    "the same seeds; references apart."
+)
 FEWER = " In brackets: how many seeds have it, where not all."
 LEADS = (
-    "The method that is best on own tasks (no reference) over each other on the same rows with as many steps, on the "
+    "The method that is best on own tasks (no reference) over each other on the same rows in as many steps, on the "
     "seeds that both have, two or more: mean of the differences by seed ± half of its 95 % interval (Student's t), and "
     "in how many seeds it is ahead. It was chosen by these scores, which flatters it."
 )
@@ -120,7 +123,7 @@ def drawn(table: Table, width: int) -> RichTable:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Scores, leads, cost, and ROUGE-1 of each task; the best mean of a setting is bold."""
+    """Scores, leads, cost, and ROUGE-1 of each task; the best mean of those that compare is bold."""
 
     def of(measure: Callable[[Run], dict], name: str) -> Callable[[Row], list[float]]:
         return lambda row: [] if row.base else [measure(run)[name] for run in row.runs if name in measure(run)]
@@ -214,6 +217,8 @@ def unmeasured(rows: Sequence[Row]) -> str:
     resumed = [row.label for row in rows if any(run.timings and "total" not in run.timings for run in row.runs)]
     why = (("that took embeddings or base answers over from another run", taken), ("that were resumed", resumed))
     several = " Of several seeds, means." if any(len(row.runs) > 1 for row in rows) else ""
+    mixed = [row.label for row in rows if len({run.config.compute for run in row.runs}) > 1]
+    several += f" Seconds of {', '.join(mixed)} are of several compute settings." * bool(mixed)
     return several + "".join(f" Seconds total leave out runs {of} ({', '.join(who)})." for of, who in why if who)
 
 

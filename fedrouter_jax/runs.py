@@ -63,8 +63,8 @@ def check_free(out: Path, config: Config) -> None:
     path = out / "config.json"
     own = {path.name, path.name + ".tmp", files.LOCK}  # a kill in the first write leaves no config yet, but its .tmp
     # In this order: another process of the same run may be making the folder.
-    others = files.there(out) and (not out.is_dir() or any(entry.name not in own for entry in out.iterdir()))
-    if others and files.there(path):
+    others = out.exists() and (not out.is_dir() or any(entry.name not in own for entry in out.iterdir()))
+    if path.exists() and others:
         if config_lib.load(path) != config:
             raise UserError(
                 f"{out} holds a run of another config; choose another --out, or resume it: fedrouter resume {out}"
@@ -88,6 +88,7 @@ def claim(out: Path, config: Config) -> None:
     processes.meet("nothing is written yet")
     files.write(out / "config.json", config_lib.to_json(config))
     processes.meet("the config is written")
+    files.appear(out / "config.json")
 
 
 def run(config: Config, out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
@@ -108,7 +109,7 @@ def proceed(out: Path, track: Track = silent, shared: Shared = ALONE) -> dict:
 
 def _proceed(out: Path, track: Track, shared: Shared) -> dict:
     timings: dict[str, Any] = {"taken_over": []}
-    resumed = any(files.there(out / name) for name in ("embeddings.npy", "checkpoints"))
+    resumed = any((out / name).exists() for name in ("embeddings.npy", "checkpoints"))
     with timed(timings, "total"):
         loaded = load(out, track, timings, shared)
         loaded = answering(loaded._replace(state=train(out, loaded, track)))
@@ -163,7 +164,7 @@ def load(out: Path, track: Track = silent, timings: dict | None = None, shared: 
             "or remove rounds.jsonl, scores.json and timings.json to train anew"
         )
     processes.meet("nothing is saved since")
-    embedded = files.there(out / "embeddings.npy")
+    embedded = (out / "embeddings.npy").exists()
     begun = None if done is None else _restored(out, prepared)  # first, for it refuses other rows and weights
     with timed(timings, "embed"):
         embeddings = _embeddings(out, prepared, track, shared, timings)
@@ -297,7 +298,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     if prepared.strategy.enrolling != "clustering":
         return None
     path = out / "embeddings.npy"
-    there = files.there(path)
+    there = path.exists()
     others = (other / path.name for other in alike(shared, prepared, recipe=True))
     taken = None if there else next((other for other in others if other.exists()), None)
     processes.meet("all know whether embeddings are there")  # before the first writes them
@@ -309,6 +310,7 @@ def _embeddings(out: Path, prepared: Prepared, track: Track, shared: Shared, tim
     elif not there:
         _embed(path, prepared, track)
     processes.meet("embeddings are there")
+    files.appear(path)
     return _read_embeddings(path, prepared)
 
 

@@ -105,7 +105,9 @@ def failed(code: int, why: str) -> int:
 
 def wait_for_devices() -> None:
     """Let the devices of a process wait a day for each other, unless XLA is told how long. Before JAX looks for any."""
-    told = os.environ.get("XLA_FLAGS", "")
+    told = os.environ.get("XLA_FLAGS", "").strip()
+    if told and not told.startswith("-"):  # the name of a file of flags
+        return
     os.environ["XLA_FLAGS"] = " ".join([told, *(f"{flag}={DAY}" for flag in WAITS if flag not in told)]).strip()
 
 

@@ -23,6 +23,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
+from fedrouter_jax.terminal import wait_for_devices
+
+wait_for_devices()
 ASKED = json.loads(sys.argv[1])
 if "process" in ASKED:
     number, count, address = ASKED["process"]

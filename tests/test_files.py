@@ -1,7 +1,6 @@
 """Files and checkpoints: whole or as they were."""
 
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -49,11 +48,13 @@ def test_numbers_that_changed_in_a_checkpoint_are_noticed(tmp_path, monkeypatch)
     assert checkpoint.load(tmp_path, 0, state)["y"].tolist() == [1, 1, 1]
 
 
-def test_what_is_there_is_what_its_folder_holds(tmp_path):
-    (tmp_path / "file").touch()
-    assert files.there(tmp_path / "file") and files.there(tmp_path)
-    assert all(files.there(Path(name)) for name in (".", "..", "/"))
-    assert not files.there(tmp_path / "other") and not files.there(tmp_path / "no folder" / "file")
+def test_what_another_process_has_written_is_waited_for(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(files.clock, "sleep", lambda _: waited.append(1) or len(waited) < 3 or (tmp_path / "x").touch())
+    files.appear(tmp_path / "x")
+    assert len(waited) == 3
+    files.appear(tmp_path / "never", seconds=5)  # missed where it is read
+    assert len(waited) == 8
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):

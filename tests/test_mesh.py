@@ -56,10 +56,14 @@ def work_on(devices: int, *asked: dict) -> list[dict]:
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 
 
-def spoken(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+def spoken(started: list[subprocess.Popen]) -> list[tuple[str, str]]:
     """What processes that wait for each other print, each read as it comes, or one might stop at a full pipe."""
-    with ThreadPoolExecutor(len(processes)) as pool:
-        return list(pool.map(subprocess.Popen.communicate, processes))
+    with ThreadPoolExecutor(len(started)) as pool:
+        try:
+            return list(pool.map(lambda process: process.communicate(timeout=600), started))
+        finally:  # one that hangs, and its peers, would keep the suite for ever
+            for process in started:
+                process.kill()
 
 
 def free_port() -> int:
@@ -244,7 +248,11 @@ def test_a_fault_in_one_of_several_processes_ends_it_at_once(monkeypatch, capsys
 
 def test_devices_of_a_process_are_waited_for(monkeypatch):
     cpu, gpu = terminal.WAITS
-    for told, expected in (("", f"{cpu}=86400 {gpu}=86400"), (f"--a {cpu}=7", f"--a {cpu}=7 {gpu}=86400")):
+    for told, expected in (
+        ("", f"{cpu}=86400 {gpu}=86400"),
+        (f"--a {cpu}=7", f"--a {cpu}=7 {gpu}=86400"),
+        ("file", "file"),
+    ):
         monkeypatch.setenv("XLA_FLAGS", told)
         terminal.wait_for_devices()
         terminal.wait_for_devices()

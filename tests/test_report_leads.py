@@ -110,6 +110,15 @@ def test_what_changes_only_speed_sets_no_seeds_apart(paths, tmp_path):
     again = [scored(tmp_path / "again", "fedrouter", 0, 0.6, 0.4, compute=unrolled)]  # whose seconds are compared
     rows = [row for row in records.rows_of(records.read_all(paths[3:4] + again)) if not row.base]
     assert [row.label for row in rows] == ["fedrouter (unroll False)", "fedrouter (unroll True)"]
+    # Neither those of another method, nor an unfinished one, part the seeds of a method.
+    other = scored(tmp_path / "other", "fedit", 0, 0.6, 0.4, compute=unrolled)
+    unfinished = scored(tmp_path / "unfinished", "fedrouter", 0, 0.6, 0.4)
+    (unfinished / "scores.json").unlink()
+    rows = [row for row in records.rows_of(records.read_all([*paths, *more, other, unfinished])) if not row.base]
+    assert sorted(len(row.runs) for row in rows if row.runs[0].config.strategy == "fedrouter") == [1, 5]
+    assert sorted(len(row.runs) for row in rows if row.runs[0].config.strategy == "fedit") == [1, 3]
+    (costs,) = (table for table in report.tables(rows) if table.title == "Cost")
+    assert "are of several compute settings" in costs.note
 
 
 def test_bold_is_the_best_of_finished_runs_over_the_same_seeds(paths, tmp_path):
@@ -119,6 +128,8 @@ def test_bold_is_the_best_of_finished_runs_over_the_same_seeds(paths, tmp_path):
     unfinished = scored(tmp_path / "local7", "local", 7, 0.99, 0.99)
     (unfinished / "scores.json").unlink()
     assert bold_of([*paths[:6], unfinished]) == ["fedrouter"]
+    told_more = [scored(tmp_path / f"o{seed}", "oracle", seed, 0.99, 0.99) for seed in range(3)]
+    assert bold_of(paths[:6] + told_more) == ["fedrouter"]
 
 
 def test_methods_after_other_numbers_of_steps_are_not_compared(paths, tmp_path):
@@ -127,6 +138,11 @@ def test_methods_after_other_numbers_of_steps_are_not_compared(paths, tmp_path):
     table = table_of(paths + more)
     assert [cells[0].split(" (")[0] for cells in table.cells] == ["fedrouter"] * 2
     assert [name.split(" (")[0] for name in bold_of(paths[:6] + more)] == ["fedrouter", "ditto"]  # over the base, each
+    once = [scored(tmp_path / f"once{seed}", "local", seed, own, 0.4, local=long) for seed, own in ((7, 0.8), (8, 0.7))]
+    assert [name.split(" (")[0] for name in bold_of(paths[:6] + once)] == ["fedrouter"]  # whatever seeds the base has
+    every = replace(CONFIG.rounds, clusters_per_round=0)  # twice the steps
+    twice = [scored(tmp_path / f"every{seed}", "fedrouter", seed, 0.9, 0.9, rounds=every) for seed in range(3)]
+    assert [name.split(" (")[0] for name in bold_of(paths[:6] + twice)] == ["fedrouter"] * 2
 
 
 def test_a_cell_of_fewer_seeds_says_of_how_many(paths):
@@ -141,8 +157,8 @@ def test_a_cell_of_fewer_seeds_says_of_how_many(paths):
     tasks, losses = found["ROUGE-1 of each task, personalised"], found["Loss of the reference answers, nats a token"]
     for table, cell in ((tasks, (1, 1)), (tasks, (2, 1)), (losses, (1, 1))):
         assert re.fullmatch(r"0\.\d{3} ± 0\.\d{3} \(2\)", table.cells[cell[0]][cell[1]])
-        assert table.note == report.FEWER.strip() and not {(1, 1), (2, 1)} & tasks.bold
-    assert (1, 1) not in losses.bold and report.FEWER not in found["Scores"].note
+        assert table.note == report.FEWER.strip() and not any(column == 1 for _, column in table.bold)
+    assert report.FEWER not in found["Scores"].note
 
 
 def test_who_leads_nobody_is_who_is_told_more():

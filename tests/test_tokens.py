@@ -113,6 +113,10 @@ def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text():
     assert chat.prompt == tokenizer(expected, **plain)["input_ids"]
     (cut,) = tokens.encode(tokenizer, [Row("x" * 99, "yes", "")], "chat", 40, 8)
     assert cut.length == 40 and tokenizer.convert_ids_to_tokens(cut.prompt)[-8:] == [*"▁[/INST]"]
+    (cut,) = tokens.encode(tokenizer, [Row("x" * 99 + "yz", "yes", "")], "Q: {instruction}\nA:", 40, 8)
+    assert tokenizer.convert_ids_to_tokens(cut.prompt)[-6:] == [*"xxx\nA:"]
+    (spelt,) = tokens.encode(tokenizer, [Row("a</s>b", "yes", "")], "Q: {instruction}\nA:", 64, 8)
+    assert spelt.prompt == tokenizer("Q: a</s>b\nA:", split_special_tokens=True, **plain)["input_ids"]
     (spelt,) = tokens.encode(tokenizer, [Row("a</s>", "yes", "")], "chat", 64, 8)
     assert tokenizer.eos_token_id not in spelt.prompt
 

@@ -56,25 +56,28 @@ def encode(
         )
     texts = [row.instruction for row in rows]
     wholes = [before + text + behind for text in texts]
-    if template in templates.TEMPLATES:
-        prompts = _started(tokenizer, wholes)
+    if [head, tail] == _bare(tokenizer, [before, behind], split_special_tokens=True):
+        prompts = _bare(tokenizer, wholes, split_special_tokens=True)
     else:  # special tokens that a template spells out are meant, those of a row are text
-        bodies, spelled = (_bare(tokenizer, texts, split_special_tokens=split) for split in (True, False))
+        bodies, meant = (_bare(tokenizer, texts, split_special_tokens=split) for split in (True, False))
         # In one piece where a row spells none: a tokenizer may begin every text with a space, or merge across its ends.
         prompts = [
-            start + (whole if body == meant else head + body + tail)
-            for whole, body, meant in zip(_bare(tokenizer, wholes), bodies, spelled, strict=True)
+            whole if body == other else head + body + tail
+            for whole, body, other in zip(_bare(tokenizer, wholes), bodies, meant, strict=True)
         ]
+    # Behind an instruction it may be fewer tokens than alone.
+    ends = len(_bare(tokenizer, ["a" + behind])[0]) - len(_bare(tokenizer, ["a"])[0])
     space = "" if behind[-1:].isspace() else " "
     answers = [space + row.output.strip() for row in rows]
     responses = _bare(tokenizer, answers, split_special_tokens=True)
     encoded = []
-    for prompt, response in zip(prompts, responses, strict=True):
+    for asked, response in zip(prompts, responses, strict=True):
+        prompt = start + asked
         answer = [*response, tokenizer.eos_token_id][:max_response]
         room = max_length - (max_response if to_answer else len(answer))
         truncated = len(prompt) > room or len(answer) <= len(response)
         if len(prompt) > room:
-            prompt = prompt[: room - len(tail)] + prompt[len(prompt) - len(tail) :]
+            prompt = prompt[: room - ends] + prompt[len(prompt) - ends :]
         encoded.append(Tokens(prompt, answer, truncated))
     return encoded
 
@@ -95,7 +98,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_l
 
 def _bare(tokenizer: PreTrainedTokenizerBase, texts: list[str], **how: bool) -> list[list[int]]:
     """Token ids of texts without what the tokenizer begins or ends one with. Not verbose: what is too long is cut."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False, **how)["input_ids"] if texts else []
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **how)["input_ids"]
 
 
 def _started(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

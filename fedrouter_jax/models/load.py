@@ -105,7 +105,8 @@ def _gguf_tokenizer(path: Path, fingerprint: str) -> PreTrainedTokenizerFast:
         with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:  # gone whatever happens
             tokenizer.save_pretrained(fresh)
             os.chmod(fresh, 0o755)  # others may share the cache
-            if there:  # and cannot be read; otherwise another process may just have put it there, and be reading it
+            # Not what another process has just put there, and may be reading.
+            if there or not (kept / "tokenizer.json").exists():
                 shutil.rmtree(kept, ignore_errors=True)
             os.replace(fresh, kept)
         return read()
