@@ -26,7 +26,9 @@ T = TypeVar("T")
 # XLA ends a process whose devices come to a sum more than a minute apart, for it takes them to be stuck. They are not:
 # between two sums each row of devices trains lanes of its own, and one may have less to do than another.
 WAITS = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds",
     "--xla_cpu_collective_call_terminate_timeout_seconds",
+    "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds",
     "--xla_gpu_first_collective_call_terminate_timeout_seconds",
 )
 DAY = 24 * 60 * 60
