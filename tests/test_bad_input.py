@@ -48,6 +48,7 @@ def data(tmp_path):
         (["--global-clusters", "99"], "99 global clusters were asked for but 2 clients of 2"),
         (["--local-clusters", "99"], "99 local clusters were asked for"),
         (["--participation", "1.5"], "share of the clients"),
+        (["--dropout", "1"], "--dropout is 1.0; it must be in [0, 1)"),
         (["--proximal", "-1"], "--proximal is -1.0; it must be at least 0"),
         (["--learning-rate", "nan"], "--learning-rate is nan; it must be above 0"),
         (["--clip", "-1"], "--clip is -1.0"),

@@ -92,13 +92,15 @@ def test_what_is_configured_reaches_the_round(monkeypatch):
     monkeypatch.setattr(experiment, "make_round", lambda *given: made.update(round=given))
     local = dataclasses.replace(smoke().local, clip=0.5, weight_decay=0.1, proximal=0.2)
     rounds = dataclasses.replace(smoke().rounds, server="momentum", server_rate=0.3)
-    config = dataclasses.replace(smoke(), local=local, rounds=rounds, compute=ComputeConfig(remat=True))
+    compute = ComputeConfig(remat=True, packs_at_once=3)
+    config = dataclasses.replace(smoke(), local=local, rounds=rounds, compute=compute)
     strategy = ditto()
     experiment.prepare(config, strategy=strategy)
     _, lora, *given = made["update"]
-    assert (lora, given[:2], given[3]) == (config.lora, [local, Blocks(remat=True)], strategy.optimiser)
+    assert (lora, given) == (config.lora, [local, Blocks(remat=True), 3, strategy.optimiser])
     assert ComputeConfig(unroll=True).blocks == Blocks(unroll=True)
-    _, _, rate, _, _, server, *_ = made["round"]
+    _, _, rate, last, _, server, *_ = made["round"]
+    assert last == rounds.rounds
     assert rate(1) > rate(rounds.rounds) == pytest.approx(local.min_learning_rate)
     step, _ = server.update(jnp.ones(2), server.init(jnp.zeros(2)))
     np.testing.assert_allclose(step, -0.3, rtol=1e-6)

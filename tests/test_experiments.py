@@ -11,9 +11,10 @@ from written_runs import make_summary
 
 from experiments import equal, learning_rates, measurements, studies, summaries, table1
 from experiments.methods import METHODS
+from fedrouter_jax import config as config_lib
 from fedrouter_jax.errors import UserError
 from fedrouter_jax.lora import LoRAConfig
-from fedrouter_jax.presets import PRESETS
+from fedrouter_jax.presets import PRESETS, demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,6 +140,13 @@ def test_no_committed_run_would_run_again():
         of_study = studies.configs(folder.name, studies.Studies(seeds=5))
         for name in summaries.load(folder):
             assert summaries.known(folder / f"{name}.json", of_study[name]), name
+
+
+def test_the_committed_demo_is_what_the_demo_would_run():
+    for folder in sorted((ROOT / "docs" / "results" / "demo").glob("fed*")):
+        strategy, seed = folder.name.split("-")
+        known, now = config_lib.load(folder / "config.json"), replace(demo(), strategy=strategy, seed=int(seed))
+        assert not summaries.differing(known, now)  # but for speed
 
 
 def test_no_committed_run_at_a_rate_of_its_own_would_run_again():

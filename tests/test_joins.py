@@ -11,9 +11,11 @@ from helpers import begun
 
 from fedrouter_jax import answers, clusters, embed, evaluate, experiment, export, plan, routing, runs
 from fedrouter_jax import method as method_lib
+from fedrouter_jax.cli import main
 from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.data.schedule import RoundConfig
+from fedrouter_jax.errors import UserError
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.types import Work
 
@@ -100,6 +102,18 @@ def test_an_exported_run_of_ifca_names_the_slots_of_who_took_part(tmp_path):
     assert sorted(map(int, whose)) == sorted(drawn.tolist()) and len(whose) == 2
 
 
+@pytest.mark.parametrize("recipe", routing.RECIPES)
+def test_an_exported_router_says_how_its_recipe_embeds(recipe, tmp_path):
+    prepared, _, state, _ = begun("fedrouter", cluster={"recipe": recipe})
+    export.write(tmp_path, prepared._replace(model=prepared.model._replace(base_name="owner/base")), state, [""] * 4)
+    said = json.loads((tmp_path / "router" / "router.json").read_text())
+    depth, skip = routing.RECIPES[recipe].depth, routing.RECIPES[recipe].skip
+    blocks = embed.blocks(prepared.model.config, depth)
+    assert (said["layers"], said["final_norm"], said["skip"]) == (blocks, depth is None, skip)
+    adapter = json.loads((tmp_path / "adapters" / "cluster_0" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == said["base_model"] == "owner/base"
+
+
 def test_the_states_that_feddpa_compares_are_the_last_tokens():
     prepared, _, state, _ = begun("feddpa-t")
     prompts, model = [row.prompt for row in prepared.test.values()][:3], prepared.model
@@ -142,3 +156,21 @@ def test_a_plan_has_the_lanes_of_the_scenario(scenario, held):
         for each in (1, 0)
     )
     assert every.tokens == held * one.tokens
+    config = dataclasses.replace(smoke(), data=data, rounds=RoundConfig(clusters_per_round=0))
+    three = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, local_clusters=3))
+    assert plan.plan(three, 60, 12).tokens == 3 * one.tokens
+
+
+def test_the_command_plans_for_as_many_devices_as_it_is_told(capsys):
+    seconds = []
+    for devices in ("1", "4"):
+        assert main(["plan", "--preset", "smoke", "--devices", devices, "--rate", "1", "--json"]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["seconds"])
+    assert seconds[0] == pytest.approx(4 * seconds[1])
+
+
+def test_options_without_effect_are_told_before_a_run_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "run", lambda *_: (_ for _ in ()).throw(UserError("no more is wanted")))
+    idle = ["--strategy", "fedit", "--turns", "staggered"]
+    assert main(["run", "--preset", "smoke", *idle, "--out", str(tmp_path)]) == 2
+    assert "note: without effect here: --turns (fedit clusters no rows)" in capsys.readouterr().err

@@ -111,6 +111,17 @@ def test_of_several_seeds_the_mean_is_thick_and_each_seed_thin_and_pale(tmp_path
         assert {line.get_color() for line in seeds} == {mean.get_color()}
 
 
+def test_bars_are_of_the_part_that_their_panel_names(tmp_path):
+    path = make_run(tmp_path / "one")
+    rows = trained([path, make_run(tmp_path / "two", strategy="fedit")])
+    scores = [run.scores for row in rows for run in row.runs]
+    for part, name in enumerate(records.PARTS[:2]):
+        means, tasks = plots.score_bars(rows).axes[part], plots.task_bars(rows).axes[part]
+        assert [bar.get_width() for bar in means.patches] == [of[name]["rouge1"]["mean"] for of in scores]
+        by_task = [[bar.get_height() for bar in group] for group in tasks.containers if isinstance(group, BarContainer)]
+        assert by_task == [[of[name]["rouge1"]["per_task"][task] for task in sorted(TASKS)] for of in scores]
+
+
 def test_bars_of_tasks_begin_at_nothing_and_colours_that_come_again_are_hatched(tmp_path):
     names = "fedrouter fedit local fedsa feddpa-t clustered ifca fedex flora ditto oracle".split()
     paths = [make_run(tmp_path / f"{name}-{seed}", strategy=name, seed=seed) for name in names for seed in (0, 1)]

@@ -135,8 +135,13 @@ def test_bold_is_the_best_of_finished_runs_over_the_same_seeds(paths, tmp_path):
 def test_methods_after_other_numbers_of_steps_are_not_compared(paths, tmp_path):
     long = replace(CONFIG.local, steps=2 * CONFIG.local.steps)
     more = [scored(tmp_path / f"long{seed}", "ditto", seed, 0.9, 0.9, local=long) for seed in range(3)]
-    table = table_of(paths + more)
-    assert [cells[0].split(" (")[0] for cells in table.cells] == ["fedrouter"] * 2
+    wide = replace(CONFIG.local, batch=2 * CONFIG.local.batch)
+    others = [scored(tmp_path / f"wide{seed}", "ditto", seed, 0.9, 0.9, local=wide) for seed in range(3)]
+    once = replace(CONFIG.rounds, rounds=2)
+    few = [scored(tmp_path / f"few{seed}", "ditto", seed, 0.9, 0.9, rounds=once, done=2) for seed in range(3)]
+    for unequal in (more, others, few):
+        table = table_of(paths + unequal)
+        assert [cells[0].split(" (")[0] for cells in table.cells] == ["fedrouter"] * 2
     assert [name.split(" (")[0] for name in bold_of(paths[:6] + more)] == ["fedrouter", "ditto"]  # over the base, each
     once = [scored(tmp_path / f"once{seed}", "local", seed, own, 0.4, local=long) for seed, own in ((7, 0.8), (8, 0.7))]
     assert [name.split(" (")[0] for name in bold_of(paths[:6] + once)] == ["fedrouter"]  # whatever seeds the base has

@@ -23,7 +23,9 @@ def test_settings_are_told_once_and_what_differs_by_method(tmp_path):
     assert "LoRA rank 8" in common and "weighted" not in common
     assert differs.startswith("Differs: fedrouter: averages weighted by cluster; 3 clusters, recipe refined; ")
     assert "global (generalisation). fedit: averages weighted by cluster. local: no weighted averages." in differs
-    assert "LoRA" not in differs
+    assert "LoRA" not in differs and "of the clients a round" not in common
+    half = make_run(tmp_path / "half", rounds=replace(CONFIG.rounds, participation=0.5))
+    assert "50% of the clients a round" in report.setups(records.rows_of(records.read_all([half])))[0]
     same = [
         make_run(tmp_path / f"local-{rank}", strategy="local", lora=replace(CONFIG.lora, rank=rank)) for rank in (2, 4)
     ]

@@ -56,6 +56,8 @@ def test_a_summary_is_known_by_its_config_wherever_the_data_lay(tmp_path):
     assert summaries.known(path, replace(config, data=replace(config.data, data="/there/flan4")))
     assert summaries.known(path, replace(config, compute=replace(config.compute, rows_at_once=7)))  # only faster
     assert not summaries.known(path, replace(config, seed=1))
+    assert not summaries.known(path, replace(config, model="other"))
+    assert not summaries.known(path, replace(config, data=replace(config.data, data="/here/flan8")))
     assert not summaries.known(tmp_path / "none.json", config)
 
 

@@ -116,6 +116,11 @@ def test_the_best_is_told_of_equal_seeds_alone(seeds, best):
     [
         ({"data": replace(smoke().data, clients=8)}, "clients is 4 in dual-fedit-0 and 8 in dual-local-0"),
         ({"local": replace(smoke().local, batch=3)}, "batch is 4 in dual-fedit-0 and 3 in dual-local-0"),
+        ({"lora": replace(smoke().lora, rank=2)}, "rank is 8 in dual-fedit-0 and 2 in dual-local-0"),
+        ({"rounds": replace(smoke().rounds, rounds=9)}, "rounds is 3 in dual-fedit-0 and 9 in dual-local-0"),
+        ({"local": replace(smoke().local, steps=9)}, "steps is 2 in dual-fedit-0 and 9 in dual-local-0"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' in dual-fedit-0 and 'bfloat16' in dual-local-0"),
+        ({"quantise": "nf4"}, "quantise is 'none' in dual-fedit-0 and 'nf4' in dual-local-0"),
         ({"model": "other"}, "model is 'tiny' in dual-fedit-0 and 'other' in dual-local-0"),
         ({"seed": 1, "strategy": "local", "data": replace(smoke().data, scenario="all")}, ""),
         ({"local": replace(smoke().local, learning_rate=1e-3)}, "learning_rate is 0.005 in dual-local-1 and 0.001"),

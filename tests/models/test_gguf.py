@@ -2,6 +2,8 @@
 
 import dataclasses
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,3 +155,20 @@ def test_gguf_errors(tmp_path, monkeypatch):
     writer.close()
     with pytest.raises(UserError, match="'gemma'; expected one of llama, qwen2, qwen3"):
         gguf.load_gguf(path, "float32")
+
+
+@pytest.mark.parametrize("kind, said, expected", [("llama", None, True), ("llama", False, False), ("gpt2", None, None)])
+def test_a_sentencepiece_vocabulary_begins_with_its_first_token_unless_the_file_denies_it(
+    kind, said, expected, monkeypatch
+):
+    values = {"general.architecture": "llama", "tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": ["<s>"]}
+    values |= {} if said is None else {"tokenizer.ggml.add_bos_token": said}
+    fields = {name: SimpleNamespace(contents=lambda value=value: value) for name, value in values.items()}
+    mapping = {
+        "tokenizer": {"ggml.model": "tokenizer_type", "ggml.tokens": "tokens"},
+        "tokenizer_config": {"ggml.add_bos_token": "add_bos_token"},
+    }
+    monkeypatch.setattr(gguf, "_open", lambda path: SimpleNamespace(fields=fields))
+    monkeypatch.setattr(gguf, "_converter", lambda: (mapping, lambda *_: ("backend", {})))
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast", lambda **options: options)
+    assert gguf.load_tokenizer(Path("any.gguf")).get("add_bos_token") is expected
