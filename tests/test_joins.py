@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from fedrouter_jax.config import Config, DataConfig
 from fedrouter_jax.data import schedule, synthetic, tokens
 from fedrouter_jax.data.schedule import RoundConfig
 from fedrouter_jax.errors import UserError
+from fedrouter_jax.models import model_config
+from fedrouter_jax.models.parameters import param_shapes
 from fedrouter_jax.presets import smoke
 from fedrouter_jax.types import Work
 
@@ -174,3 +177,11 @@ def test_options_without_effect_are_told_before_a_run_begins(tmp_path, monkeypat
     idle = ["--strategy", "fedit", "--turns", "staggered"]
     assert main(["run", "--preset", "smoke", *idle, "--out", str(tmp_path)]) == 2
     assert "note: without effect here: --turns (fedit clusters no rows)" in capsys.readouterr().err
+
+
+def test_a_plan_counts_what_is_computed_beside_a_kernel_that_moves():
+    """FedEx's sum of products is multiplied like a kernel: four operations more a number of each target and token."""
+    fedit, fedex = (plan.plan(dataclasses.replace(smoke(), strategy=name), 60, 12) for name in ("fedit", "fedex"))
+    shapes = param_shapes(model_config("tiny"))["blocks"]
+    moved = sum(math.prod(shapes[module]["kernel"].shape) for module in smoke().lora.targets)
+    assert fedex.flops - fedit.flops == pytest.approx(4 * moved * fedit.tokens)
