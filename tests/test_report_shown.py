@@ -116,9 +116,10 @@ def test_terminal_shows_the_tables(tmp_path):
     assert "121.0 kB" in text and "sort|odd" in text and "synthetic data" in text
 
 
-def test_a_report_asks_for_no_accelerator(finished, tmp_path):
+def test_a_report_asks_for_no_accelerator(tmp_path):
     """Which a run may hold, and one process alone can."""
-    command = [sys.executable, "-m", "fedrouter_jax", "report", str(finished), "--to", str(tmp_path / "report")]
+    run = make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "fedrouter_jax", "report", str(run), "--to", str(tmp_path / "report")]
     done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report" / "plots" / "embedding.png").exists()
